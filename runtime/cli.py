@@ -1,0 +1,236 @@
+"""What the command-line scripts share: flags, one-line errors, exit statuses. Imports nothing slow."""
+
+import argparse
+import sys
+
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Ends a wrong command line with `error: WHAT, WHERE, what to do` and status 2."""
+
+    def error(self, message):
+        exit_with_error(f"{message}, see {self.prog} --help")
+
+
+def exit_with_error(message):
+    """Print one line on stderr and end with status 2: the user's input cannot work."""
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def run_script(main, args):
+    """Call `main(args)`; what the user can cause becomes one line and status 2 (`--debug` shows the traceback)."""
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        print("interrupted, nothing was written", file=sys.stderr)
+        sys.exit(1)
+    except (ValueError, NotImplementedError, OSError) as error:
+        if args.debug:
+            raise
+        exit_with_error(error)
+
+
+def whole_number(least, most=None, also=()):
+    """An argparse type: an integer from `least` to `most`, or one of `also`."""
+    span = f"{least} or more" if most is None else f"{least} to {most}"
+    span += "".join(f", or {extra}" for extra in also)
+
+    def convert(text):
+        try:
+            number = int(text)
+        except ValueError:
+            number = None
+        if number is None or not ((least <= number and (most is None or number <= most)) or number in also):
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {span}")
+        return number
+
+    return convert
+
+
+def real_number(least, most=float("inf")):
+    """An argparse type: a number from `least` to `most`."""
+
+    def convert(text):
+        try:
+            number = float(text)
+        except ValueError:
+            number = float("nan")
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} to {most}")
+        return number
+
+    return convert
+
+
+def memory_size(text):
+    """An argparse type: bytes, with K, M or G behind the number for powers of 1024."""
+    number, factor = text, 1
+    if text[-1:].upper() in UNITS:
+        number, factor = text[:-1], UNITS[text[-1].upper()]
+    try:
+        size = int(float(number) * factor)
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a memory size such as 512M or 2G")
+    return size
+
+
+def add_data_flags(parser, dataset="digits"):
+    """--dataset and how to load it."""
+    parser.add_argument(
+        "--dataset",
+        default=dataset,
+        help="digits, MNIST, CIFAR10, CIFAR100, folder, debug0..debug2, or the path of an image folder (%(default)s)",
+    )
+    parser.add_argument("--dataset_root", default="./data", help="folder the data sets are in (%(default)s)")
+    parser.add_argument("--num_workers", type=whole_number(0, 64), default=0, help="number of workers for dataset")
+    parser.add_argument("--batch_size", type=whole_number(1), default=128, help="images a training step (%(default)s)")
+    parser.add_argument("--test_batch_size", type=whole_number(1), default=100, help="images a test step (%(default)s)")
+    parser.add_argument(
+        "--val_share", type=real_number(0, 0.9), default=0.1, help="share of the training images kept for validation"
+    )
+
+
+def add_run_flags(parser):
+    """--seed, --device, --debug: how to run."""
+    parser.add_argument(
+        "--seed", type=whole_number(0, 2**32 - 1), default=0, help="seed of everything random (%(default)s)"
+    )
+    parser.add_argument("--device", default="auto", help="auto (the least loaded GPU, else the CPU), cpu, cuda, cuda:N")
+    parser.add_argument("--debug", action=argparse.BooleanOptionalAction, default=False, help="show tracebacks")
+
+
+def add_hardware_flags(parser, default=None):
+    """--weight_bitwidth, and --hardware against whose limits it is checked."""
+    parser.add_argument(
+        "--weight_bitwidth",
+        type=whole_number(1, 8, also=(32,)),
+        default=4,
+        help="weight quantization bitwidth, 1 to 8, or 32 for float weights (%(default)s)",
+    )
+    parser.add_argument(
+        "--hardware", choices=["v1.0"], default=default, help="chip whose limits must hold; without it they only warn"
+    )
+    if default:
+        parser.add_argument("--debug", action=argparse.BooleanOptionalAction, default=False, help="show tracebacks")
+
+
+def add_graph_flags(parser):
+    """How layers convert that leave a choice."""
+    parser.add_argument(
+        "--maxpool",
+        choices=["gate", "or"],
+        default=None,
+        help="max pooling of spikes: the largest count of a window passes, or any spike (no default)",
+    )
+    parser.add_argument(
+        "--signed",
+        choices=["pair"],
+        default=None,
+        help="values that another layer reads without a ReLU: as relu(x) and relu(-x); without it an error",
+    )
+    parser.add_argument(
+        "--ann_layers",
+        type=lambda text: tuple(name for name in text.split(",") if name),
+        default=(),
+        help="layers that stay ANN, by module path or op name, separated by commas",
+    )
+
+
+def add_conversion_flags(parser):
+    """Everything between the trained network and the spiking one."""
+    parser.add_argument("--ann_weight", help="the location of the trained weights")
+    parser.add_argument(
+        "--pretrained", action="store_true", help="load the weights that torchvision has for a torchvision:NAME"
+    )
+    add_data_flags(parser)
+    add_hardware_flags(parser)
+    parser.add_argument(
+        "--timesteps", type=whole_number(1, 65536), default=16, help="timesteps per image, T (%(default)s)"
+    )
+    parser.add_argument(
+        "--reset_mode", choices=["zero", "subtraction"], default="subtraction", help="after a spike (%(default)s)"
+    )
+    parser.add_argument(
+        "-e",
+        "--finetune_epochs",
+        type=whole_number(0),
+        default=10,
+        help="finetune epochs, 0 only quantizes (%(default)s)",
+    )
+    parser.add_argument("--finetune_lr", type=real_number(0), default=0.01, help="finetune learning rate (%(default)s)")
+    parser.add_argument("--finetune_wd", type=real_number(0), default=1e-4, help="finetune weight decay (%(default)s)")
+    parser.add_argument(
+        "--finetune_momentum", type=real_number(0, 1), default=0.9, help="finetune momentum (%(default)s)"
+    )
+    parser.add_argument(
+        "--finetune_damping",
+        type=real_number(0),
+        default=0.1,
+        help="pull of the weights towards integers, reached in the last finetune epoch (%(default)s)",
+    )
+    parser.add_argument(
+        "--weight_granularity",
+        choices=["layer", "channel"],
+        default="layer",
+        help="one weight scale, and so one Vthr, per layer or per output channel (%(default)s)",
+    )
+    parser.add_argument(
+        "--equalize",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="scale channels so that one weight scale serves a layer; helps where nothing is finetuned (off)",
+    )
+    parser.add_argument(
+        "--threshold",
+        choices=["quantile", "max", "mse"],
+        default="quantile",
+        help="what sets Vthr: the --quantile or maximum of the activations, or the least squared error (%(default)s)",
+    )
+    parser.add_argument(
+        "--quantile",
+        type=real_number(0.5, 1),
+        default=0.999,
+        help="activation quantile of --threshold quantile (%(default)s)",
+    )
+    parser.add_argument(
+        "--initial_potential",
+        type=real_number(0, 1),
+        default=None,
+        help="membrane potential before the first step, in Vthr (0.5 for subtraction, 0 for zero)",
+    )
+    parser.add_argument(
+        "--listen",
+        type=whole_number(0, 65536),
+        default=0,
+        metavar="D",
+        help="steps of input that every layer integrates before it fires for T steps; at D = T exact (%(default)s)",
+    )
+    parser.add_argument(
+        "--correction",
+        choices=["potential", "bias", "none"],
+        default="potential",
+        help="what is shifted until mean rates are the ANN's: initial potentials, or biases too (%(default)s)",
+    )
+    add_graph_flags(parser)
+    parser.add_argument(
+        "--calibration_samples", type=whole_number(1), default=1000, help="images that calibration sees (%(default)s)"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=["auto", "reference"],
+        default="auto",
+        help="simulator: the fastest exact way here, or float64 in plain PyTorch throughout (%(default)s)",
+    )
+    parser.add_argument(
+        "--memory_budget",
+        type=memory_size,
+        default=None,
+        metavar="SIZE",
+        help="memory that a simulation works with at a time, as 512M or 2G (what the cache holds, at most a quarter "
+        "of what is free)",
+    )
+    add_run_flags(parser)
