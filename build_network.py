@@ -1,0 +1,400 @@
+"""The networks by name, and the place where a user adds one.
+
+To add a network, write a function `(in_channels, num_classes) -> nn.Module` and decorate it with `@network()`;
+`ann2snn.py <function name>` then converts it.
+"""
+
+import os
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+TORCHVISION = "torchvision:"  # what a network name of torchvision begins with
+TORCHVISION_IMAGE_SIZE = 224
+NETWORKS = {}  # name -> builder; a builder carries `image_size`, the side of its square input
+
+
+def network(image_size=32, has_weights=False):
+    """Register a builder under its function name; `has_weights`: it sets its weights itself, no training needed."""
+
+    def register(builder):
+        builder.image_size, builder.has_weights = image_size, has_weights
+        NETWORKS[builder.__name__] = builder
+        return builder
+
+    return register
+
+
+def check_net_name(name):
+    """Raise ValueError unless `name` is a network."""
+    if name.startswith(TORCHVISION):
+        from torchvision import models
+
+        known = models.list_models(module=models)
+        if name.removeprefix(TORCHVISION) not in known:
+            raise ValueError(f"torchvision has no image classifier '{name.removeprefix(TORCHVISION)}', see its list")
+    elif name not in NETWORKS:
+        raise ValueError(
+            f"unknown network '{name}', choose one of {', '.join(NETWORKS)}, torchvision:NAME, or add it to "
+            "build_network.py"
+        )
+
+
+def get_net_by_name(name, in_channels=1, num_classes=10, pretrained=False):
+    """A new network for images of `in_channels` channels and `num_classes` classes.
+
+    `torchvision:NAME` is an image classifier of torchvision, `pretrained` with the weights that torchvision has for it.
+    """
+    check_net_name(name)
+    if name.startswith(TORCHVISION):
+        return torchvision_net(name.removeprefix(TORCHVISION), in_channels, num_classes, pretrained)
+    if pretrained:
+        raise ValueError(f"--pretrained is for torchvision:NAME, give the weights of {name} with --ann_weight")
+    return NETWORKS[name](in_channels, num_classes)
+
+
+def torchvision_net(name, in_channels, num_classes, pretrained=False):
+    """A classifier of torchvision. Raises ValueError where the images or classes are others than it was trained on."""
+    from torchvision import models
+
+    if in_channels != 3:
+        raise ValueError(f"torchvision:{name} takes colour images, use a --dataset with 3 channels, not {in_channels}")
+    options = {"init_weights": True, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    if not pretrained:
+        return models.get_model(name, weights=None, num_classes=num_classes, **options)
+    weights = models.get_model_weights(name).DEFAULT
+    if len(weights.meta["categories"]) != num_classes:
+        raise ValueError(
+            f"the weights of torchvision:{name} know {len(weights.meta['categories'])} classes, the data set has "
+            f"{num_classes}: train the network, or use the data set they are for"
+        )
+    try:
+        return models.get_model(name, weights=weights)
+    except OSError as error:
+        raise OSError(
+            f"the weights {weights.url} cannot be downloaded ({type(error).__name__}), put the file into "
+            f"{os.path.join(torch.hub.get_dir(), 'checkpoints')}"
+        ) from error
+
+
+def input_size(name):
+    """Side in pixels of the square images that network `name` takes."""
+    check_net_name(name)
+    return TORCHVISION_IMAGE_SIZE if name.startswith(TORCHVISION) else NETWORKS[name].image_size
+
+
+class ExampleNet(nn.Module):
+    """Three convolutions and a linear layer without biases, for images of 32x32 pixels."""
+
+    def __init__(self, in_channels, num_classes):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 8, 5, bias=False)
+        self.conv2 = nn.Conv2d(8, 16, 3, bias=False)
+        self.conv3 = nn.Conv2d(16, 32, 3, bias=False)
+        self.fc = nn.Linear(512, num_classes, bias=False)
+
+    def forward(self, x):  # [B, in_channels, 32, 32]
+        x = F.relu(self.conv1(x))  # [B, 8, 28, 28]
+        x = F.avg_pool2d(x, 2)  # [B, 8, 14, 14]
+        x = F.relu(self.conv2(x))  # [B, 16, 12, 12]
+        x = F.avg_pool2d(x, 2)  # [B, 16, 6, 6]
+        x = F.relu(self.conv3(x))  # [B, 32, 4, 4]
+        x = torch.flatten(x, 1)  # [B, 512]
+        return self.fc(x)
+
+
+@network(image_size=32)
+def example_net(in_channels, num_classes):
+    """The specification's example network."""
+    return ExampleNet(in_channels, num_classes)
+
+
+# Networks for CIFAR: images of 32x32 pixels.
+
+
+def conv_bn(in_channels, out_channels, kernel_size=3, stride=1, groups=1):
+    """A convolution without bias that keeps the size (at stride 1), and its BatchNorm."""
+    padding = (kernel_size - 1) // 2
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
+
+
+@network(image_size=32)
+def vgg9_bn(in_channels, num_classes):
+    """Eight 3x3 convolutions with BatchNorm in four stages with average poolings, and a linear layer (VGG form)."""
+    layers, channels = [], in_channels
+    for stage in ((32, 48), (96, 96), (192, 192), (256, 256)):
+        for width in stage:
+            layers += [*conv_bn(channels, width), nn.ReLU()]
+            channels = width
+        layers.append(nn.AvgPool2d(2))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.2), nn.Linear(256 * 2 * 2, num_classes))
+
+
+class BasicBlock(nn.Module):
+    """relu(conv(relu(conv(x))) + shortcut(x)); the shortcut is a 1x1 convolution where the size changes."""
+
+    def __init__(self, in_channels, out_channels, stride):
+        super().__init__()
+        self.conv1 = conv_bn(in_channels, out_channels, stride=stride)
+        self.relu1 = nn.ReLU()
+        self.conv2 = conv_bn(out_channels, out_channels)
+        same = stride == 1 and in_channels == out_channels
+        self.shortcut = nn.Identity() if same else conv_bn(in_channels, out_channels, kernel_size=1, stride=stride)
+        self.relu2 = nn.ReLU()
+
+    def forward(self, x):
+        return self.relu2(self.conv2(self.relu1(self.conv1(x))) + self.shortcut(x))
+
+
+@network(image_size=32)
+def resnet20(in_channels, num_classes):
+    """ResNet-20 for CIFAR: 3 stages of 3 blocks with 16, 32, 64 channels (He et al., CVPR 2016)."""
+    layers, channels = [*conv_bn(in_channels, 16), nn.ReLU()], 16
+    for width in (16, 32, 64):
+        for i in range(3):
+            layers.append(BasicBlock(channels, width, stride=2 if width > 16 and i == 0 else 1))
+            channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
+
+
+def separable(in_channels, out_channels, stride):
+    """A depthwise 3x3 and a 1x1 convolution, each with BatchNorm and ReLU6 (Howard et al., MobileNets, 2017)."""
+    return [
+        *conv_bn(in_channels, in_channels, stride=stride, groups=in_channels),
+        nn.ReLU6(),
+        *conv_bn(in_channels, out_channels, kernel_size=1),
+        nn.ReLU6(),
+    ]
+
+
+@network(image_size=32)
+def mobilenet_small(in_channels, num_classes):
+    """Depthwise separable convolutions with ReLU6."""
+    layers, channels = [*conv_bn(in_channels, 16), nn.ReLU6()], 16
+    for width, stride in ((32, 1), (64, 2), (64, 1), (128, 2)):
+        layers += separable(channels, width, stride)
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+
+
+def conv_bn_relu(in_channels, out_channels, kernel_size=3):
+    """A convolution that keeps the size, BatchNorm, ReLU."""
+    return nn.Sequential(*conv_bn(in_channels, out_channels, kernel_size), nn.ReLU())
+
+
+class Inception(nn.Module):
+    """1x1, 3x3 and 5x5 convolutions and a pooling side by side (Szegedy et al., CVPR 2015)."""
+
+    def __init__(self, in_channels, width):
+        super().__init__()
+        self.branch1 = conv_bn_relu(in_channels, width, 1)
+        self.branch3 = nn.Sequential(conv_bn_relu(in_channels, width, 1), conv_bn_relu(width, 2 * width, 3))
+        self.branch5 = nn.Sequential(conv_bn_relu(in_channels, width // 2, 1), conv_bn_relu(width // 2, width, 5))
+        self.pooled = nn.Sequential(nn.AvgPool2d(3, stride=1, padding=1), conv_bn_relu(in_channels, width, 1))
+
+    def forward(self, x):  # [B, in_channels, H, W] -> [B, 5 * width, H, W]
+        return torch.cat([self.branch1(x), self.branch3(x), self.branch5(x), self.pooled(x)], dim=1)
+
+
+@network(image_size=32)
+def inception_small(in_channels, num_classes):
+    """Two inception blocks, whose branches are concatenated."""
+    return nn.Sequential(
+        conv_bn_relu(in_channels, 16),
+        nn.AvgPool2d(2),
+        Inception(16, 8),
+        nn.AvgPool2d(2),
+        Inception(40, 16),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(80, num_classes),
+    )
+
+
+class UNet(nn.Module):
+    """Down and up again, with skips that are concatenated; the classes are the means of the last maps."""
+
+    def __init__(self, in_channels, num_classes):
+        super().__init__()
+        self.down1 = conv_bn_relu(in_channels, 16)
+        self.down2 = conv_bn_relu(16, 32)
+        self.bottom = conv_bn_relu(32, 64)
+        self.up2 = nn.ConvTranspose2d(64, 32, 2, stride=2)
+        self.merge2 = conv_bn_relu(64, 32)
+        self.up1 = nn.ConvTranspose2d(32, 16, 2, stride=2)
+        self.merge1 = conv_bn_relu(32, 16)
+        self.classify = nn.Linear(16 * 8 * 8, num_classes)
+
+    def forward(self, x):  # [B, in_channels, 32, 32]
+        full = self.down1(x)  # [B, 16, 32, 32]
+        half = self.down2(F.avg_pool2d(full, 2))  # [B, 32, 16, 16]
+        x = self.bottom(F.avg_pool2d(half, 2))  # [B, 64, 8, 8]
+        x = self.merge2(torch.cat([half, F.relu(self.up2(x))], 1))  # [B, 32, 16, 16]
+        x = self.merge1(torch.cat([full, F.relu(self.up1(x))], 1))  # [B, 16, 32, 32]
+        return self.classify(F.avg_pool2d(x, 4).flatten(1))
+
+
+@network(image_size=32)
+def unet_small(in_channels, num_classes):
+    """A small U-Net (Ronneberger et al., MICCAI 2015) with a linear layer, to classify."""
+    return UNet(in_channels, num_classes)
+
+
+# The debug networks have weights set by hand to -1, 0 and 1, so that quantisation at any bit width but one is exact
+# and every spike can be worked out on paper. Their last layer only sums.
+
+
+def edge_conv():
+    """Two 3x3 filters on one channel: left column minus right column, and its negative."""
+    conv = nn.Conv2d(1, 2, 3, bias=False)
+    edge = torch.tensor([1.0, 0.0, -1.0]).expand(3, 3)
+    conv.weight.data = torch.stack([edge, -edge])[:, None]
+    return conv
+
+
+def sum_per_channel(channels, pixels, num_classes):
+    """A linear layer whose class k sums the pixels of channel k."""
+    fc = nn.Linear(channels * pixels, num_classes, bias=False)
+    fc.weight.data.zero_()
+    for k in range(min(channels, num_classes)):
+        fc.weight.data[k, k * pixels : (k + 1) * pixels] = 1
+    return fc
+
+
+@network(image_size=6, has_weights=True)
+def debug_net0(in_channels, num_classes):
+    """A single convolution (for debug0)."""
+    return nn.Sequential(edge_conv(), nn.ReLU(), nn.Flatten(), sum_per_channel(2, 16, num_classes))
+
+
+@network(image_size=6, has_weights=True)
+def debug_net1(in_channels, num_classes):
+    """A chain of two average poolings, then each channel minus the other (for debug0)."""
+    difference = nn.Conv2d(2, 2, 1, bias=False)
+    difference.weight.data = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])[:, :, None, None]
+    return nn.Sequential(
+        edge_conv(),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.AvgPool2d(2),
+        difference,
+        nn.ReLU(),
+        nn.Flatten(),
+        sum_per_channel(2, 1, num_classes),
+    )
+
+
+class DebugResidual(nn.Module):
+    """relu(conv2(r) + r) with r = relu(conv1(x)): each channel minus the other, then a vote among four neighbours."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 2, 1, bias=False)
+        self.conv1.weight.data = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])[:, :, None, None]
+        self.conv2 = nn.Conv2d(2, 2, 3, padding=1, bias=False)
+        cross = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
+        self.conv2.weight.data = self.conv1.weight.data * cross
+        self.fc = sum_per_channel(2, 16, num_classes)
+
+    def forward(self, x):  # [B, 2, 4, 4]
+        r = F.relu(self.conv1(x))
+        x = self.conv2(r)
+        x += r
+        return self.fc(F.relu(x).flatten(1))
+
+
+@network(image_size=4, has_weights=True)
+def debug_net2(in_channels, num_classes):
+    """A residual add before the ReLU (for debug1)."""
+    return DebugResidual(num_classes)
+
+
+class DebugConcat(nn.Module):
+    """Horizontal and vertical edges, concatenated and compared with each other in a 3x3 window."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.columns = nn.Conv2d(1, 1, (1, 3), padding=(0, 1), bias=False)
+        self.columns.weight.data = torch.tensor([-1.0, 1.0, 0.0]).view(1, 1, 1, 3)
+        self.rows = nn.Conv2d(1, 1, (3, 1), padding=(1, 0), bias=False)
+        self.rows.weight.data = torch.tensor([-1.0, 1.0, 0.0]).view(1, 1, 3, 1)
+        self.compare = nn.Conv2d(2, 2, 3, padding=1, bias=False)
+        self.compare.weight.data = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])[:, :, None, None].repeat(1, 1, 3, 3)
+        self.fc = sum_per_channel(2, 36, num_classes)
+
+    def forward(self, x):  # [B, 1, 6, 6]
+        x = torch.cat([F.relu(self.columns(x)), F.relu(self.rows(x))], dim=1)  # [B, 2, 6, 6]
+        return self.fc(F.relu(self.compare(x)).flatten(1))
+
+
+@network(image_size=6, has_weights=True)
+def debug_net3(in_channels, num_classes):
+    """A concatenation of two convolutions (for debug2)."""
+    return DebugConcat(num_classes)
+
+
+def build_trained_net(name, in_channels, num_classes, ann_weight=None, pretrained=False):
+    """Network `name` with the weights in the file `ann_weight`; a warning where it then is untrained."""
+    net = get_net_by_name(name, in_channels, num_classes, pretrained)
+    if ann_weight is not None:
+        return load_weights(net, ann_weight)
+    if not pretrained and not getattr(NETWORKS.get(name), "has_weights", False):
+        print(f"warning: no --ann_weight, {name} starts from random weights", file=sys.stderr)
+    return net
+
+
+@torch.no_grad()
+def check_runs(net, name, image):
+    """Raise ValueError unless network `name` runs on an image [C, H, W]."""
+    try:
+        net.eval()(image[None])
+    except RuntimeError as error:
+        shape, reason = list(image.shape), str(error).splitlines()[0]
+        raise ValueError(f"{name} cannot run on images of {shape}, use another --dataset: {reason}") from error
+
+
+def load_weights(net, path):
+    """Load the state dict in `path`, plain or under the key "state_dict" as train_ann.py saves it, into `net`.
+
+    Raises OSError for a missing file and ValueError, naming the first tensor that is at fault, for one that is
+    truncated, that does not fit the network, or that holds NaN or infinite weights; `net` then stays as it was.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no checkpoint {path}, train one with train_ann.py or give another --ann_weight")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever damaged bytes lead it to, an OSError without a name too
+        raise ValueError(
+            f"the checkpoint {path} cannot be read ({type(error).__name__}): it is truncated, or no file of weights; "
+            "save it with torch.save(net.state_dict(), path)"
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    check_weights_fit(net, state, path)
+    net.load_state_dict(state)
+    return net
+
+
+def check_weights_fit(net, state, path):
+    """Raise ValueError that names the first tensor of `state` that does not fit `net`."""
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"the checkpoint {path} holds no state dict, save it with torch.save(net.state_dict(), path)")
+    expected = net.state_dict()
+    for name, tensor in expected.items():
+        if name not in state:
+            raise ValueError(f"the checkpoint {path} lacks the tensor {name} {list(tensor.shape)} of the network")
+        if state[name].shape != tensor.shape:
+            raise ValueError(
+                f"the checkpoint {path} does not fit the network: {name} is {list(state[name].shape)} in the file and "
+                f"{list(tensor.shape)} in the network, use the network and the data set it was trained with"
+            )
+        if tensor.is_floating_point() and not state[name].is_floating_point():
+            raise ValueError(f"the checkpoint {path} holds {name} as {state[name].dtype}, save it as floating point")
+        if not torch.isfinite(state[name]).all():
+            raise ValueError(f"the checkpoint {path} has NaN or infinite values in {name}, train it again")
+    unknown = sorted(set(state) - set(expected))
+    if unknown:
+        raise ValueError(f"the checkpoint {path} holds the tensor {unknown[0]}, which the network does not have")

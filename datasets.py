@@ -1,0 +1,390 @@
+"""Data sets, and the four loaders the pipeline works with.
+
+`get_dataset(args)` returns `test_loader, val_loader, train_loader, train_val_loader`:
+
+    test       the test images, in order: every accuracy is measured here
+    val        a fixed stratified share of the training images, for choices made while training
+    train      the rest of the training images, shuffled, augmented where the data set says so
+    train_val  all training images, never augmented, in a fixed shuffled order: for calibration
+
+To add a data set, write one function `(root, image_size) -> Images` and name it in `DATASETS`.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
+LARGEST_SET_IN_MEMORY = 4 * 2**30  # bytes of uint8 pixels; a larger image folder is decoded batch by batch
+
+
+@dataclass
+class Images:
+    """What a data set function returns: uint8 pixels and integer labels of both splits, and how to treat them.
+
+    train_images, test_images: uint8 [N, C, H, W], or an object that gives that for a list of indices.
+    train_labels, test_labels: int64 [N]. mean, std: per channel, on the scale of pixels in [0, 1].
+    crop: pixels of zero padding for a random crop while training; flip: mirror half of the training images.
+    """
+
+    train_images: object
+    train_labels: torch.Tensor
+    test_images: object
+    test_labels: torch.Tensor
+    classes: tuple
+    mean: tuple
+    std: tuple
+    crop: int = 0
+    flip: bool = False
+
+
+class ImageDataset(Dataset):
+    """Normalised images and labels; a whole batch is fetched, augmented and normalised at once.
+
+    `dataset[i]` is `(image [C, H, W], label)`. `channels`, `num_classes` and `classes` describe the set.
+    """
+
+    def __init__(self, pixels, labels, images, augment=False):
+        self.pixels, self.labels = pixels, labels
+        self.classes, self.num_classes, self.channels = images.classes, len(images.classes), len(images.mean)
+        self.mean = torch.tensor(images.mean).view(-1, 1, 1) * 255
+        self.std = torch.tensor(images.std).view(-1, 1, 1) * 255
+        self.crop, self.flip = (images.crop, images.flip) if augment else (0, False)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        image, label = self.__getitems__([index])
+        return image[0], label[0]
+
+    def __getitems__(self, indices):
+        batch = self.pixels[indices]  # [B, C, H, W] uint8
+        if self.crop:
+            batch = random_crop(batch, self.crop)
+        if self.flip:
+            batch = torch.where(torch.rand(len(batch), 1, 1, 1) < 0.5, batch.flip(-1), batch)
+        return (batch - self.mean) / self.std, self.labels[indices]
+
+
+def random_crop(batch, padding):
+    """Shift every image of the batch by its own random offset of at most `padding` pixels; zeros come in."""
+    B, _, H, W = batch.shape
+    padded = torch.nn.functional.pad(batch, [padding] * 4)
+    rows = torch.randint(2 * padding + 1, (B, 1)) + torch.arange(H)  # [B, H]
+    columns = torch.randint(2 * padding + 1, (B, 1)) + torch.arange(W)  # [B, W]
+    picked = padded[torch.arange(B)[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # [B, H, W, C]
+    return picked.permute(0, 3, 1, 2).contiguous()
+
+
+def digits(root, image_size):
+    """Handwritten digits, 1,797 images of 8x8 pixels in 17 grey levels, shipped with scikit-learn (UCI, 1998)."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    pixels = torch.from_numpy(data.images * (255 / 16)).round().to(torch.uint8)[:, None]  # [N, 1, 8, 8]
+    labels = torch.from_numpy(data.target).long()
+    train, test = stratified_split(labels, 0.2)
+    pixels = resize(pixels, image_size)
+    names = tuple(str(name) for name in data.target_names)
+    # mean and deviation of the training pixels, resized to 32x32
+    return Images(pixels[train], labels[train], pixels[test], labels[test], names, (0.3062,), (0.3240,), crop=2)
+
+
+def mnist(root, image_size):
+    """MNIST (LeCun et al., 1998): 60,000 and 10,000 images, resized from 28x28."""
+    train, test = torchvision_splits("MNIST", root, "MNIST/raw/train-images-idx3-ubyte and its three companions")
+    pixels = [resize(split.data[:, None], image_size) for split in (train, test)]
+    # mean and deviation of the training pixels, as in the PyTorch MNIST example
+    return Images(pixels[0], train.targets, pixels[1], test.targets, tuple(train.classes), (0.1307,), (0.3081,), crop=2)
+
+
+def cifar(name, files, mean, std):
+    """The data set function of CIFAR-10 or CIFAR-100 (Krizhevsky, 2009)."""
+
+    def load(root, image_size):
+        train, test = torchvision_splits(name, root, files)
+        pixels = [resize(torch.from_numpy(s.data).permute(0, 3, 1, 2), image_size) for s in (train, test)]
+        labels = [torch.tensor(split.targets) for split in (train, test)]
+        classes = tuple(train.classes)
+        return Images(pixels[0], labels[0], pixels[1], labels[1], classes, mean, std, crop=4, flip=True)
+
+    return load
+
+
+def folder(root, image_size):
+    """An image folder: `root/train/<class>/*` and `root/test/<class>/*`, cut to a square and resized."""
+    splits, classes = [], None
+    for split in ("train", "test"):
+        files, labels, names = list_image_folder(os.path.join(root, split))
+        if classes is not None and names != classes:
+            different = sorted(set(names) ^ set(classes))
+            raise ValueError(f"{root}/train and {root}/test hold different classes ({', '.join(different[:5])})")
+        classes = names
+        splits.append((FolderPixels(files, image_size), torch.tensor(labels)))
+    (train_pixels, train_labels), (test_pixels, test_labels) = splits
+    in_memory = (len(train_pixels) + len(test_pixels)) * 3 * image_size**2 <= LARGEST_SET_IN_MEMORY
+    if in_memory:
+        train_pixels, test_pixels = train_pixels.decode_all(), test_pixels.decode_all()
+    mean, std = channel_statistics(train_pixels)
+    return Images(
+        train_pixels, train_labels, test_pixels, test_labels, classes, mean, std, crop=image_size // 8, flip=True
+    )
+
+
+def debug_columns(root, image_size):
+    """debug0: binary 1x6x6 images, two classes: the left two or the right two columns hold pixels, never both."""
+
+    def draw(rng, label):
+        image = rng.integers(0, 2, (1, 6, 6))
+        image[:, :, 4:] *= label
+        image[:, :, :2] *= 1 - label
+        image[0, 2, 5 * label] = 1  # at least one pixel in the class's own columns
+        return image
+
+    return draw_debug_images(draw)
+
+
+def debug_channels(root, image_size):
+    """debug1: binary 2x4x4 images, two classes: which of the two channels is full."""
+
+    def draw(rng, label):
+        image = rng.integers(0, 4, (2, 4, 4)) == 0
+        image[label] = 1
+        return image
+
+    return draw_debug_images(draw)
+
+
+def debug_stripes(root, image_size):
+    """debug2: binary 1x6x6 images, two classes: vertical or horizontal stripes."""
+
+    def draw(rng, label):
+        stripes = np.zeros((6, 6), int)
+        stripes[:, rng.permutation([0, 1, 3, 5])[:3]] = 1
+        return (stripes.T if label else stripes)[None]
+
+    return draw_debug_images(draw)
+
+
+def draw_debug_images(draw):
+    """64 training and 32 test images, `draw(rng, label)` each, pixels 0 or 255, so that the network sees 0.0 or 1.0."""
+    rng = np.random.default_rng(0)
+    labels = [np.arange(n) % 2 for n in (64, 32)]
+    pixels = [torch.from_numpy(np.stack([draw(rng, y) for y in split])).to(torch.uint8) * 255 for split in labels]
+    channels = pixels[0].shape[1]
+    train, test = (torch.from_numpy(split).long() for split in labels)
+    return Images(pixels[0], train, pixels[1], test, ("0", "1"), (0.0,) * channels, (1.0,) * channels)
+
+
+# mean and deviation per channel, computed over all training pixels
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+
+DATASETS = {
+    "digits": digits,
+    "MNIST": mnist,
+    "CIFAR10": cifar("CIFAR10", "cifar-10-batches-py", CIFAR10_MEAN, CIFAR10_STD),
+    "CIFAR100": cifar("CIFAR100", "cifar-100-python", CIFAR100_MEAN, CIFAR100_STD),
+    "folder": folder,
+    "debug0": debug_columns,
+    "debug1": debug_channels,
+    "debug2": debug_stripes,
+}
+
+
+def get_dataset(args):
+    """`test_loader, val_loader, train_loader, train_val_loader` of `args.dataset`.
+
+    Of `args` it needs `dataset` (a name in DATASETS, or the path of an image folder); with defaults it reads
+    dataset_root "./data", image_size 32, batch_size 128, test_batch_size 100, num_workers 0, val_share 0.1, seed 0.
+    Raises ValueError for an unknown name, and OSError or ValueError where the files are missing or unusable.
+    """
+    name, root = args.dataset, getattr(args, "dataset_root", "./data")
+    if name not in DATASETS and os.path.isdir(name):
+        name, root = "folder", name
+    check_dataset_name(name)
+    images = DATASETS[name](root, getattr(args, "image_size", 32))
+
+    train, val = stratified_split(images.train_labels, getattr(args, "val_share", 0.1))
+    if not len(train):
+        raise ValueError(f"--val_share {args.val_share} leaves no image to train on, make it smaller")
+    generator = torch.Generator().manual_seed(getattr(args, "seed", 0))
+    shuffled = torch.randperm(len(images.train_labels), generator=generator)
+    everything = images.train_images, images.train_labels
+    test_set = ImageDataset(images.test_images, images.test_labels, images)
+    val_set = ImageDataset(*take(*everything, val), images)
+    train_set = ImageDataset(*take(*everything, train), images, augment=True)
+    train_val_set = ImageDataset(*take(*everything, shuffled), images)
+
+    def loader(dataset, batch_size, shuffle=False):
+        workers = getattr(args, "num_workers", 0)
+        return DataLoader(
+            dataset,
+            batch_size,
+            shuffle=shuffle,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            collate_fn=already_a_batch,
+            generator=generator,
+        )
+
+    batch_size, test_batch_size = getattr(args, "batch_size", 128), getattr(args, "test_batch_size", 100)
+    return (
+        loader(test_set, test_batch_size),
+        loader(val_set, test_batch_size),
+        loader(train_set, batch_size, shuffle=True),
+        loader(train_val_set, batch_size),
+    )
+
+
+def check_dataset_name(name):
+    """Raise ValueError unless `name` is a data set or the path of an image folder."""
+    if name not in DATASETS and not os.path.isdir(name):
+        raise ValueError(
+            f"unknown data set '{name}', choose one of {', '.join(DATASETS)}, or give the path of an image folder"
+        )
+
+
+def already_a_batch(batch):
+    """`collate_fn` for a data set whose `__getitems__` returns whole batches."""
+    return batch
+
+
+def take(pixels, labels, indices):
+    """The images and labels at `indices`; images that stay on disk are picked by name."""
+    return pixels.subset(indices) if isinstance(pixels, FolderPixels) else pixels[indices], labels[indices]
+
+
+def stratified_split(labels, share):
+    """Indices of two parts, the second with `share` of every class; always the same for the same labels."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = [], []
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        members = members[torch.randperm(len(members), generator=generator)]
+        cut = round(share * len(members))
+        first.append(members[cut:])
+        second.append(members[:cut])
+    return torch.cat(first).sort().values, torch.cat(second).sort().values
+
+
+def resize(pixels, size):
+    """uint8 [N, C, H, W] -> uint8 [N, C, size, size]."""
+    if pixels.shape[-2:] == (size, size):
+        return pixels
+    from torchvision.transforms.v2.functional import resize as resize_images
+
+    return resize_images(pixels, [size, size], antialias=True)
+
+
+def torchvision_splits(name, root, files):
+    """Training and test split of a torchvision data set, downloaded where it is missing."""
+    from torchvision import datasets as torchvision_datasets
+
+    dataset = getattr(torchvision_datasets, name)
+    try:
+        return [dataset(root, train=train, download=False) for train in (True, False)]
+    except (RuntimeError, ValueError, AssertionError):  # what torchvision says of missing and of damaged files
+        pass
+    before = existing_folders(os.path.join(root, name, "raw"))
+    try:
+        return [dataset(root, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:
+        remove_empty_folders(os.path.join(root, name, "raw"), but=before)
+        raise OSError(
+            f"{name} is not in {os.path.abspath(root)}, or damaged, and cannot be downloaded ({type(error).__name__}), "
+            f"put {files} there, or name their folder with --dataset_root"
+        ) from error
+
+
+def existing_folders(path):
+    """`path` and the folders it is in, those that exist."""
+    path, found = os.path.abspath(path), set()
+    while path not in found and os.path.dirname(path) != path:
+        if os.path.isdir(path):
+            found.add(path)
+        path = os.path.dirname(path)
+    return found
+
+
+def remove_empty_folders(path, but):
+    """Undo what a failed download created: `path` and the folders it is in, where they are new and empty."""
+    for folder in sorted(existing_folders(path) - but, key=len, reverse=True):
+        if not os.listdir(folder):
+            os.rmdir(folder)
+
+
+def list_image_folder(path):
+    """Files, labels and class names of `path/<class>/*`, in alphabetical order."""
+    if not os.path.isdir(path):
+        raise FileNotFoundError(
+            f"no image folder {path}, expected train/<class>/ and test/<class>/ below --dataset_root"
+        )
+    classes = tuple(sorted(entry.name for entry in os.scandir(path) if entry.is_dir()))
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        found = sorted(f for f in os.listdir(os.path.join(path, name)) if f.lower().endswith(IMAGE_SUFFIXES))
+        if not found:
+            raise ValueError(
+                f"no images in {os.path.join(path, name)}, remove that class or add {IMAGE_SUFFIXES} files"
+            )
+        files += [os.path.join(path, name, f) for f in found]
+        labels += [label] * len(found)
+    if not files:
+        raise ValueError(f"the image folder {path} is empty, expected one folder of images per class in it")
+    return files, labels, classes
+
+
+class FolderPixels:
+    """The images of a folder; indexing with a list decodes those images to uint8 [B, 3, size, size]."""
+
+    def __init__(self, files, size):
+        self.files, self.size = files, size
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, indices):
+        return torch.stack([read_image(self.files[i], self.size) for i in indices])
+
+    def subset(self, indices):
+        return FolderPixels([self.files[i] for i in indices], self.size)
+
+    def decode_all(self):
+        """All images as one uint8 tensor [N, 3, size, size]."""
+        pixels = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
+        blocks = [list(range(start, min(start + 500, len(self)))) for start in range(0, len(self), 500)]
+        with ThreadPoolExecutor() as pool, tqdm(desc="images", total=len(self), leave=False, delay=1) as bar:
+            for block, decoded in zip(blocks, pool.map(self.__getitem__, blocks), strict=True):
+                pixels[block] = decoded
+                bar.update(len(block))
+        return pixels
+
+
+def read_image(file, size):
+    """One image file as uint8 [3, size, size], cut to a square around its centre."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as image:
+            if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey to white
+                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            image = image.convert("RGB")
+            if image.size != (size, size):
+                image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all of them Pillow's
+        raise OSError(f"cannot read the image {file} ({error}), repair or remove it") from error
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def channel_statistics(pixels, most=10_000):
+    """Mean and standard deviation per channel of `most` evenly spaced images, on the scale [0, 1], in 4 decimals."""
+    sample = pixels[list(range(0, len(pixels), -(-len(pixels) // most)))].double() / 255
+    mean, std = sample.mean((0, 2, 3)), sample.std((0, 2, 3)).clamp_min(1e-4)
+    return tuple(round(m, 4) for m in mean.tolist()), tuple(round(s, 4) for s in std.tolist())
