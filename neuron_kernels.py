@@ -1,0 +1,273 @@
+"""Fast ways to compute what a spiking layer computes, each exact; chosen by what the machine has.
+
+    if_steps             all timesteps of integrate-and-fire neurons in one pass, by numba (CPU) or Triton (GPU)
+    Int8Weights          CPU: convolutions and linear layers of 0/1 spikes with 8-bit weights, by oneDNN in integers
+    exact_type           GPU: the narrowest floating-point type in which a layer's currents are exact, tried out
+
+Where one of them is missing, `spike_layers` computes the same with plain PyTorch.
+"""
+
+import functools
+import math
+from contextlib import nullcontext
+
+import torch
+
+try:
+    from numba import njit
+except ImportError:  # optional: without it the neurons run in plain PyTorch
+    njit = None
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # comes with PyTorch's builds for GPUs
+    triton = None
+
+CHUNK = 1024  # neurons whose membrane potentials stay in the L1 cache over all timesteps
+
+
+def compiled(function):
+    """Compile for the CPU without the interpreter's lock; on disk, too, where that can be written."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # numba has nowhere to keep the compiled code
+        return njit(nogil=True)(function)
+
+
+if njit is not None:
+
+    @compiled
+    def run_neurons(current, constant, extra, extra_weight, Vthr, membrane, spikes, subtract):
+        """Integrate and fire: spikes[t, i] = u_i >= Vthr, then u_i -= Vthr or u_i = 0.
+
+        The current of neuron i at step t is constant[i], or current[t, i] + extra[t, i] * extra_weight; what has no
+        elements is left out. Vthr and extra_weight repeat over the neurons. membrane, [N], is read and written.
+        """
+        timesteps, neurons = spikes.shape
+        chunk = len(Vthr)
+        for start in range(0, neurons, chunk):
+            stop = min(start + chunk, neurons)
+            u = membrane[start:stop]
+            for t in range(timesteps):
+                if constant.size:
+                    c = constant[start:stop]
+                    for i in range(stop - start):
+                        u[i] += c[i]
+                elif extra.size:
+                    c, e = current[t, start:stop], extra[t, start:stop]
+                    for i in range(stop - start):
+                        u[i] += c[i] + e[i] * extra_weight[i]
+                else:
+                    c = current[t, start:stop]
+                    for i in range(stop - start):
+                        u[i] += c[i]
+                s = spikes[t, start:stop]
+                if subtract:
+                    for i in range(stop - start):
+                        fires = u[i] >= Vthr[i]
+                        s[i] = fires
+                        u[i] = u[i] - Vthr[i] if fires else u[i]
+                else:
+                    for i in range(stop - start):
+                        fires = u[i] >= Vthr[i]
+                        s[i] = fires
+                        u[i] = u[i] - u[i] if fires else u[i]
+
+
+if triton is not None:
+
+    @triton.jit
+    def run_neurons_on_gpu(
+        current,
+        extra,
+        extra_weight,
+        Vthr,
+        membrane,
+        spikes,
+        timesteps,
+        neurons,
+        weight_period,
+        Vthr_period,
+        is_constant: tl.constexpr,
+        has_extra: tl.constexpr,
+        subtract: tl.constexpr,
+        block: tl.constexpr,
+    ):
+        """As `run_neurons`: each program has `block` neurons, whose membrane potentials stay in registers."""
+        i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+        inside = i < neurons
+        u = tl.load(membrane + i, inside, 0.0)
+        threshold = tl.load(Vthr + i % Vthr_period, inside, 1.0)
+        if has_extra:
+            weight = tl.load(extra_weight + i % weight_period, inside, 0.0)
+        if is_constant:
+            c = tl.load(current + i, inside, 0.0).to(tl.float32)
+        at = i
+        for _ in range(timesteps):
+            if not is_constant:
+                c = tl.load(current + at, inside, 0.0).to(tl.float32)
+            if has_extra:
+                c += tl.load(extra + at, inside, 0).to(tl.float32) * weight
+            u += c
+            fires = u >= threshold
+            tl.store(spikes + at, fires.to(tl.uint8), inside)
+            u = tl.where(fires, u - threshold if subtract else 0.0, u)
+            at += neurons
+        tl.store(membrane + i, u, inside)
+
+
+def can_run_compiled(tensor):
+    """Whether compiled neurons can work on a tensor."""
+    compiler = {"cpu": njit, "cuda": triton}.get(tensor.device.type)
+    return compiler is not None
+
+
+def if_steps(steps, constant, extra, Vthr, membrane, subtract, timesteps):
+    """Spikes, uint8 [T*B, ...], of integrate-and-fire neurons; `membrane` [B, ...] float32 is changed in place.
+
+    steps: currents [T*B, ...], float32 or on a GPU float16 too, or None. constant: a current that is the same at every
+    step, [B, ...] or None. extra: (spikes uint8 [T*B, ...], weight) that flow in too, or None. Vthr and weight are
+    broadcastable to a sample. `membrane` is in the memory order that `order` says; the others are brought into it.
+    """
+    shape = (timesteps * len(membrane), *membrane.shape[1:])
+    spikes = torch.empty(shape, dtype=torch.uint8, device=membrane.device, memory_format=order(membrane))
+    run = if_steps_on_cpu if membrane.device.type == "cpu" else if_steps_on_gpu
+    run(steps, constant, extra, Vthr, membrane, spikes, subtract, timesteps)
+    return spikes
+
+
+def if_steps_on_cpu(steps, constant, extra, Vthr, membrane, spikes, subtract, timesteps):
+    """Fill `spikes` by the kernel that numba compiles."""
+    empty = torch.empty(0)
+    Vthr = per_neuron(Vthr, membrane)
+    weight = Vthr if extra is None else per_neuron(extra[1], membrane)
+    period = math.lcm(len(Vthr), len(weight))
+    chunk = period * -(-CHUNK // period)  # neurons after which both begin anew
+    run_neurons(
+        flat(empty if steps is None else steps, membrane, timesteps).numpy(),
+        empty.numpy() if constant is None else flat(constant, membrane, 1)[0].numpy(),
+        flat(empty.to(torch.uint8) if extra is None else extra[0], membrane, timesteps).numpy(),
+        weight.repeat(chunk // len(weight)).numpy(),
+        Vthr.repeat(chunk // len(Vthr)).numpy(),
+        flat(membrane, membrane, 1)[0].numpy(),
+        flat(spikes, membrane, timesteps).numpy(),
+        subtract,
+    )
+
+
+def if_steps_on_gpu(steps, constant, extra, Vthr, membrane, spikes, subtract, timesteps):
+    """Fill `spikes` by the kernel that Triton compiles."""
+    neurons, block = membrane.numel(), 512
+    Vthr = per_neuron(Vthr, membrane)
+    weight = Vthr if extra is None else per_neuron(extra[1], membrane)
+    current = flat(steps, membrane, timesteps) if constant is None else flat(constant, membrane, 1)
+    arguments = (
+        current,
+        current if extra is None else flat(extra[0], membrane, timesteps),
+        weight,
+        Vthr,
+        flat(membrane, membrane, 1),
+        flat(spikes, membrane, timesteps),
+        timesteps,
+        neurons,
+        len(weight),
+        len(Vthr),
+    )
+    kinds = {"is_constant": constant is not None, "has_extra": extra is not None, "subtract": subtract, "block": block}
+    # Triton launches on the current GPU, which need not be the tensors'
+    with torch.cuda.device(membrane.device) if membrane.is_cuda else nullcontext():
+        run_neurons_on_gpu[(triton.cdiv(neurons, block),)](*arguments, **kinds)
+
+
+def order(tensor):
+    """Channels last where there are channels and space."""
+    return torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+
+
+def flat(tensor, like, steps):
+    """A tensor as [steps, N], in the memory order of `like`; no copy where it is in that order."""
+    if not tensor.numel():
+        return tensor.reshape(0, 0)
+    tensor = tensor.contiguous(memory_format=order(like))
+    if like.dim() == 4:
+        tensor = tensor.permute(0, 2, 3, 1)
+    return tensor.reshape(steps, -1)
+
+
+def per_neuron(values, like):
+    """Values broadcastable to a sample of `like`, as float32 in memory order; they repeat over the neurons."""
+    values, shape = values.to(like.device, torch.float32), like.shape[1:]
+    is_per_channel = values.dim() == len(shape) == 3 and values.numel() == len(values)
+    if values.numel() > 1 and not is_per_channel:
+        values = values.expand(shape)
+        values = values.permute(1, 2, 0) if values.dim() == 3 else values
+    return values.flatten().contiguous()
+
+
+class Int8Weights:
+    """The integer weights of a convolution or linear layer, packed for oneDNN: uint8 spikes in, exact float32 out."""
+
+    def __init__(self, weight_q, bias_q, conv=None):
+        channels = len(weight_q)
+        self.conv = conv  # (stride, padding, dilation, groups), None for a linear layer
+        self.scale, self.zero = torch.ones(channels), torch.zeros(channels, dtype=torch.int64)
+        self.bias = None if bias_q is None else bias_q.to(torch.float32)
+        onednn = torch.ops.onednn
+        if conv is None:
+            self.packed = onednn.qlinear_prepack(weight_q.contiguous(), None)
+        else:
+            self.packed = onednn.qconv_prepack(weight_q.contiguous(), self.scale, 1.0, 0, *conv)
+
+    def __call__(self, spikes):
+        """Currents of uint8 spikes."""
+        weights = (self.packed, self.scale, self.zero, self.bias)
+        if self.conv is None:
+            tail = (1.0, 0, torch.float32, "none", [], "")
+            return torch.ops.onednn.qlinear_pointwise(spikes, 1.0, 0, *weights, *tail)
+        tail = (1.0, 0, torch.float32, "none", [], "")
+        spikes = spikes.contiguous(memory_format=torch.channels_last)
+        return torch.ops.onednn.qconv2d_pointwise(spikes, 1.0, 0, *weights, *self.conv, *tail)
+
+
+@functools.cache
+def int8_is_exact():
+    """Whether this machine's int8 operators exist and give exact results, tried out on random spikes."""
+    generator = torch.Generator().manual_seed(0)
+    spikes = torch.randint(0, 2, (3, 32, 9, 9), generator=generator, dtype=torch.uint8)
+    weight = torch.randint(-127, 128, (16, 32, 3, 3), generator=generator, dtype=torch.int8)
+    bias = torch.arange(16, dtype=torch.int32)
+    conv = ([1, 1], [1, 1], [1, 1], 1)
+    try:
+        current = Int8Weights(weight, bias, conv)(spikes)
+        linear = Int8Weights(weight.flatten(1), bias)(spikes[:, :, :3, :3].flatten(1))
+    except (AttributeError, RuntimeError):  # no such operator in this build of torch, or on this processor
+        return False
+    expected = torch.nn.functional.conv2d(spikes.double(), weight.double(), bias.double(), padding=1)
+    rows = spikes[:, :, :3, :3].flatten(1).double() @ weight.flatten(1).double().T + bias
+    return torch.equal(current.double(), expected) and torch.equal(linear.double(), rows)
+
+
+LARGEST_EXACT = {torch.float16: 2**11, torch.float32: 2**24}  # integers up to here are exact in a type
+
+
+def exact_type(operate, largest, shape, device):
+    """float16, float32 or float64: the narrowest type in which `operate(spikes)` has exact currents on this device.
+
+    operate: a layer's function of spikes, in their type. largest: bound of |current|. shape: of the spikes. Integers
+    below 2^11 and 2^24 are exact in float16 and float32 (TF32 included: it rounds the factors, which are 0, 1 and at
+    most 127, not their sums), but an algorithm that transforms its inputs, as Winograd's does, rounds them; libraries
+    choose by the shape. So each type is tried on random spikes of that shape, and on ones everywhere.
+    """
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randint(0, 2, shape, generator=generator, dtype=torch.uint8).to(device)
+    for dtype, most in LARGEST_EXACT.items():
+        if largest <= most and all(is_exact(operate, spikes, dtype) for spikes in (random, torch.ones_like(random))):
+            return dtype
+    return torch.float64
+
+
+def is_exact(operate, spikes, dtype):
+    """Whether an operator gives the same in `dtype` as in float64."""
+    spikes = spikes.contiguous(memory_format=order(spikes))
+    return torch.equal(operate(spikes.to(dtype)).double(), operate(spikes.double()))
