@@ -1,0 +1,578 @@
+"""The tracer: runs a network once and records what it computes as a SpikeDAGModule.
+
+`wrapped_functions` is the table of what can be traced: the name of a torch function -> (the function, the function
+that runs and records it instead). A `TorchFunctionMode` sends every call on a traced tensor through that table; torch
+itself is not patched, so nothing has to be restored after an error. What is not in the table is refused by name.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from dag_rewrites import fold_batch_norms
+from spike_dag import SpikeDAGModule
+from spike_layers import (
+    ConcatOp,
+    SoftmaxOp,
+    SpikeAdd,
+    SpikeAvgPool2d,
+    SpikeBatchNorm,
+    SpikeConv2d,
+    SpikeConvTranspose2d,
+    SpikeLinear,
+    SpikeMaxPool2d,
+    SpikePad,
+    SpikeReLU,
+    ViewOp,
+)
+
+CAN_BE_TRACED = (
+    "conv2d, conv_transpose2d, linear, batch_norm, relu, relu6, avg_pool2d, max_pool2d, add, cat, pad, view and flatten"
+)
+
+# what a user can write instead of a function that is refused, by a part of its name
+ADVICE = {
+    "instance_norm": "use BatchNorm, whose statistics are constant in eval mode",
+    "layer_norm": "use BatchNorm, whose statistics are constant in eval mode",
+    "group_norm": "use BatchNorm, whose statistics are constant in eval mode",
+    "max_pool2d_with_indices": "the indices of the maxima are not supported, use conv_transpose2d to go back up",
+    "adaptive_max_pool2d": "use max_pool2d with a kernel size",
+    "interpolate": "use conv_transpose2d",
+    "leaky_relu": "use relu: a neuron sends no negative spikes",
+    "elu": "use relu: a neuron sends no negative spikes",
+    "gelu": "use relu: a neuron sends no negative spikes",
+    "silu": "use relu: a neuron sends no negative spikes",
+    "sigmoid": "use relu: a neuron sends no negative spikes",
+    "tanh": "use relu: a neuron sends no negative spikes",
+    "adaptive_avg_pool2d": "only output sizes that divide the input's are supported, use avg_pool2d for others",
+    "__bool__": "a network's path must not depend on the values of its activations",
+    "__getitem__": "split the channels with separate convolutions",
+    "item": "a network's path must not depend on the values of its activations",
+    "numpy": "keep the computation in torch",
+    "sub": "put the minus sign into the weights before it, and add",
+    "mul": "put the factor into the weights before or behind it",
+    "div": "put the factor into the weights before or behind it",
+}
+
+
+def parse_ann_model(model, inputs, fold=True):
+    """The SpikeDAGModule that computes what `model.eval()` computes, with its own copy of the weights.
+
+    inputs: a tuple of example inputs, [B, C, H, W] each; the batch size is not recorded. fold: BatchNorm becomes part
+    of the layer before or behind it where that is exact (`fold_batch_norms`). Dropout and identities leave no op.
+    Weights that two calls share become two copies. `model` and torch stay as they were, also after an
+    error. Raises NotImplementedError for a function that cannot be traced, with its name, module path and advice, and
+    ValueError where the network cannot run on `inputs` or the graph does not compute the network's output.
+    """
+    inputs = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
+    if not inputs:
+        raise ValueError("no example input, give a tuple of tensors [B, C, H, W]")
+    refuse_scripted_modules(model)
+    check_finite_weights(model)
+    # two images at least: with one, a view that mixes up batch and channels could pass unnoticed
+    dag = Trace(copy_of(model).eval()).run(*[torch.cat([x, x]) if len(x) == 1 else x for x in inputs])
+    if fold:
+        fold_batch_norms(dag)
+    dag.lint()
+    check_same_output(model, dag, inputs)
+    return dag
+
+
+def copy_of(model):
+    """A deep copy. Raises ValueError where PyTorch cannot make one."""
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:  # torch.nn.utils.weight_norm leaves tensors that cannot be copied
+        raise ValueError(
+            f"the network cannot be copied ({str(error).splitlines()[0][:80]}), remove its weight_norm and "
+            "spectral_norm (torch.nn.utils.remove_weight_norm), or use those of torch.nn.utils.parametrizations"
+        ) from error
+
+
+def refuse_scripted_modules(model):
+    """Raise NotImplementedError for modules whose calls cannot be seen."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise NotImplementedError(
+                f"{path or 'the network'} is compiled by torch.jit and cannot be traced, pass the Python module instead"
+            )
+
+
+def check_finite_weights(model):
+    """Raise ValueError that names the first tensor with NaN or infinite values."""
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, torch.Tensor) and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} of the network has NaN or infinite values, train the network again")
+
+
+@torch.no_grad()
+def check_same_output(model, dag, inputs):
+    """Raise ValueError unless the graph computes the model's output on the example inputs."""
+    expected = copy_of(model).eval()(*[x.clone() for x in inputs])
+    actual = dag(*inputs)
+    for a, b in zip(as_tuple(expected), as_tuple(actual), strict=True):
+        error, largest = (a - b).abs().max().item(), a.abs().max().item()
+        if not error <= 1e-4 * max(1.0, largest):
+            raise ValueError(
+                f"the traced graph differs from the network by {error:.2g}: does it change a view in place, or draw "
+                "random numbers? Write these parts without in-place operations"
+            )
+
+
+def as_tuple(value):
+    """A tuple of outputs, also for a single one."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+class Trace(TorchFunctionMode):
+    """One run of a network with every call on a traced tensor recorded.
+
+    names: id of a tensor -> its node. kept: those tensors, alive so that no id is used twice.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.dag = SpikeDAGModule()
+        self.recorders = dict(wrapped_functions.values())
+        self.names = {}
+        self.kept = []
+        self.counts = {}
+        self.paths = [""]
+
+    def run(self, *inputs):
+        """The graph of the model on `inputs`."""
+        self.batch_size = len(inputs[0])
+        inputs = [x.clone() for x in inputs]  # the network may change its input in place
+        for i, x in enumerate(inputs, start=1):
+            self.dag.add_input(f"input{i}_out1")
+            self.remember(x, f"input{i}_out1")
+        for path, module in self.model.named_modules():
+            self.follow(module, path)
+        with torch.no_grad(), self:
+            try:
+                output = self.model(*inputs)
+            except NotImplementedError:
+                raise  # a refusal; it is a RuntimeError too
+            except (RuntimeError, IndexError, TypeError) as error:
+                shape = " and ".join(f"[B, {str(list(x.shape[1:]))[1:]}" for x in inputs)
+                message = str(error).splitlines()[0]
+                raise ValueError(f"{self.here()} cannot run on an input of {shape}: {message}") from error
+        self.dag.outputs_nodes = tuple(self.output_node(value) for value in as_tuple(output))
+        return self.dag
+
+    def follow(self, module, path):
+        """Keep `self.paths` the stack of modules that are running."""
+
+        def enter(module, inputs):
+            self.paths.append(path)
+
+        def leave(module, inputs, output):
+            self.paths.pop()
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+
+    def output_node(self, value):
+        """The node of an output. Raises NotImplementedError for what was not computed from the input."""
+        if not isinstance(value, torch.Tensor) or id(value) not in self.names:
+            raise NotImplementedError(
+                f"the network returns a {type(value).__name__} that is not computed from its input by traced "
+                "operations, return a tensor or a tuple of tensors"
+            )
+        return self.node_of(value)
+
+    def here(self):
+        """The running module, for messages."""
+        return self.paths[-1] or "the network's forward"
+
+    def remember(self, tensor, node):
+        """From now on `tensor` is the value of `node`."""
+        self.names[id(tensor)] = node
+        self.kept.append(tensor)
+
+    def record_in_place(self, op_type, op, inputs, output):
+        """As `record`; other tensors that share the memory of `output` no longer hold their node's value."""
+        self.record(op_type, op, inputs, output)
+        memory = output.untyped_storage().data_ptr()
+        for other in self.kept:
+            if other is not output and other.untyped_storage().data_ptr() == memory:
+                self.names[id(other)] = None
+        return output
+
+    def is_traced(self, value):
+        """Whether the value is, or holds, a traced tensor."""
+        if isinstance(value, (list, tuple)):
+            return any(self.is_traced(item) for item in value)
+        return isinstance(value, torch.Tensor) and id(value) in self.names
+
+    def refuse(self, function, advice=None):
+        """Raise NotImplementedError with the function, the module path and what to write instead."""
+        name = resolve_name(function) or getattr(function, "__name__", str(function))
+        if advice is None:
+            last = name.split(".")[-1]
+            advice = next((text for part, text in ADVICE.items() if last == part or part in last.strip("_")), None)
+        advice = advice or f"write it with {CAN_BE_TRACED}"
+        raise NotImplementedError(f"{name} in {self.here()} cannot be converted: {advice}")
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in SHAPE_QUESTIONS or not self.is_traced([*args, *kwargs.values()]):
+            return function(*args, **kwargs)
+        if function not in self.recorders:
+            self.refuse(function)
+        return self.recorders[function](self, function, *args, **kwargs)
+
+    def record(self, op_type, op, inputs, output):
+        """Append an op that computes the tensor `output` from the tensors `inputs`."""
+        in_nodes = [self.node_of(x) for x in inputs]
+        op.to(output.device, output.dtype)
+        self.counts[op_type] = self.counts.get(op_type, 0) + 1
+        name = f"{op_type}{self.counts[op_type]}"
+        self.dag.add_op(name, op, in_nodes, [f"{name}_out1"], self.paths[-1])
+        self.remember(output, f"{name}_out1")
+        return output
+
+    def node_of(self, tensor):
+        """The node of a traced tensor. Raises NotImplementedError for another value."""
+        if not self.is_traced(tensor):
+            raise NotImplementedError(
+                f"an operand in {self.here()} is a constant, not an activation: move it into a bias or a weight"
+            )
+        if self.names[id(tensor)] is None:
+            raise NotImplementedError(
+                f"a tensor read in {self.here()} shares its memory with one that was changed in place, "
+                "write it without in-place operations"
+            )
+        return self.names[id(tensor)]
+
+
+# The recording functions: (trace, function, the function's own arguments) -> its result.
+
+
+def record_conv2d(trace, function, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    if trace.is_traced([weight, bias]):
+        trace.refuse(function, "the weights must not be computed from the input")
+    if input.dim() != 4:
+        trace.refuse(function, f"the input must be [B, C, H, W], not {list(input.shape)}")
+    C_out, C_in, *kernel_size = weight.shape
+    op = SpikeConv2d(C_in * groups, C_out, kernel_size, stride, padding, dilation, groups, bias is not None)
+    copy_weights(op, weight, bias)
+    output = function(input, weight, bias, stride, padding, dilation, groups)
+    return trace.record("conv", op, [input], output)
+
+
+def record_linear(trace, function, input, weight, bias=None):
+    if trace.is_traced([weight, bias]):
+        trace.refuse(function, "the weights must not be computed from the input")
+    if input.dim() != 2:
+        trace.refuse(function, f"the input must be [B, N], not {list(input.shape)}: flatten it before")
+    op = SpikeLinear(weight.shape[1], weight.shape[0], bias is not None)
+    copy_weights(op, weight, bias)
+    return trace.record("linear", op, [input], function(input, weight, bias))
+
+
+def record_conv_transpose2d(
+    trace, function, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
+):
+    if trace.is_traced([weight, bias]):
+        trace.refuse(function, "the weights must not be computed from the input")
+    C_in, C_out, *kernel_size = weight.shape
+    op = SpikeConvTranspose2d(
+        C_in, C_out * groups, kernel_size, stride, padding, output_padding, groups, bias is not None, dilation
+    )
+    copy_weights(op, weight, bias)
+    output = function(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return trace.record("conv_transpose", op, [input], output)
+
+
+def record_batch_norm(
+    trace, function, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):
+    if training or running_mean is None:
+        trace.refuse(function, "it needs running statistics, track_running_stats=True")
+    if input.dim() not in (2, 4):
+        trace.refuse(function, f"the input must be [B, C, H, W] or [B, N], not {list(input.shape)}")
+    op = SpikeBatchNorm(len(running_mean))
+    factor = (running_var.detach().double() + eps).rsqrt() * (1.0 if weight is None else weight.detach().double())
+    shift = (0.0 if bias is None else bias.detach().double()) - running_mean.detach().double() * factor
+    op.weight, op.bias = nn.Parameter(factor.to(input.dtype)), nn.Parameter(shift.to(input.dtype))
+    output = function(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    return trace.record("batch_norm", op, [input], output)
+
+
+def copy_weights(op, weight, bias):
+    """Clones of a layer's weight and bias as the op's parameters."""
+    op.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        op.bias = nn.Parameter(bias.detach().clone())
+
+
+def record_relu(trace, function, input, inplace=False, ceiling=None):
+    return trace.record("relu", SpikeReLU(ceiling), [input], input.clamp(0, ceiling))
+
+
+def record_relu_in_place(trace, function, input, ceiling=None):
+    # the name `input` now means the result
+    return trace.record_in_place("relu", SpikeReLU(ceiling), [input], input.clamp_(0, ceiling))
+
+
+def record_functional_relu(trace, function, input, inplace=False, ceiling=None):
+    if inplace:
+        return record_relu_in_place(trace, function, input, ceiling)
+    return record_relu(trace, function, input, ceiling=ceiling)
+
+
+def record_relu6(trace, function, input, inplace=False):
+    return record_functional_relu(trace, function, input, inplace, 6.0)
+
+
+def record_hardtanh(trace, function, input, min_val=-1.0, max_val=1.0, inplace=False):
+    check_clamp(trace, function, min_val, max_val)
+    return record_functional_relu(trace, function, input, inplace, float(max_val))
+
+
+def record_hardtanh_in_place(trace, function, input, min_val=-1.0, max_val=1.0):
+    return record_hardtanh(trace, function, input, min_val, max_val, inplace=True)
+
+
+def record_clamp(trace, function, input, min=None, max=None):
+    check_clamp(trace, function, min, max)
+    return record_relu(trace, function, input, ceiling=None if max is None else float(max))
+
+
+def record_clamp_in_place(trace, function, input, min=None, max=None):
+    check_clamp(trace, function, min, max)
+    return record_relu_in_place(trace, function, input, None if max is None else float(max))
+
+
+def check_clamp(trace, function, least, most):
+    """Refuse every clamp that is not a ReLU, with a ceiling or without."""
+    numbers = [value for value in (least, most) if value is not None]
+    if any(isinstance(value, torch.Tensor) for value in numbers) or least != 0 or (most is not None and most <= 0):
+        trace.refuse(function, "only a lower bound of 0 and an upper one above it, a relu or relu6, are supported")
+
+
+def record_avg_pool2d(
+    trace,
+    function,
+    input,
+    kernel_size,
+    stride=None,
+    padding=0,
+    ceil_mode=False,
+    count_include_pad=True,
+    divisor_override=None,
+):
+    if ceil_mode or divisor_override is not None or (not count_include_pad and as_pair(padding) != (0, 0)):
+        trace.refuse(function, "only ceil_mode=False, count_include_pad=True, divisor_override=None are supported")
+    output = function(input, kernel_size, stride, padding)
+    op = SpikeAvgPool2d(input.shape[1], as_pair(kernel_size), as_pair(stride or kernel_size), as_pair(padding))
+    return trace.record("avg_pool", op, [input], output)
+
+
+def as_pair(value):
+    """A kernel size, stride or padding as two numbers."""
+    values = (value, value) if isinstance(value, int) else tuple(value)
+    return values * 2 if len(values) == 1 else values
+
+
+def record_adaptive_avg_pool2d(trace, function, input, output_size):
+    window = tuple(input.shape[-2:])
+    sizes = tuple(extent if size is None else size for size, extent in zip(as_pair(output_size), window))
+    if any(extent % size for size, extent in zip(sizes, window)):
+        trace.refuse(function)
+    output = function(input, output_size)
+    kernel = tuple(extent // size for size, extent in zip(sizes, window))
+    if kernel == (1, 1):
+        trace.remember(output, trace.node_of(input))
+        return output
+    return trace.record("avg_pool", SpikeAvgPool2d(input.shape[1], kernel, kernel), [input], output)
+
+
+def record_max_pool2d(
+    trace, function, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
+):  # with indices it is another function, which is refused
+    sizes = as_pair(kernel_size), as_pair(stride or kernel_size), as_pair(padding), as_pair(dilation)
+    op = SpikeMaxPool2d(*sizes, ceil_mode)
+    return trace.record("max_pool", op, [input], op.pool(input))
+
+
+def record_pad(trace, function, input, pad, mode="constant", value=None):
+    if mode != "constant" or value not in (None, 0):
+        trace.refuse(function, "only zeros are supported, mode='constant' with value 0")
+    pads = [*pad, 0, 0, 0, 0]
+    if input.dim() != 4 or any(pads[4:]):
+        trace.refuse(function, "only height and width of [B, C, H, W] can be padded")
+    return trace.record("pad", SpikePad(pads[:4]), [input], function(input, pad))
+
+
+def record_mean(trace, function, input, dim=None, keepdim=False, *, dtype=None):
+    dims = sorted(d % input.dim() for d in ([dim] if isinstance(dim, int) else dim or []))
+    if dims != [2, 3] or input.dim() != 4 or dtype is not None:
+        trace.refuse(function, "only the mean over height and width, x.mean([2, 3]), is supported")
+    pooled = record_adaptive_avg_pool2d(trace, function=F.adaptive_avg_pool2d, input=input, output_size=1)
+    return pooled if keepdim else record_view(trace, torch.Tensor.view, pooled, input.shape[:2])
+
+
+def record_add(trace, function, input, other, *, alpha=1):
+    if is_zero(other):  # what sum(...) starts with
+        return record_nothing(trace, torch.Tensor.clone, input)
+    check_add(trace, function, input, other, alpha)
+    return trace.record("add", SpikeAdd(), [input, other], torch.add(input, other))
+
+
+def record_add_in_place(trace, function, input, other, *, alpha=1):
+    check_add(trace, function, input, other, alpha)
+    return trace.record_in_place("add", SpikeAdd(), [input, other], input.add_(other))
+
+
+def is_zero(value):
+    """Whether an operand is the plain number 0."""
+    return isinstance(value, (int, float)) and value == 0
+
+
+def check_add(trace, function, input, other, alpha):
+    """Refuse what is not a plain sum of two activations of one shape."""
+    if not trace.is_traced(input) or not trace.is_traced(other):
+        trace.refuse(function, "adding a constant is not supported, move it into the bias of the layer before")
+    if alpha != 1:
+        trace.refuse(function, "only alpha=1 is supported, move the factor into the weights before it")
+    if input.shape != other.shape:
+        trace.refuse(function, f"the shapes {list(input.shape)} and {list(other.shape)} differ")
+
+
+def record_cat(trace, function, tensors, dim=0, **names):
+    dim = names.get("axis", dim) % tensors[0].dim()
+    if dim == 0:
+        trace.refuse(function, "the batch dimension cannot be concatenated, use dim=1")
+    return trace.record("concat", ConcatOp(dim), list(tensors), torch.cat(tensors, dim))
+
+
+def record_view(trace, function, input, *shape, **names):
+    output = function(input, *shape, **names)
+    if output.dtype != input.dtype or output.shape[:1] != input.shape[:1]:
+        trace.refuse(
+            function, f"the first dimension must stay the batch, as in x.view(x.size(0), -1), not {list(shape)}"
+        )
+    return trace.record("view", ViewOp(output.shape[1:]), [input], output)
+
+
+def record_softmax(trace, function, input, dim=None, _stacklevel=3, dtype=None):
+    dim = (1 if dim is None else dim) % input.dim()
+    if dim == 0 or dtype is not None:
+        trace.refuse(function, "only softmax over the classes, dim=1, in the input's own type is supported")
+    op = SoftmaxOp(dim, log="log_softmax" in resolve_name(function))
+    return trace.record("softmax", op, [input], op(input))
+
+
+def record_dropout(trace, function, input, p=0.5, training=False, inplace=False):
+    if training:
+        trace.refuse(function, "dropout must be off in eval mode, pass training=self.training")
+    return input
+
+
+def record_nothing(trace, function, input, *args, **kwargs):
+    """The same values: the result is another name of the input's node."""
+    output = function(input, *args, **kwargs)
+    if output.dtype != input.dtype:
+        trace.refuse(function, f"the type must stay {input.dtype}")
+    trace.remember(output, trace.node_of(input))
+    return output
+
+
+RELU_FUNCTIONS = (torch.relu, torch.Tensor.relu)
+RELU_IN_PLACE_FUNCTIONS = (F.relu_, torch.relu_, torch.Tensor.relu_)
+VIEW_FUNCTIONS = (
+    torch.Tensor.view,
+    torch.Tensor.reshape,
+    torch.reshape,
+    torch.flatten,
+    torch.Tensor.flatten,
+    torch.squeeze,
+    torch.Tensor.squeeze,
+    torch.unsqueeze,
+    torch.Tensor.unsqueeze,
+)
+CLAMP_FUNCTIONS = (torch.clamp, torch.Tensor.clamp, torch.Tensor.clamp_min, torch.clamp_min)
+CLAMP_IN_PLACE_FUNCTIONS = (torch.clamp_, torch.Tensor.clamp_, torch.clamp_min_, torch.Tensor.clamp_min_)
+ADD_FUNCTIONS = (torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__)
+ADD_IN_PLACE_FUNCTIONS = (torch.Tensor.add_, torch.Tensor.__iadd__)
+DROPOUT_FUNCTIONS = (
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    F.alpha_dropout,
+    F.feature_alpha_dropout,
+    torch.dropout,
+)
+SAME_VALUE_FUNCTIONS = (
+    torch.Tensor.contiguous,
+    torch.Tensor.clone,
+    torch.clone,
+    torch.Tensor.detach,
+    torch.Tensor.float,
+    torch.Tensor.to,
+)
+
+RECORDING_FUNCTIONS = {
+    record_conv2d: (F.conv2d,),
+    record_conv_transpose2d: (F.conv_transpose2d,),
+    record_linear: (F.linear,),
+    record_batch_norm: (F.batch_norm,),
+    record_relu6: (F.relu6,),
+    record_hardtanh: (F.hardtanh,),
+    record_hardtanh_in_place: (F.hardtanh_,),
+    record_functional_relu: (F.relu,),
+    record_relu: RELU_FUNCTIONS,
+    record_relu_in_place: RELU_IN_PLACE_FUNCTIONS,
+    record_clamp: CLAMP_FUNCTIONS,
+    record_clamp_in_place: CLAMP_IN_PLACE_FUNCTIONS,
+    record_avg_pool2d: (F.avg_pool2d,),
+    record_adaptive_avg_pool2d: (F.adaptive_avg_pool2d,),
+    record_max_pool2d: (F.max_pool2d, torch.max_pool2d),
+    record_pad: (F.pad,),
+    record_mean: (torch.mean, torch.Tensor.mean),
+    record_add: ADD_FUNCTIONS,
+    record_add_in_place: ADD_IN_PLACE_FUNCTIONS,
+    record_cat: (torch.cat, torch.concat, torch.concatenate),
+    record_view: VIEW_FUNCTIONS,
+    record_softmax: (
+        F.softmax,
+        F.log_softmax,
+        torch.softmax,
+        torch.log_softmax,
+        torch.Tensor.softmax,
+        torch.Tensor.log_softmax,
+    ),
+    record_dropout: DROPOUT_FUNCTIONS,
+    record_nothing: SAME_VALUE_FUNCTIONS,
+}
+
+# name -> (the torch function, the function that runs and records it)
+wrapped_functions = {
+    resolve_name(function) or function.__name__: (function, recorder)
+    for recorder, functions in RECORDING_FUNCTIONS.items()
+    for function in functions
+}
+
+# questions about a tensor whose answers do not depend on its values
+SHAPE_QUESTIONS = {
+    torch.Tensor.size,
+    torch.Tensor.dim,
+    torch.Tensor.ndimension,
+    torch.Tensor.numel,
+    torch.Tensor.stride,
+    torch.Tensor.__len__,
+    torch.Tensor.is_contiguous,
+    torch.Tensor.is_floating_point,
+    torch.is_floating_point,
+    *(
+        getattr(torch.Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad", "layout", "is_leaf", "grad_fn")
+    ),
+}

@@ -1,0 +1,243 @@
+"""Rewrites of a traced network into one that computes the same and can spike.
+
+    fold_batch_norms     conv, BatchNorm -> one convolution (SpikeConvBN); BatchNorm, conv -> one convolution
+    pool_behind_relus    max pooling, ReLU -> ReLU, max pooling: then it is spikes that are pooled
+    split_signs          a convolution that reads values which may be negative reads relu(x) and relu(-x) instead
+
+Each changes the SpikeDAGModule it is given.
+"""
+
+import copy
+
+import torch
+from torch import nn
+
+from spike_dag import SpikeDAGModule
+from spike_layers import (
+    ConcatOp,
+    SignedReLU,
+    SpikeAdd,
+    SpikeAvgPool2d,
+    SpikeBatchNorm,
+    SpikeConv2d,
+    SpikeConvBN,
+    SpikeConvTranspose2d,
+    SpikeLinear,
+    SpikeMaxPool2d,
+    SpikePad,
+    SpikeReLU,
+    ViewOp,
+    WeightedLayer,
+)
+
+SIGNED_CHOICES = ("pair",)
+
+
+def prepare_conversion(dag, maxpool=None, signed=None):
+    """A copy of `dag` that computes the same, with max pooling behind ReLUs and in the mode `maxpool`.
+
+    maxpool: "gate" or "or" (`SpikeMaxPool2d`). signed: "pair" splits what lacks a ReLU (`split_signs`); None leaves it,
+    to be refused by `plan_conversion`. Raises ValueError for other choices.
+    """
+    if maxpool is not None and maxpool not in SpikeMaxPool2d.modes:
+        raise ValueError(f"unknown max pooling '{maxpool}', use one of {', '.join(SpikeMaxPool2d.modes)}")
+    if signed is not None and signed not in SIGNED_CHOICES:
+        raise ValueError(f"unknown choice '{signed}' for signed values, use {', '.join(SIGNED_CHOICES)}")
+    dag = copy.deepcopy(dag)
+    pool_behind_relus(dag)
+    if signed == "pair":
+        split_signs(dag)
+    for entry in dag.ops.values():
+        if isinstance(entry["op"], SpikeMaxPool2d) and maxpool is not None:
+            entry["op"].mode = maxpool
+    return dag
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The graph
+
+
+def readers(dag, node):
+    """Names of the ops that read a node, once per reading."""
+    return [name for name, entry in dag.ops.items() for read in entry["in_nodes"] if read == node]
+
+
+def writer(dag, node):
+    """Name of the op that writes a node, None for an input."""
+    return next((name for name, entry in dag.ops.items() if node in entry["out_nodes"]), None)
+
+
+def only_reader(dag, node):
+    """Name of the one op that reads a node, None where there are more, or the node is an output."""
+    names = readers(dag, node)
+    return names[0] if len(names) == 1 and node not in dag.outputs_nodes else None
+
+
+def read_instead(dag, old, new):
+    """Make every reader of node `old`, and the outputs, read `new`."""
+    for entry in dag.ops.values():
+        entry["in_nodes"] = tuple(new if node == old else node for node in entry["in_nodes"])
+    dag.outputs_nodes = tuple(new if node == old else node for node in dag.outputs_nodes)
+
+
+def remove_op(dag, name):
+    """Take out an op with one input; its readers read that input."""
+    entry = dag.ops[name]
+    read_instead(dag, entry["out_nodes"][0], entry["in_nodes"][0])
+    del dag.ops[name], dag.nodes[entry["out_nodes"][0]]
+    delattr(dag, name)
+
+
+def replace_op(dag, name, op):
+    """Put another layer in the place of an op."""
+    dag.ops[name]["op"] = op
+    setattr(dag, name, op)
+
+
+def insert_after(dag, node, op_type, op):
+    """A new op that reads `node`, placed right behind its writer; returns the op's output node."""
+    taken, count = set(dag.ops), 1
+    while f"{op_type}{count}" in taken:
+        count += 1
+    name, out = f"{op_type}{count}", f"{op_type}{count}_out1"
+    before = writer(dag, node)
+    path = dag.ops[before]["path"] if before else ""
+    dag.add_op(name, op, [node], [out], path)
+    position = list(dag.ops).index(before) + 1 if before else 0
+    for later in list(dag.ops)[position:-1]:
+        dag.ops.move_to_end(later)
+    return out
+
+
+def is_trained(op):
+    """Whether an op is a convolution or linear layer, not a pooling."""
+    return isinstance(op, WeightedLayer) and not isinstance(op, SpikeAvgPool2d)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# BatchNorm
+
+
+@torch.no_grad()
+def fold_batch_norms(dag: SpikeDAGModule):
+    """Fold each BatchNorm into the layer before it, or into the one behind it where that is exact.
+
+    Before it: a convolution, transposed convolution or linear layer that nothing else reads; a convolution becomes a
+    SpikeConvBN. Behind it: a linear layer or a convolution without padding that reads nothing else. Any other
+    BatchNorm stays a SpikeBatchNorm. The network's function in eval mode stays the same.
+    """
+    for name in [name for name, entry in dag.ops.items() if isinstance(entry["op"], SpikeBatchNorm)]:
+        fold_into_layer_before(dag, name) or fold_into_layer_behind(dag, name)
+
+
+def fold_into_layer_before(dag, name):
+    """Whether the BatchNorm `name` could be folded into the layer that it reads."""
+    norm, (node,) = dag.ops[name]["op"], dag.ops[name]["in_nodes"]
+    before = writer(dag, node)
+    if before is None or not is_trained(dag.ops[before]["op"]) or only_reader(dag, node) is None:
+        return False
+    layer = dag.ops[before]["op"]
+    layer.scale_output(norm.weight, norm.bias)
+    if type(layer) is SpikeConv2d:
+        folded = SpikeConvBN(**layer.config())
+        folded.weight, folded.bias = layer.weight, layer.bias
+        replace_op(dag, before, folded.train(layer.training))
+    remove_op(dag, name)
+    return True
+
+
+def fold_into_layer_behind(dag, name):
+    """Whether the BatchNorm `name` could be folded into the layer that reads it."""
+    norm, (node,) = dag.ops[name]["op"], dag.ops[name]["out_nodes"]
+    behind = only_reader(dag, node)
+    layer = dag.ops[behind]["op"] if behind is not None else None
+    if type(layer) not in (SpikeConv2d, SpikeConvBN, SpikeLinear) or any(getattr(layer, "padding", ())):
+        return False
+    groups = getattr(layer, "groups", 1)
+    per_group = layer.weight.shape[1]
+    # the channels that each output channel reads, [C_out, C_in / groups]
+    factor = norm.weight.view(groups, per_group).repeat_interleave(len(layer.weight) // groups, 0)
+    shift = norm.bias.view(groups, per_group).repeat_interleave(len(layer.weight) // groups, 0)
+    spatial = [1] * (layer.weight.dim() - 2)
+    added = (layer.weight * shift.view(*shift.shape, *spatial)).flatten(1).sum(1)
+    layer.weight.mul_(factor.view(*factor.shape, *spatial))
+    layer.bias = nn.Parameter(added if layer.bias is None else layer.bias + added)
+    remove_op(dag, name)
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Max pooling
+
+
+def pool_behind_relus(dag):
+    """Swap every max pooling with the one ReLU that reads it: the maximum of the ReLUs is the ReLU of the maximum."""
+    pools = [name for name, entry in dag.ops.items() if isinstance(entry["op"], SpikeMaxPool2d)]
+    for name in reversed(pools):  # the one next to the ReLU first, so that it meets the one before
+        pool, (node,) = dag.ops[name]["op"], dag.ops[name]["out_nodes"]
+        behind = only_reader(dag, node)
+        if behind is not None and isinstance(dag.ops[behind]["op"], SpikeReLU):
+            rename_swapped(dag, name, behind, pool)
+
+
+def rename_swapped(dag, pool_name, relu_name, pool):
+    """The ReLU reads what the pooling read, and the pooling reads the ReLU; their readers stay the same."""
+    pool_entry, relu_entry = dag.ops[pool_name], dag.ops[relu_name]
+    (pooled,), (rectified,) = pool_entry["out_nodes"], relu_entry["out_nodes"]
+    relu_entry["in_nodes"] = pool_entry["in_nodes"]
+    read_instead(dag, rectified, pooled)
+    pool_entry["in_nodes"] = (rectified,)
+    order = list(dag.ops)
+    order.remove(relu_name)
+    order.insert(order.index(pool_name), relu_name)
+    for name in order:
+        dag.ops.move_to_end(name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signed values
+
+
+def split_signs(dag):
+    """Give every convolution or linear layer that reads values without a ReLU two channels for each of them.
+
+    relu(x) and relu(-x) spike where x alone could not: x = relu(x) - relu(-x), so the layer's weights W become W and -W
+    (as in the linear bottlenecks of MobileNetV2). What reads the value otherwise, an add say, is left as it is.
+    """
+    pairs = {}
+    for name in list(dag.ops):
+        layer, node = dag.ops[name]["op"], dag.ops[name]["in_nodes"][0]
+        if not is_trained(layer) or not may_be_negative(dag, node):
+            continue
+        if node not in pairs:
+            pairs[node] = insert_after(dag, node, "signed_relu", SignedReLU())
+        dag.ops[name]["in_nodes"] = (pairs[node],)
+        replace_op(dag, name, with_both_signs(layer))
+
+
+def may_be_negative(dag, node):
+    """Whether a node holds the output of a convolution or linear layer, with no ReLU behind it."""
+    name = writer(dag, node)
+    if name is None:
+        return False
+    entry = dag.ops[name]
+    if is_trained(entry["op"]):
+        return True
+    passes = (SpikeAdd, ConcatOp, ViewOp, SpikePad, SpikeBatchNorm, SpikeAvgPool2d)
+    return isinstance(entry["op"], passes) and any(may_be_negative(dag, read) for read in entry["in_nodes"])
+
+
+@torch.no_grad()
+def with_both_signs(layer):
+    """The layer that reads relu(x) and relu(-x), interleaved, where `layer` reads x."""
+    config = layer.config()
+    size = "in_features" if isinstance(layer, SpikeLinear) else "in_channels"
+    config[size] *= 2
+    wide = type(layer)(**config)
+    inputs = 0 if isinstance(layer, SpikeConvTranspose2d) else 1  # the dimension of the input channels
+    signs = torch.stack([layer.weight, -layer.weight], inputs + 1).flatten(inputs, inputs + 1)
+    wide.weight, wide.bias = nn.Parameter(signs), layer.bias
+    scale = layer.weight_scale
+    if scale is not None:
+        wide.set_weight_scale(scale.repeat_interleave(2, 0) if scale.dim() and inputs == 0 else scale)
+    return wide.train(layer.training)

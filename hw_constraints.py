@@ -1,0 +1,150 @@
+"""What a chip can hold, as data and checks on plain numbers; also a script that prints the table of a network:
+
+python3 hw_constraints.py example_net --weight_bitwidth 4
+"""
+
+import sys
+from dataclasses import dataclass
+
+from runtime.cli import OneLineParser, add_graph_flags, add_hardware_flags, run_script, whole_number
+
+LARGEST_BITWIDTH = 8
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """fan_in_bits: weight memory of one neuron, kernel height * width * in_channels (of a group) * weight bits."""
+
+    name: str
+    fan_in_bits: int
+
+    def largest_in_channels(self, kernel_size, bits):
+        """The most input channels (per group) of a k x k convolution: 28 for 3x3 at 4 bits on v1.0."""
+        return self.fan_in_bits // (kernel_size * kernel_size * bits)
+
+
+HARDWARE = {"v1.0": Hardware("v1.0", fan_in_bits=1024)}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer as the chip sees it. kernel_size: (height, width), (1, 1) for a linear layer. in_channels: per group.
+
+    role: "first" (reads the real-valued image), "hidden", "pool" (weights of one bit), or "last" (stays ANN).
+    has_relu: whether a ReLU, and so a neuron, stands behind it.
+    """
+
+    name: str
+    path: str
+    kernel_size: tuple
+    in_channels: int
+    role: str
+    has_relu: bool
+
+    @property
+    def fan_in(self):
+        """Synapses of one neuron."""
+        return self.kernel_size[0] * self.kernel_size[1] * self.in_channels
+
+    @property
+    def where(self):
+        """The layer as messages name it."""
+        return f"{self.name} ({self.path})" if self.path else self.name
+
+
+def layer_bits(layer, bits):
+    """The weight bits of a layer: those of the network, but for an average pooling, whose weights are ones."""
+    return 1 if layer.role == "pool" else bits
+
+
+def largest_bitwidth(layer, hardware):
+    """The largest weight bit width up to 8 that fits; 0 where not even 1 bit does."""
+    return min(hardware.fan_in_bits // layer.fan_in, LARGEST_BITWIDTH)
+
+
+def violation(layer, bits, hardware):
+    """What rule a layer breaks, in words, or "" where it fits.
+
+    The final layer is not converted, so no rule applies to it; the first layer is a convolution like the others.
+    """
+    if layer.role == "last":
+        return ""
+    if not layer.has_relu and layer.role != "pool":
+        return "no ReLU behind it"
+    used = layer.fan_in * layer_bits(layer, bits)
+    return f"{used} fan-in bits, over {hardware.fan_in_bits}" if used > hardware.fan_in_bits else ""
+
+
+def violations(layers, bits, hardware):
+    """(layer, what it breaks) of every layer that breaks a rule."""
+    found = [(layer, violation(layer, bits, hardware)) for layer in layers]
+    return [(layer, broken) for layer, broken in found if broken]
+
+
+def hardware_table(layers, bits, hardware):
+    """Rows: what each layer has, the limit, and the largest bit width that fits."""
+    rows = [("layer", "module path", "role", "kernel", "in_channels", "bits", "fan-in bits", "limit", "fits up to", "")]
+    for layer in layers:
+        kernel = "{}x{}".format(*layer.kernel_size)
+        first = (layer.name, layer.path, layer.role, kernel, layer.in_channels)
+        if layer.role == "last":
+            rows.append((*first, "-", "-", "-", "-", "stays ANN"))
+            continue
+        width = layer_bits(layer, bits)
+        fits = largest_bitwidth(layer, hardware)
+        verdict = violation(layer, bits, hardware) or "ok"
+        fits_up_to = f"{fits} bits" if fits else "nothing"
+        rows.append((*first, width, layer.fan_in * width, hardware.fan_in_bits, fits_up_to, verdict))
+    return rows
+
+
+def check_hardware(layers, bits, hardware):
+    """Raise ValueError that names the first layer over a limit of the chip, and what would fit."""
+    for layer, broken in violations(layers, bits, hardware):
+        fits = largest_bitwidth(layer, hardware)
+        advice = f"at most {fits} bits fit" if fits else "make its kernel or channels smaller, or use groups"
+        advice = "add one" if not layer.has_relu and layer.role != "pool" else advice
+        raise ValueError(f"Hardware {hardware.name}: {layer.where} has {broken}: {advice}")
+
+
+def parse_args(argv=None):
+    parser = OneLineParser(description="Check a network against the limits of a chip.")
+    parser.add_argument("net_name", help="network name to check")
+    parser.add_argument(
+        "--in_channels", type=whole_number(1), default=None, help="channels of the images (1 or what the net takes)"
+    )
+    parser.add_argument("--num_classes", type=whole_number(1), default=10, help="classes (%(default)s)")
+    add_hardware_flags(parser, default="v1.0")
+    add_graph_flags(parser)
+    return parser.parse_args(argv)
+
+
+def default_channels(net_name):
+    """Colour images for torchvision's networks, grey ones for others, which may change it."""
+    from build_network import TORCHVISION
+
+    return 3 if net_name.startswith(TORCHVISION) else 1
+
+
+def main(args):
+    import torch
+
+    from ann_parser import parse_ann_model
+    from build_network import get_net_by_name, input_size
+    from dag_rewrites import prepare_conversion
+    from snn_weight_setter import hardware_layers
+    from spike_dag import format_table
+
+    size = input_size(args.net_name)
+    net = get_net_by_name(args.net_name, args.in_channels or default_channels(args.net_name), args.num_classes)
+    channels = args.in_channels or next(p.shape[1] for p in net.parameters() if p.dim() == 4)
+    dag = parse_ann_model(net, (torch.zeros(1, channels, size, size),))
+    dag = prepare_conversion(dag, args.maxpool, args.signed)
+    hardware, layers = HARDWARE[args.hardware], hardware_layers(dag, args.ann_layers)
+    print(format_table(hardware_table(layers, args.weight_bitwidth, hardware)))
+    sys.stdout.flush()
+    check_hardware(layers, args.weight_bitwidth, hardware)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())
