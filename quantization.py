@@ -1,0 +1,265 @@
+"""Symmetric quantisation of weights to 1..8 bits, and finetuning with full-precision shadow weights.
+
+    qnet = quantize_finetune(raw_net, train_loader, criterion, device, args)
+
+Every weight of qnet is `quantized_w / scale`: integers times one factor a layer, rescaled back.
+"""
+
+import copy
+import math
+
+import torch
+from tqdm import tqdm
+
+from spike_dag import SpikeDAGModule
+from spike_layers import SpikeAvgPool2d, SpikeLinear, SpikeReLU, ViewOp, WeightedLayer
+
+FLOAT_BITS = 32
+NEXT_TO_NOTHING = 1e-30  # weights that are all smaller count as zeros; 1 over their scale could overflow
+
+
+def check_bitwidth(bits):
+    """Raise ValueError unless `bits` is a weight bit width: 1 to 8, or 32 for float weights."""
+    if bits not in range(1, 9) and bits != FLOAT_BITS:
+        raise ValueError(f"weight bit width {bits}: use 1 to 8, or {FLOAT_BITS} for float weights")
+
+
+def largest_integer(bits):
+    """The largest |W_q| at a bit width: 2^(b-1) - 1, and 1 at 1 bit."""
+    return max(2 ** (bits - 1) - 1, 1)
+
+
+def quantize(weight, bits, per_channel=False):
+    """`W_q, s_w`, float tensors with W ~ W_q / s_w: the integer weights and their scale.
+
+    weight: [C_out, ...]. s_w is a scalar, or [C_out, 1, ...] with `per_channel`. From 2 bits on s_w maps a share of the
+    largest |W| to 2^(b-1) - 1 and cuts off what lies above, the share with the least squared error; at 1 bit W_q is -1
+    or +1 and 1 / s_w the mean |W| (Rastegari et al., XNOR-Net, ECCV 2016). At 32 bits W_q is W itself. Quantising
+    W_q / s_w again gives the same W_q. Raises ValueError for other bit widths.
+    """
+    check_bitwidth(bits)
+    over = tuple(range(1, weight.dim())) if per_channel else tuple(range(weight.dim()))
+    magnitude, largest = weight.abs(), largest_integer(bits)
+    if bits == FLOAT_BITS:
+        scale = torch.ones_like(magnitude.amax(over, keepdim=per_channel))
+    elif bits == 1:
+        mean = magnitude.mean(over, keepdim=per_channel)
+        scale = torch.where(mean > NEXT_TO_NOTHING, 1 / mean, 1.0)
+    else:
+        scale = largest / least_error_clip(magnitude, largest, per_channel)
+    return round_to_integers(weight, scale, bits), scale
+
+
+def quantize_layer(layer, weight, bits, per_channel=False):
+    """`W_q, s_w` of a layer's weight, as `quantize`; with `per_channel` s_w is broadcastable to the weight."""
+    _, scale = quantize(layer.rows(weight), bits, per_channel)
+    scale = layer.weight_view(scale.flatten()) if per_channel else scale
+    return round_to_integers(weight, scale, bits), scale
+
+
+def round_to_integers(weight, scale, bits):
+    """W_q for a given s_w: within 2^(b-1) - 1 on both sides, -1 or +1 at 1 bit, W itself at 32 bits."""
+    if bits == FLOAT_BITS:
+        return weight.clone()
+    if bits == 1:
+        return torch.where(weight < 0, -1.0, 1.0).to(weight.dtype)
+    return (weight * scale).round().clamp(-largest_integer(bits), largest_integer(bits))
+
+
+def least_error_clip(magnitude, largest, per_channel):
+    """The |W| that the largest integer stands for, chosen among 33 shares of the maximum by squared error.
+
+    Judged on at most 16,384 weights of the layer (or of each channel); a layer of zeros gets 1.
+    """
+    rows = magnitude.flatten(1) if per_channel else magnitude.reshape(1, -1)  # [rows, N]
+    maximum = rows.amax(1, keepdim=True)  # [rows, 1]
+    maximum = torch.where(maximum > NEXT_TO_NOTHING, maximum, 1.0)
+    sample = rows[:, :: sampling_stride(rows.shape[1], 16_384, rows.shape[1])]
+    least_error, best = torch.full_like(maximum, torch.inf), maximum
+    for share in torch.linspace(1, 0.2, 33).tolist():
+        step = maximum * (share / largest)
+        error = ((sample / step).round().clamp_max(largest) * step - sample).square().sum(1, keepdim=True)
+        best = torch.where(error < least_error, maximum * share, best)
+        least_error = torch.minimum(error, least_error)
+    return best.view(-1, *[1] * (magnitude.dim() - 1)) if per_channel else best.squeeze()
+
+
+def sampling_stride(size, most, period):
+    """The least stride that leaves at most `most` of `size` elements and has no factor in common with `period`.
+
+    A stride of 9 would meet the same tap of every 3x3 kernel, one of 32 the same column of every map 32 wide.
+    """
+    stride = -(-size // most)
+    while math.gcd(stride, period) > 1:
+        stride += 1
+    return stride
+
+
+@torch.no_grad()
+def equalize_channels(dag):
+    """A copy of `dag` that computes the same, with equally large weights in all output channels of a layer.
+
+    A ReLU and an average pooling let a factor per channel pass, so each channel is divided by its largest |W| (over
+    the layer's mean) and the next layer's inputs multiplied by it. One scale per layer then serves all channels
+    (weight equalisation; Nagel et al., Data-Free Quantization, ICCV 2019). Layers whose output is added,
+    concatenated or read twice stay as they are.
+    """
+    dag = copy.deepcopy(dag)
+    for name, layer in dag.weighted_layers().items():
+        reader = next_weighted_layer(dag, name)
+        if reader is None:
+            continue
+        largest = layer.rows(layer.weight).abs().amax(1)  # [C]
+        factor = torch.where(largest > 0, largest / largest.mean(), 1.0)
+        layer.scale_output(1 / factor)
+        inputs = reader.in_features if isinstance(reader, SpikeLinear) else reader.in_channels
+        per_input = factor.repeat_interleave(inputs // len(factor))  # a view spreads channels
+        reader.weight.mul_(reader.input_view(per_input))
+    return dag
+
+
+def next_weighted_layer(dag, name):
+    """The one dense layer that reads op `name` through ReLUs, average poolings and views, or None."""
+    (node,) = dag.ops[name]["out_nodes"]
+    while True:
+        readers = [entry["op"] for entry in dag.ops.values() for read in entry["in_nodes"] if read == node]
+        if len(readers) != 1 or node in dag.outputs_nodes:
+            return None
+        (op,) = readers
+        if isinstance(op, WeightedLayer) and op.weight.requires_grad:
+            return op if getattr(op, "groups", 1) == 1 else None
+        if not isinstance(op, (SpikeReLU, SpikeAvgPool2d, ViewOp)) or getattr(op, "ceiling", None) is not None:
+            return None
+        (node,) = next(entry["out_nodes"] for entry in dag.ops.values() if entry["op"] is op)
+
+
+class QuantSGD(torch.optim.SGD):
+    """torch.optim.SGD that moves `weight.weight_back`, in full precision, by the gradient of the quantised weight.
+
+    Parameters without `weight_back` are treated as torch.optim.SGD treats them. The quantised weights are made anew
+    by `quantize_layers` after the step (straight-through estimator; Courbariaux et al., BinaryConnect, NeurIPS 2015).
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        shadowed = [p for group in self.param_groups for p in group["params"] if hasattr(p, "weight_back")]
+        for p in shadowed:
+            p.copy_(p.weight_back)
+        super().step()
+        for p in shadowed:
+            p.weight_back.copy_(p)
+        return loss
+
+
+def init_quantize_net(net, bits, per_channel=False):
+    """Give every weight of the convolutions and linear layers its shadow `weight.weight_back`, and quantise it."""
+    for name, layer in net.weighted_layers().items():
+        if not torch.isfinite(layer.weight).all():
+            raise ValueError(f"{net.where(name)} has NaN or infinite weights, train the network again")
+        layer.weight.weight_back = layer.weight.detach().clone()
+    choose_scales(net, bits, per_channel)
+    quantize_layers(net, bits)
+
+
+@torch.no_grad()
+def choose_scales(net, bits, per_channel=False):
+    """Set `layer.weight_scale`, s_w, from the shadow weights; it then stays for an epoch, so that training settles."""
+    for layer in net.weighted_layers().values():
+        layer.set_weight_scale(quantize_layer(layer, layer.weight.weight_back, bits, per_channel)[1])
+
+
+@torch.no_grad()
+def quantize_layers(net, bits):
+    """Set every weight to its shadow, quantised: `quantized_w / scale`."""
+    for layer in net.weighted_layers().values():
+        layer.weight.copy_(round_to_integers(layer.weight.weight_back, layer.weight_scale, bits) / layer.weight_scale)
+
+
+def dampen(net, strength):
+    """Add `strength` times the way from each quantised weight to its shadow to the gradient.
+
+    It pulls the shadows to the middle of their rounding interval; without it they gather at its edges, and the integers
+    flip at every step up to the last (Nagel et al., Overcoming Oscillations in Quantization-Aware Training, ICML 2022).
+    """
+    layers = (layer for layer in net.weighted_layers().values() if layer.weight.grad is not None)
+    for layer in layers:
+        layer.weight.grad.add_(layer.weight.weight_back - layer.weight.detach(), alpha=strength)
+
+
+def quantize_train(net, train_loader, criterion, optimizer, device, bits, damping=0.0, name="finetune"):
+    """One epoch on the quantised weights; the mean loss per sample. Raises ValueError where it is not finite."""
+    net.train()
+    total, samples = torch.zeros((), device=device), 0
+    for inputs, targets in tqdm(train_loader, name, leave=False, delay=1):
+        inputs, targets = inputs.to(device, memory_format=memory_format(inputs)), targets.to(device)
+        optimizer.zero_grad()
+        loss = criterion(net(inputs), targets)
+        loss.backward()
+        dampen(net, damping)
+        optimizer.step()
+        quantize_layers(net, bits)
+        total += loss.detach() * len(targets)
+        samples += len(targets)
+    mean = total.item() / max(samples, 1)
+    if not (mean < float("inf") and all(torch.isfinite(p).all() for p in net.parameters())):
+        raise ValueError(
+            f"finetuning diverged in {name} (loss {mean}), lower --finetune_lr, or --finetune_wd and --finetune_damping"
+        )
+    return mean
+
+
+def memory_format(inputs):
+    """Channels last where there are channels: the convolutions are faster on it."""
+    return torch.channels_last if inputs.dim() == 4 else torch.preserve_format
+
+
+def quantize_finetune(net, train_loader, criterion, device, args):
+    """A quantised and finetuned copy of `net`, as a SpikeDAGModule.
+
+    A plain nn.Module is parsed first, on one image of `train_loader`. Of `args` it needs finetune_lr, finetune_epochs,
+    finetune_wd, finetune_momentum and weight_bitwidth; finetune_nesterov (False), finetune_damping (0.1, reached by
+    the last epoch) and weight_granularity ("layer" or "channel") have defaults. The learning rate falls to a tenth at
+    50 % and at 75 % of the epochs; with no epochs the weights are only quantised. Raises ValueError for NaN weights,
+    another bit width, or a loss that diverges.
+    """
+    bits, per_channel = args.weight_bitwidth, getattr(args, "weight_granularity", "layer") == "channel"
+    check_bitwidth(bits)
+    qnet = as_dag(net, train_loader).to(device, memory_format=torch.channels_last)
+    init_quantize_net(qnet, bits, per_channel)
+    if not args.finetune_epochs:
+        return qnet
+    optimizer = QuantSGD(
+        [p for p in qnet.parameters() if p.requires_grad],
+        args.finetune_lr,
+        args.finetune_momentum,
+        weight_decay=args.finetune_wd,
+        nesterov=getattr(args, "finetune_nesterov", False),
+    )
+    epochs, largest_damping = args.finetune_epochs, getattr(args, "finetune_damping", 0.1)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, sorted({epochs // 2, epochs * 3 // 4} - {0}), gamma=0.1)
+    with tqdm(range(1, epochs + 1), "finetune") as bar:
+        for epoch in bar:
+            if epoch <= epochs // 2:  # afterwards, at smaller learning rates, the integers settle on fixed scales
+                choose_scales(qnet, bits, per_channel)
+                quantize_layers(qnet, bits)
+            damping = largest_damping * epoch / epochs
+            name = f"finetune epoch {epoch}"
+            loss = quantize_train(qnet, train_loader, criterion, optimizer, device, bits, damping, name)
+            schedule.step()
+            bar.set_postfix(loss=f"{loss:.4f}")
+    return qnet
+
+
+def as_dag(net, loader):
+    """A copy of `net` as a SpikeDAGModule; a plain module is traced on one image of `loader`."""
+    if isinstance(net, SpikeDAGModule):
+        return copy.deepcopy(net)
+    from ann_parser import parse_ann_model  # a layer above this one
+
+    device = next((p.device for p in net.parameters()), torch.device("cpu"))
+    inputs = next(iter(loader))[0][:1].to(device)
+    return parse_ann_model(net, (inputs,))

@@ -1,0 +1,911 @@
+"""From a quantised ANN to a spiking network: integer weights, thresholds and scales.
+
+    snn = trans_ann2snn_weight(qnet, train_val_loader, device, timesteps, weight_bitwidth)
+
+1. `plan_conversion` decides which ops work on spikes, which on currents, which stay ANN, and where neurons stand.
+2. `pool_activations` runs calibration images and pools the inputs and outputs of every layer.
+3. `SpikeSetter` walks the graph once: unit, integer weights and biases, Vthr and scale of every neuron.
+4. `spike_correction.correct_spikes` shifts biases and initial potentials until the mean rates are the ANN's.
+
+Units: a spike train with scale lambda stands for the activation lambda * mean_t(spike); one unit of membrane
+potential stands for `unit` activation. A layer with integer weights W_q = W * s_w reads spikes of scale lambda_in in
+the unit lambda_in / s_w, so a neuron that shall reach lambda_out at a spike every step has the threshold
+Vthr = lambda_out / unit = lambda_out * s_w / lambda_in.
+"""
+
+import copy
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from tqdm import tqdm
+
+from dag_rewrites import is_trained, prepare_conversion, writer
+from hw_constraints import Layer
+from quantization import (
+    FLOAT_BITS,
+    check_bitwidth,
+    largest_integer,
+    quantize_layer,
+    round_to_integers,
+    sampling_stride,
+)
+from spike_correction import correct_spikes
+from spike_layers import (
+    RESET_MODES,
+    ConcatOp,
+    IFNeuron,
+    SignedReLU,
+    SoftmaxOp,
+    SpikeAdd,
+    SpikeAvgPool2d,
+    SpikeBatchNorm,
+    SpikeMaxPool2d,
+    SpikePad,
+    SpikeReLU,
+    ViewOp,
+    WeightedLayer,
+    concat_scales,
+)
+
+MOST_SAMPLES = 1_000_000  # pooled elements a layer
+
+# What the value of a node is in the converted network.
+ANALOG = "activations"  # of the image, of layers that stay ANN, and behind the last spiking layer
+CURRENT = "currents"  # what flows into a neuron
+SPIKES = "spikes"
+
+THRESHOLDS = ("quantile", "max", "mse")
+CORRECTIONS = ("potential", "bias", "none")
+LARGEST_INTEGER = 2**20  # of thresholds, biases and weights of branches: sums of them stay exact in float32
+SAME_LAMBDA = 1.02  # per-channel lambdas within this factor count as one, so that integer weights stay as they are
+
+
+def trans_ann2snn_weight(
+    qnet,
+    loader,
+    device,
+    timesteps,
+    weight_bitwidth,
+    *,
+    reset_mode="subtraction",
+    initial_potential=None,
+    listen=0,
+    threshold="quantile",
+    quantile=0.999,
+    correction="potential",
+    per_channel=False,
+    maxpool=None,
+    signed=None,
+    ann_layers=(),
+    calibration_samples=1000,
+):
+    """The spiking network of a quantised one; `qnet` is not changed.
+
+    loader: images without random augmentation, of which the first `calibration_samples` are used, without labels.
+    timesteps: T, steps per image. weight_bitwidth: 1 to 8, or 32 for float weights (thresholds then are floats too).
+    reset_mode: "subtraction" (u -= Vthr) or "zero" (u = 0). initial_potential: u before the first step as a share of
+    Vthr; default 0.5 for subtraction, which halves the expected error (Bu et al., Optimized Potential Initialization,
+    AAAI 2022), and 0 for zero. listen: d, steps of input that every layer integrates before its T firing steps; at
+    d = T no spike comes too early or too late, and with reset by subtraction the network equals its quantised ANN
+    exactly (a skip has to wait as long as the layers beside it). threshold: lambda_out of a layer is the `quantile` of
+    its activations ("quantile"; Rueckauer et al., Frontiers in Neuroscience 2017), their maximum ("max"), or the value
+    with the least squared error after T spikes ("mse", `least_error_scale`). correction: mean rates are corrected per
+    channel against the ANN by the initial "potential", by the "bias" with the rest in the potential, or not at all
+    ("none"; `correct_spikes`).
+    per_channel: the weights have a scale per output channel. maxpool: "gate" or "or" (`SpikeMaxPool2d`). signed: "pair"
+    splits values without a ReLU by sign (`split_signs`). ann_layers: layers that stay ANN, by op name or module path.
+
+    Raises ValueError for values out of range, for layers that cannot be converted (`plan_conversion`), and for NaN
+    weights or activations.
+    """
+    check_bitwidth(weight_bitwidth)
+    if timesteps < 1:
+        raise ValueError(f"timesteps {timesteps}: a spiking network needs at least 1")
+    if reset_mode not in RESET_MODES:
+        raise ValueError(f"unknown reset mode '{reset_mode}', use one of {', '.join(RESET_MODES)}")
+    if not 0 <= listen <= timesteps:
+        raise ValueError(f"listen {listen}: use 0 to {timesteps}, the timesteps")
+    if initial_potential is None:
+        initial_potential = 0.5 if reset_mode == "subtraction" else 0.0
+    if threshold not in THRESHOLDS:
+        raise ValueError(f"unknown threshold '{threshold}', use one of {', '.join(THRESHOLDS)}")
+    if correction not in CORRECTIONS:
+        raise ValueError(f"unknown correction '{correction}', use one of {', '.join(CORRECTIONS)}")
+    if not 0 < quantile <= 1:
+        raise ValueError(f"quantile {quantile}: use a share above 0, up to 1")
+    qnet = prepare_conversion(qnet, maxpool, signed).to(device).eval()
+    plan = plan_conversion(qnet, ann_layers)
+    snn = copy.deepcopy(qnet)
+
+    def choose_scale(values):
+        if threshold == "mse":
+            return least_error_scale(values, timesteps)
+        return positive_top(values, quantile if threshold == "quantile" else 1.0)
+
+    statistics = calibrate(snn, loader, device, calibration_samples, choose_scale)
+    shapes = node_shapes(snn, next(iter(loader))[0][:1].to(device))
+    setter = SpikeSetter(
+        snn, plan, statistics, shapes, timesteps, weight_bitwidth, per_channel, reset_mode, initial_potential
+    )
+    setter.convert()
+    snn.timesteps = timesteps
+    for neuron in snn.neurons().values():
+        neuron.listen = listen
+    if correction != "none":
+        correct_spikes(snn, qnet, loader, device, calibration_samples, with_bias=correction == "bias")
+    return snn
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. The plan
+
+
+@dataclass
+class Plan:
+    """kinds: node -> ANALOG, CURRENT or SPIKES. firing: names of the ops that get a neuron."""
+
+    kinds: dict
+    firing: list = field(default_factory=list)
+
+
+RELUS = (SpikeReLU, SignedReLU)
+# what flows into a neuron passes these on the way: each is a weighted sum
+LINEAR_OPS = (SpikeAdd, ConcatOp, ViewOp, SpikePad, SpikeBatchNorm, SpikeAvgPool2d)
+
+
+def plan_conversion(dag, ann_layers=()):
+    """Which values become currents and spikes, and which ops fire.
+
+    What stands before the first convolution or linear layer that feeds a ReLU, what stands behind the last neuron
+    (pooling, the final linear layer, softmax) and `ann_layers` (op names, module paths or their beginnings) stay ANN.
+    Raises ValueError for a convolution without a ReLU behind it, unless it is the network's last layer, for max pooling
+    whose mode is not chosen, and for what else cannot be expressed in spikes.
+    """
+    stays_ann = find_ann_layers(dag, ann_layers)
+    feeds_relu, leads_to_relu = look_ahead(dag, stays_ann)
+    needs_spikes = look_for_synapses(dag, stays_ann)
+    plan = Plan(dict.fromkeys(dag.inputs_nodes, ANALOG))
+    for name, entry in dag.ops.items():
+        op, (out,) = entry["op"], entry["out_nodes"]
+        inputs = [plan.kinds[node] for node in entry["in_nodes"]]
+        ahead = feeds_relu[out], leads_to_relu[out]
+        if name in stays_ann:
+            kind = plan_ann(dag, name, inputs)
+        elif is_trained(op):
+            kind = plan_weighted(dag, name, inputs[0], *ahead)
+        elif isinstance(op, SoftmaxOp):
+            kind = plan_softmax(dag, name, inputs, leads_to_relu[out])
+        elif isinstance(op, RELUS):
+            kind = SPIKES if inputs[0] == CURRENT else inputs[0]
+        elif isinstance(op, SpikeMaxPool2d):
+            kind = plan_max_pool(dag, name, inputs[0], leads_to_relu[out])
+        elif isinstance(op, SpikeBatchNorm):
+            kind = plan_batch_norm(dag, name, inputs[0], *ahead)
+        elif isinstance(op, SpikeAdd):
+            kind = plan_add(dag, name, inputs, *ahead, needs_spikes[out])
+        elif isinstance(op, ConcatOp):
+            kind = plan_concat(dag, name, inputs, *ahead)
+        elif isinstance(op, (SpikeAvgPool2d, SpikePad, ViewOp)):
+            kind = plan_pass(inputs[0], leads_to_relu[out])
+        else:
+            raise NotImplementedError(f"{dag.where(name)}: a {type(op).__name__} cannot be converted")
+        plan.kinds[out] = kind
+        if kind == SPIKES and fires(op, inputs):
+            plan.firing.append(name)
+    check_outputs(dag, plan)
+    if not plan.firing:
+        raise ValueError("the network has no convolution or linear layer with a ReLU behind it, nothing can spike")
+    return plan
+
+
+def fires(op, inputs):
+    """Whether a neuron stands at an op whose output is spikes."""
+    return CURRENT in inputs if isinstance(op, RELUS) else isinstance(op, (SpikeAvgPool2d, SpikeAdd))
+
+
+def find_ann_layers(dag, names):
+    """Names of the ops that `names` (op names, module paths or their beginnings) mean. Raises ValueError for others."""
+    found = set()
+    for wanted in names:
+        paths = {name: entry["path"] for name, entry in dag.ops.items()}
+        matches = {n for n, path in paths.items() if n == wanted or path == wanted or path.startswith(wanted + ".")}
+        if not matches:
+            known = ", ".join(sorted({path for path in paths.values() if path})[:10]) or ", ".join(list(paths)[:10])
+            raise ValueError(f"no layer {wanted} to leave as ANN, the network has {known}")
+        found |= matches
+    return found
+
+
+def look_ahead(dag, stays_ann=()):
+    """Two maps over nodes: whether the value reaches a neuron as a current, and whether any neuron lies behind it."""
+    feeds_relu, leads_to_relu = defaultdict(bool), defaultdict(bool)
+    for name, entry in reversed(dag.ops.items()):
+        (out,), spikes = entry["out_nodes"], name not in stays_ann
+        is_relu = spikes and isinstance(entry["op"], RELUS)
+        passes = spikes and isinstance(entry["op"], LINEAR_OPS)
+        for node in entry["in_nodes"]:
+            feeds_relu[node] |= is_relu or (passes and feeds_relu[out])
+            leads_to_relu[node] |= is_relu or leads_to_relu[out]
+    return feeds_relu, leads_to_relu
+
+
+def look_for_synapses(dag, stays_ann=()):
+    """A map over nodes: whether a convolution or linear layer reads the value, so that it has to be spikes."""
+    needs_spikes = defaultdict(bool)
+    for name, entry in reversed(dag.ops.items()):
+        (out,), op = entry["out_nodes"], entry["op"]
+        if name in stays_ann:
+            continue
+        for node in entry["in_nodes"]:
+            passes = isinstance(op, (*LINEAR_OPS, SpikeMaxPool2d))
+            needs_spikes[node] |= is_trained(op) or (passes and needs_spikes[out])
+    return needs_spikes
+
+
+def plan_ann(dag, name, inputs):
+    """A layer that stays ANN on request: it reads activations, decoded where it has to."""
+    if CURRENT in inputs:
+        raise ValueError(f"{dag.where(name)} cannot stay ANN alone, name the layer before it up to the ReLU too")
+    return ANALOG
+
+
+def plan_weighted(dag, name, input, feeds_relu, leads_to_relu):
+    """A convolution or linear layer: a current for a neuron, or the network's last layer, which stays ANN."""
+    where = dag.where(name)
+    if input == CURRENT:
+        raise ValueError(f"{where} has no ReLU before it: add one, or split what it reads by sign (--signed pair)")
+    if feeds_relu:
+        return CURRENT
+    if leads_to_relu or (weighted_behind(dag, name) and dag.ops[name]["op"].weight.dim() == 4):
+        raise ValueError(
+            f"{where} has no ReLU behind it: add one (only the network's last layer goes without), split its output by "
+            "sign (--signed pair), or leave it ANN (--ann_layers)"
+        )
+    return ANALOG
+
+
+def hardware_layers(dag, ann_layers=()):
+    """The layers of a network as `hw_constraints.Layer`, in order."""
+    stays_ann = find_ann_layers(dag, ann_layers)
+    feeds_relu, leads_to_relu = look_ahead(dag, stays_ann)
+    layers, from_image = [], set(dag.inputs_nodes)
+    for name, entry in dag.ops.items():
+        op, (out,) = entry["op"], entry["out_nodes"]
+        is_first = all(node in from_image for node in entry["in_nodes"])
+        if is_first and not isinstance(op, RELUS):
+            from_image.add(out)
+        if not isinstance(op, WeightedLayer):
+            continue
+        if name in stays_ann:
+            role = "last"
+        elif isinstance(op, SpikeAvgPool2d):
+            role = "pool" if leads_to_relu[out] else "last"
+        elif not feeds_relu[out] and not leads_to_relu[out] and not weighted_behind(dag, name):
+            role = "last"
+        else:
+            role = "first" if is_first else "hidden"
+        kernel_size = tuple(op.weight.shape[2:]) or (1, 1)
+        in_channels = len(op.rows(op.weight)[0]) // (kernel_size[0] * kernel_size[1])
+        layers.append(Layer(name, entry["path"], kernel_size, in_channels, role, feeds_relu[out]))
+    return layers
+
+
+def weighted_behind(dag, name):
+    """Whether a trained layer reads what op `name` sends, directly or through others."""
+    reached = set(dag.ops[name]["out_nodes"])
+    for entry in dag.ops.values():
+        if reached.isdisjoint(entry["in_nodes"]):
+            continue
+        if is_trained(entry["op"]):
+            return True
+        reached.update(entry["out_nodes"])
+    return False
+
+
+def plan_softmax(dag, name, inputs, leads_to_relu):
+    """Softmax stays ANN, behind the last layer."""
+    if leads_to_relu or CURRENT in inputs:
+        raise ValueError(f"{dag.where(name)}: softmax is supported behind the last layer only")
+    return ANALOG
+
+
+def plan_max_pool(dag, name, input, leads_to_relu):
+    """Max pooling of spikes in the chosen mode, or of activations."""
+    if input == CURRENT:
+        raise ValueError(f"{dag.where(name)} pools values that may be negative, put a ReLU before it, or next behind")
+    kind = plan_pass(input, leads_to_relu)
+    if kind == SPIKES and dag.ops[name]["op"].mode is None:
+        raise ValueError(
+            f"{dag.where(name)}: choose how spikes are max pooled, --maxpool gate (the largest count passes) or "
+            "--maxpool or (any spike passes), or use average pooling in the network"
+        )
+    return kind
+
+
+def plan_batch_norm(dag, name, input, feeds_relu, leads_to_relu):
+    """A BatchNorm that could not be folded: part of what flows into a neuron, or of what stays ANN."""
+    if input == ANALOG or (input == SPIKES and not leads_to_relu):
+        return ANALOG
+    if feeds_relu:
+        return CURRENT
+    raise ValueError(
+        f"{dag.where(name)}: this BatchNorm cannot be folded into a convolution, put it behind one, or before a ReLU"
+    )
+
+
+def plan_add(dag, name, inputs, feeds_relu, leads_to_relu, needs_spikes):
+    """An add of currents and spikes in front of a neuron, of spikes with a neuron of its own, or an ANN add."""
+    if set(inputs) == {SPIKES} and (needs_spikes or not feeds_relu):
+        return plan_pass(SPIKES, leads_to_relu)
+    if CURRENT in inputs or (SPIKES in inputs and feeds_relu):
+        return CURRENT
+    check_analog(dag, name, inputs, leads_to_relu)
+    return ANALOG
+
+
+def plan_concat(dag, name, inputs, feeds_relu, leads_to_relu):
+    """Spikes side by side; with currents among them, currents; or activations."""
+    if set(inputs) == {SPIKES}:
+        return plan_pass(SPIKES, leads_to_relu)
+    if CURRENT in inputs and ANALOG not in inputs and feeds_relu:
+        return CURRENT
+    check_analog(dag, name, inputs, leads_to_relu)
+    return ANALOG
+
+
+def check_analog(dag, name, inputs, leads_to_relu):
+    """Raise ValueError where activations meet spikes or currents that cannot be decoded there."""
+    if CURRENT in inputs or (SPIKES in inputs and leads_to_relu):
+        raise ValueError(
+            f"{dag.where(name)} joins {' and '.join(sorted(set(inputs)))}: put a ReLU behind every layer before it"
+        )
+
+
+def plan_pass(input, leads_to_relu):
+    """An op that keeps the kind of its input; spikes without a neuron behind them are decoded."""
+    return ANALOG if input == SPIKES and not leads_to_relu else input
+
+
+def check_outputs(dag, plan):
+    """Raise ValueError where the network returns what flows into a neuron."""
+    for node in dag.outputs_nodes:
+        if plan.kinds[node] == CURRENT:
+            where = dag.where(writer(dag, node))
+            raise ValueError(f"{where} is returned by the network and feeds a ReLU too, return what stands behind it")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Statistics
+
+
+@dataclass
+class LayerStatistics:
+    """Of one layer's pooled activations: `max_i`, the largest of its inputs, and `max_o`, the scale of its outputs."""
+
+    max_i: float
+    max_o: float
+
+
+def calibrate(dag, loader, device, samples, choose_scale):
+    """Op name -> LayerStatistics, from the first `samples` images of `loader`; `choose_scale(values)` is max_o."""
+    with pool_activations(dag, samples) as (input_pool, output_pool):
+        run_samples(dag, loader, device, samples)
+        statistics = {}
+        for name, pool in output_pool.items():
+            outputs = pool.values()
+            if not torch.isfinite(outputs).all():
+                raise ValueError(f"{dag.where(name)} has NaN or infinite activations, train the network again")
+            statistics[name] = LayerStatistics(input_pool[name].values().max().item(), choose_scale(outputs))
+        return statistics
+
+
+@torch.no_grad()
+def node_shapes(dag, inputs):
+    """Node -> the shape of one sample, without the batch."""
+    values = dict(zip(dag.inputs_nodes, [inputs]))
+    for entry in dag.ops.values():
+        values[entry["out_nodes"][0]] = entry["op"](*[values[node] for node in entry["in_nodes"]])
+    return {node: tuple(value.shape[1:]) for node, value in values.items()}
+
+
+@torch.no_grad()
+def run_samples(dag, loader, device, samples):
+    """Forward the first `samples` images. Raises ValueError where there are none."""
+    done = 0
+    for inputs, *_ in tqdm(loader, "calibrate", leave=False, delay=1):
+        inputs = inputs[: samples - done].to(device)
+        dag(inputs)
+        done += len(inputs)
+        if done >= samples:
+            break
+    if not done:
+        raise ValueError("no images to calibrate on, the data loader is empty")
+
+
+class Pool:
+    """Evenly spaced elements, at most `most`, of the activations of `samples` images."""
+
+    def __init__(self, most, samples):
+        self.most, self.samples = most, samples
+        self.parts, self.seen, self.stride = [], 0, None
+
+    def add(self, values):
+        """Take every `stride`-th element of one more batch [B, ...], counted over all batches."""
+        size = values[0].numel()
+        self.stride = self.stride or sampling_stride(size * self.samples, self.most, size)
+        self.parts.append(in_memory_order(values)[-self.seen % self.stride :: self.stride].clone())
+        self.seen += values.numel()
+
+    def values(self):
+        """The sample, [N]."""
+        return torch.cat(self.parts)
+
+
+def in_memory_order(values):
+    """A tensor as [N], without a copy where it lies in memory without gaps."""
+    is_channels_last = values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)
+    return (values.permute(0, 2, 3, 1) if is_channels_last else values).reshape(-1)
+
+
+@contextmanager
+def pool_activations(dag, samples):
+    """`input_pool, output_pool`: op name -> Pool, filled by the forward passes of `samples` images in the `with`."""
+    input_pool, output_pool = ({}, {})
+    layers = {n: e["op"] for n, e in dag.ops.items() if not isinstance(e["op"], (ViewOp, ConcatOp, SoftmaxOp))}
+    try:
+        for name, layer in layers.items():
+            input_pool[name], output_pool[name] = Pool(MOST_SAMPLES, samples), Pool(MOST_SAMPLES, samples)
+            warp_spike_layer(layer, input_pool[name], output_pool[name])
+        yield input_pool, output_pool
+    finally:
+        for layer in layers.values():
+            unwarp_spike_layer(layer)
+
+
+def warp_spike_layer(layer, input_pool, output_pool):
+    """Make `layer.forward` pool its first input and its output; the original is kept as `layer.old_forward`."""
+    layer.old_forward = layer.forward
+
+    def forward(*inputs):
+        output = layer.old_forward(*inputs)
+        input_pool.add(inputs[0])
+        output_pool.add(output)
+        return output
+
+    layer.forward = forward
+
+
+def unwarp_spike_layer(layer):
+    """Undo `warp_spike_layer`."""
+    if "old_forward" in vars(layer):
+        del layer.forward, layer.old_forward
+
+
+def top(values, quantile):
+    """A quantile of values [N]."""
+    rank = min(len(values), max(1, round(quantile * len(values))))
+    return values.kthvalue(rank).values.item()
+
+
+def positive_top(values, quantile):
+    """The same, of the positive values alone where it would be 0: a layer that is seldom active."""
+    highest = top(values, quantile)
+    is_seldom_active = highest <= 0 and (values > 0).any()
+    return top(values[values > 0], quantile) if is_seldom_active else highest
+
+
+def least_error_scale(values, timesteps, most=200_000):
+    """The lambda for which T spikes say best what the activations [N] are.
+
+    Least mean squared error between the activations and clip(round(a T / lambda), 0, T) lambda / T, what a neuron with
+    the initial potential Vthr / 2 sends on even input; among 64 shares of the maximum, on the first `most` values.
+    """
+    values = values[:most].clamp_min(0)
+    largest = values.max().item()
+    errors = {}
+    for share in torch.logspace(-1.5, 0, 64).tolist():
+        step = max(share * largest / timesteps, 1e-30)
+        decoded = (values / step).round().clamp_max(timesteps) * step
+        errors[share * largest] = (decoded - values).square().mean().item()
+    return min(errors, key=errors.get)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Integer weights, thresholds, scales
+
+
+class SpikeSetter:
+    """Turns the layers of a planned graph into spiking ones, in one walk along the graph.
+
+    scales: node of spikes -> lambda. units: node of currents -> unit. Both are scalar tensors or broadcastable to a
+    sample ([C, 1, 1]). largest: node of currents -> bound of |current| per step, None where currents are not integers.
+    targets: node of spikes -> the lambda its neuron aims at, before Vthr is rounded.
+    """
+
+    def __init__(self, dag, plan, statistics, shapes, timesteps, bits, per_channel, reset_mode, initial_potential):
+        self.dag, self.plan, self.statistics, self.shapes = dag, plan, statistics, shapes
+        self.timesteps, self.bits, self.per_channel = timesteps, bits, per_channel
+        self.reset_mode, self.initial_potential = reset_mode, initial_potential
+        self.is_float = bits == FLOAT_BITS
+        self.most = 1 if self.is_float else largest_integer(bits)
+        self.targets = self.spike_targets()
+        self.components = self.current_components()
+        self.scales, self.units, self.largest = {}, {}, {}
+
+    def convert(self):
+        """Walk the graph once, in order."""
+        setters = {
+            SpikeReLU: self.set_relu,
+            SignedReLU: self.set_relu,
+            SpikeAvgPool2d: self.set_avg_pool,
+            SpikeMaxPool2d: self.set_same,
+            SpikeBatchNorm: self.set_batch_norm,
+            SpikeAdd: self.set_add,
+            ConcatOp: self.set_concat,
+            SpikePad: self.set_same,
+            ViewOp: self.set_view,
+        }
+        for name, entry in self.dag.ops.items():
+            op, (out,) = entry["op"], entry["out_nodes"]
+            if self.plan.kinds[out] not in (CURRENT, SPIKES):
+                continue
+            op.spiking = True
+            setter = setters.get(type(op), self.set_weight)
+            setter(name, op, entry["in_nodes"], out)
+
+    # lambda_out
+
+    def spike_targets(self):
+        """Node of spikes -> the lambda to aim at; spikes that a concatenation joins share the largest.
+
+        A ReLU with a ceiling never aims above it, for its neuron has to stop there.
+        """
+        targets, groups, ceilings = {}, Groups(), {}
+        for name, entry in self.dag.ops.items():
+            (out,) = entry["out_nodes"]
+            if self.plan.kinds[out] != SPIKES:
+                continue
+            if name in self.plan.firing:
+                targets[out] = self.statistics[name].max_o
+            else:
+                groups.join(out, *entry["in_nodes"])
+            ceilings[out] = getattr(entry["op"], "ceiling", None) or float("inf")
+        for members in groups.members():
+            shared = max(targets.get(node, 0.0) for node in members)
+            targets.update({node: min(shared, ceilings[node]) for node in members})
+        return targets
+
+    def input_scales(self, node, op):
+        """lambda of the spikes that a layer reads: one number, or one per input channel where they differ.
+
+        What a later op sends is not known yet; it counts as the lambda that it aims at.
+        """
+        scale = self.expected_value(node).float()
+        if scale.numel() == 1:
+            return scale.squeeze()
+        if not self.is_float and scale.max() <= SAME_LAMBDA * scale.min():
+            return scale.mean()
+        full = scale.expand(self.shapes[node])
+        if op.spatial and scale.numel() > len(full):  # several lambdas within a channel
+            return scale.mean()
+        return (full if not op.spatial else full[:, 0, 0]).contiguous()
+
+    # unit
+
+    def current_components(self):
+        """Node of currents -> all nodes of currents that adds join, and that so share a unit."""
+        groups = Groups()
+        for entry in self.dag.ops.values():
+            (out,), op = entry["out_nodes"], entry["op"]
+            if self.plan.kinds[out] == CURRENT and (is_trained(op) or isinstance(op, SpikeAdd)):
+                groups.join(out, *(n for n in entry["in_nodes"] if isinstance(op, SpikeAdd) and self.shares_unit(n)))
+        return {node: set(members) for members in groups.members() for node in members}
+
+    def shares_unit(self, node):
+        """Whether the currents of a node can take any unit: those of a layer with weights, or of an add, can."""
+        name = writer(self.dag, node)
+        if name is None or self.plan.kinds[node] != CURRENT:
+            return False
+        op = self.dag.ops[name]["op"]
+        return is_trained(op) or isinstance(op, SpikeAdd)
+
+    def unit_of(self, node):
+        """Activation per unit of membrane for a current: the coarsest that a branch of its neuron needs.
+
+        A branch with weights W and input scale lambda_in has the natural unit lambda_in / s_w, in which its integers
+        fill their bit width; in a coarser unit they are smaller. Spikes, and currents with a unit of their own, that
+        are added without weights get integer weights (`least_error_unit`); alone, one in which the strongest gets the
+        largest integer. A current that comes only from the image has the unit T: input / T per step,
+        Vthr = lambda_out / T. No unit is so fine that a threshold, bias or weight leaves the exact integers.
+        """
+        if node in self.units:
+            return self.units[node]
+        layers, others = self.branches_of(node)
+        if layers:
+            unit = torch.stack(torch.broadcast_tensors(*[self.natural_unit(*layer) for layer in layers])).amax(0)
+            if others and not self.is_float:
+                unit = self.least_error_unit(unit, layers, others)
+        elif others:
+            unit = torch.stack([self.expected_value(n).max() for n in others]).max() / self.most
+        else:
+            unit = torch.tensor(float(self.timesteps))
+        if layers and not self.is_float:
+            unit = torch.maximum(unit, self.largest_value(node, layers, others).to(unit.device) / LARGEST_INTEGER)
+        self.units.update(dict.fromkeys(self.components[node], unit))
+        return unit
+
+    def branches_of(self, node):
+        """What flows into a current: (layer, the spikes it reads) of weighted layers, and nodes without weights."""
+        layers, others, members = [], [], self.components[node]
+        for entry in self.dag.ops.values():
+            op, in_nodes = entry["op"], entry["in_nodes"]
+            if entry["out_nodes"][0] not in members:
+                continue
+            if isinstance(op, SpikeAdd):
+                others += [n for n in in_nodes if n not in members and self.plan.kinds[n] != ANALOG]
+            elif self.plan.kinds[in_nodes[0]] == SPIKES:
+                layers.append((op, in_nodes[0]))
+        return layers, others
+
+    def natural_unit(self, op, node):
+        """The unit in which the integers of a layer fill their bit width."""
+        lambda_in = self.input_scales(node, op).max()
+        _, s_w = self.integers(op)
+        return op.output_view(lambda_in.to(s_w.device) / op.per_output(s_w))
+
+    def least_error_unit(self, unit, layers, others):
+        """The unit, out of the given one and those with a whole weight for the first of `others`, with the least error.
+
+        Errors are squares relative to each branch: of the re-rounded weights, and of the rounded weights of `others`.
+        """
+        values = [value.to(unit.device) for value in map(self.expected_value, others) if value is not None]
+        if not values:
+            return unit
+        value, errors = values[0].max(), {}
+        wholes = (value / unit.max()).floor().clamp_min(1)
+        candidates = [unit, unit * (value / wholes / unit.max()), unit * (value / (wholes + 1) / unit.max())]
+        for i, candidate in enumerate(candidates):
+            errors[i] = 0.0
+            for op, node in layers:
+                weight, per_weight = op.weight.detach(), candidate.flatten() if candidate.dim() else candidate
+                per_weight = op.weight_view(per_weight) / op.input_view(self.input_scales(node, op).to(unit.device))
+                rounded = round_to_integers(weight / per_weight, 1.0, self.bits) * per_weight
+                errors[i] += ((rounded - weight).square().sum() / weight.square().sum().clamp_min(1e-30)).item()
+            for value in values:
+                ratio = value / candidate
+                errors[i] += (ratio.round().clamp_min(1) / ratio - 1).square().max().item()
+        best = min(errors, key=errors.get)
+        return candidates[best] if errors[best] < errors[0] - 1e-6 else unit
+
+    def largest_value(self, node, layers, others):
+        """The largest threshold, bias or branch at a current's neuron, in units of activation."""
+        members = self.components[node]
+        values = [value.max() for value in map(self.expected_value, others) if value is not None]
+        for entry in self.dag.ops.values():
+            (out,), op = entry["out_nodes"], entry["op"]
+            if out in self.targets and not members.isdisjoint(entry["in_nodes"]):
+                values.append(torch.tensor(self.targets[out]))
+            if out in members and getattr(op, "bias", None) is not None:
+                values.append(op.bias.detach().abs().max())
+        return torch.stack([value.cpu().float() for value in values] or [torch.zeros(())]).max()
+
+    def expected_value(self, node):
+        """As `value_of`; for spikes of a later op the lambda that it aims at, for its currents None."""
+        if node in self.scales or node in self.units:
+            return self.value_of(node)
+        return torch.tensor(self.targets[node]) if node in self.targets else None
+
+    def value_of(self, node):
+        """The activation that a spike, or a unit of current, stands for."""
+        return self.scales[node] if self.plan.kinds[node] == SPIKES else self.units[node]
+
+    def integers(self, op):
+        """`W_q, s_w` of a layer: as it was quantised, else (other bit width, not quantised yet) quantised now."""
+        weight = op.weight.detach()
+        if op.weight_scale is not None:
+            weight_q = round_to_integers(weight, op.weight_scale, self.bits)
+            if torch.allclose(weight_q / op.weight_scale, weight, rtol=1e-5, atol=0):
+                return weight_q, op.weight_scale
+        return quantize_layer(op, weight, self.bits, self.per_channel)
+
+    def rounded(self, value, least=None):
+        """An integer, but for float weights."""
+        if self.is_float:
+            return value
+        value = value.round().to(torch.int32)
+        return value if least is None else value.clamp_min(least)
+
+    # layers
+
+    def set_weight(self, name, op, in_nodes, out):
+        """Integer weights and biases of a convolution or linear layer, in the unit of its neuron."""
+        unit = self.unit_of(out).to(op.weight.device)
+        if not torch.isfinite(op.weight).all():
+            raise ValueError(f"{self.dag.where(name)} has NaN or infinite weights, train the network again")
+        unit_per_output = unit.flatten() if unit.numel() > 1 else unit  # [C_out] or a scalar
+        from_image = self.plan.kinds[in_nodes[0]] == ANALOG
+        if from_image:
+            weight_q, _ = self.integers(op)
+        else:
+            per_input = op.input_view(self.input_scales(in_nodes[0], op).to(unit.device))
+            per_weight = op.weight_view(unit_per_output) / per_input  # what one integer step stands for
+            weight_q = round_to_integers(op.weight.detach() / per_weight, 1.0, self.bits)
+        bias_q = None if op.bias is None else op.bias.detach() / unit_per_output
+        if not self.is_float:
+            weight_q = weight_q.to(torch.int8)
+            bias_q = None if bias_q is None or from_image else bias_q.round().to(torch.int32)
+        op.set_integers(weight_q, bias_q, op.output_view(unit_per_output))
+        self.largest[out] = None if from_image or self.is_float else op.largest_current()
+
+    def set_avg_pool(self, name, op, in_nodes, out):
+        """Average pooling: ones, s_w = k*k. Spikes get a neuron with a threshold of its own, currents are summed."""
+        (node,), window = in_nodes, op.weight[0].numel()
+        unit = self.value_of(node) / window
+        op.set_integers(torch.ones_like(op.weight, dtype=torch.int8), None, unit)
+        if self.plan.kinds[node] == SPIKES:
+            self.set_neuron(name, op, out, unit, None if self.is_float else window)
+        else:
+            self.units[out] = unit
+            self.largest[out] = None if self.largest[node] is None else self.largest[node] * window
+
+    def set_relu(self, name, op, in_nodes, out):
+        """A neuron where a current flows into a ReLU; spikes pass."""
+        (node,) = in_nodes
+        if name not in self.plan.firing:
+            if getattr(op, "ceiling", None) is not None and self.scales[node].max() > op.ceiling:
+                raise ValueError(
+                    f"{self.dag.where(name)} cuts off spikes of another neuron, put it behind a convolution"
+                )
+            self.scales[out] = self.scales[node]
+            return
+        unit = self.units[node]
+        if isinstance(op, SignedReLU) and unit.dim():
+            unit = unit.repeat_interleave(2, 0)
+        self.set_neuron(name, op, out, unit, self.largest[node])
+
+    def set_batch_norm(self, name, op, in_nodes, out):
+        """BatchNorm of currents: its size goes into the unit, its sign becomes the weight, the shift a bias.
+
+        Spikes get an integer weight as large as the threshold behind it needs, up to that of the bit width. A channel
+        with next to no weight only has its bias.
+        """
+        (node,), spatial = in_nodes, [1] * (len(self.shapes[out]) - 1)
+        weight, bias = op.weight.detach().view(-1, *spatial), op.bias.detach().view(-1, *spatial)
+        size = weight.abs()
+        silent = size <= 1e-4 * size.max()
+        size = torch.where(silent, size.max().clamp_min(1e-30), size)
+        unit = self.value_of(node).to(weight.device) * size
+        reference = max(self.statistics[name].max_o, 1e-30)
+        wanted = (self.most * unit / reference).ceil().clamp(1, self.most)
+        integer = torch.ones_like(wanted) if self.is_float else wanted
+        unit = unit / integer
+        weight_q = torch.where(silent, 0.0, weight.sign()) * integer
+        largest = self.largest.get(node, None if self.is_float else 1)
+        bias_q = bias / unit if largest is None else self.rounded(bias / unit)
+        op.set_integers(weight_q if self.is_float else weight_q.to(torch.int32), bias_q)
+        self.units[out] = unit
+        self.largest[out] = None if largest is None else (largest * integer + bias_q.abs()).max().item()
+
+    def set_add(self, name, op, in_nodes, out):
+        """Integer weights for the inputs that have another unit; a neuron where no ReLU follows."""
+        fires = name in self.plan.firing
+        unit = self.spike_sum_unit(in_nodes) if fires else self.unit_of(out)
+        weights, largest = [], 0
+        for node in in_nodes:
+            weight = None
+            if self.plan.kinds[node] == ANALOG:
+                weight = 1 / unit
+            elif self.plan.kinds[node] == SPIKES or node not in self.components[out]:
+                weight = self.branch_weight(name, node, unit)
+            weights.append(weight)
+            if self.plan.kinds[node] == ANALOG or self.is_float or self.largest.get(node, 1) is None:
+                largest = None
+            elif largest is not None:
+                largest += self.largest.get(node, 1) * (1 if weight is None else weight.abs().max().item())
+        op.set_branch_weights(weights)
+        self.largest[out] = largest
+        if fires:
+            self.set_neuron(name, op, out, unit, largest)
+
+    def branch_weight(self, name, node, unit):
+        """The weight of spikes, or of a current with a unit of its own, at a neuron's add."""
+        ratio = self.value_of(node).to(unit.device) / unit
+        if not self.is_float and ratio.min() < 0.75:
+            raise ValueError(
+                f"{self.dag.where(name)} adds values that are finer than a step of the {self.bits}-bit weights "
+                "beside them: use more bits, or put a ReLU behind what it adds"
+            )
+        return self.rounded(ratio, least=1)
+
+    def spike_sum_unit(self, in_nodes):
+        """The unit of an add of spikes alone: the strongest gets the largest integer, at few bits 7."""
+        most = self.most if self.is_float else max(self.most, 7)  # so that 1 bit can tell one input from another
+        return torch.stack([self.scales[node].max() for node in in_nodes]).max() / most
+
+    def set_concat(self, name, op, in_nodes, out):
+        """What is joined keeps its lambda or its unit."""
+        values = [self.value_of(node).float() for node in in_nodes]
+        joined = values[0]
+        if any(not torch.equal(value, joined) for value in values):
+            if op.dim != 1:
+                self.check_same_scale(name, torch.stack([value.max() for value in values]))
+            joined = concat_scales(values, [self.shapes[node] for node in in_nodes], op.dim - 1)
+            joined = joined if op.dim == 1 else joined.mean()
+        if self.plan.kinds[out] == SPIKES:
+            self.scales[out] = joined
+            return
+        self.units[out] = joined
+        bounds = [self.largest.get(node, None if self.is_float else 1) for node in in_nodes]
+        self.largest[out] = None if None in bounds else max(bounds)
+
+    def set_view(self, name, op, in_nodes, out):
+        """The same values in another shape."""
+        (node,) = in_nodes
+        value = self.value_of(node)
+        if value.dim():
+            value = value.expand(self.shapes[node]).reshape(self.shapes[out])
+            if value.dim() == 3:
+                self.check_same_scale(name, (value.flatten(1) / value.flatten(1).mean(1, keepdim=True)).flatten())
+                value = value.mean((1, 2), keepdim=True)
+        self.pass_on(node, out, value)
+
+    def check_same_scale(self, name, values):
+        """Raise ValueError where one channel would hold spikes that stand for different activations."""
+        if values.max() > SAME_LAMBDA * values.min():
+            raise ValueError(
+                f"{self.dag.where(name)} puts spikes of different scales into one channel, join them as channels "
+                "(torch.cat along dim=1), or keep the channels of a view"
+            )
+
+    def set_same(self, name, op, in_nodes, out):
+        """Spikes or currents of the same value: a padding, a max pooling."""
+        self.pass_on(in_nodes[0], out, self.value_of(in_nodes[0]))
+
+    def pass_on(self, node, out, value):
+        """`value`, the lambda or unit of `node`, is that of `out` too."""
+        if self.plan.kinds[out] == SPIKES:
+            self.scales[out] = value
+        else:
+            self.units[out], self.largest[out] = value, self.largest[node]
+
+    def set_neuron(self, name, op, out, unit, largest):
+        """Vthr = lambda_out / unit, as an integer of at least 1, and the lambda_out that the rounded one stands for."""
+        target = torch.tensor(self.targets[out])
+        if not target > 0:  # no calibration image excites this layer: aim at the scale of its input
+            target = unit.max() * max(largest or 1, 1)
+        Vthr = target.to(unit.device) / unit
+        if largest is not None:
+            is_cut_off = getattr(op, "ceiling", None) is not None and target >= op.ceiling
+            Vthr = (Vthr.floor() if is_cut_off else Vthr.round()).clamp_min(1).to(torch.int32)
+        initial = Vthr * self.initial_potential
+        if largest is not None:
+            initial = initial.floor().to(torch.int32)
+        op.neuron = IFNeuron(Vthr, Vthr * unit, initial, self.reset_mode, None if largest is None else int(largest))
+        self.scales[out] = Vthr * unit
+
+
+class Groups:
+    """Disjoint sets that grow together (union-find)."""
+
+    def __init__(self):
+        self.parent = {}
+
+    def find(self, item):
+        self.parent.setdefault(item, item)
+        while self.parent[item] != item:
+            item = self.parent[item]
+        return item
+
+    def join(self, first, *others):
+        for other in others:
+            self.parent[self.find(other)] = self.find(first)
+        self.find(first)
+
+    def members(self):
+        """The sets, as lists."""
+        sets = defaultdict(list)
+        for item in self.parent:
+            sets[self.find(item)].append(item)
+        return list(sets.values())

@@ -1,0 +1,209 @@
+"""Correction of a converted network against its ANN: layer after layer, on the spikes that reach it.
+
+    correct_spikes(snn, qnet, loader, device, samples)
+
+What is shifted is what a chip can hold: initial membrane potentials and biases, integers behind the first layer.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from tqdm import tqdm
+
+from dag_rewrites import is_trained, only_reader, writer
+from spike_dag import as_spiking, one_thread_per_operator, run_ops
+from spike_layers import SignedReLU, SpikeAdd, SpikeBatchNorm
+from spike_tensor import Memory
+
+MOST_IMAGES = 256  # the mean of a channel is known from few
+MOST_BYTES = 2**28  # spikes of the largest layer, of all images that a correction sees
+CHUNK_BYTES = 2**25  # their float32 currents, of the images that a thread works on at a time
+
+
+@torch.no_grad()
+def correct_spikes(snn, qnet, loader, device, samples, with_bias=False):
+    """Shift initial potentials, and biases, until what is sent is on average what the ANN's activations are.
+
+    Layer after layer, each on the spikes that the corrected layers before it send (`correct_means`). snn: the converted
+    network; qnet: its ANN, with the same ops. samples: images of `loader` to see, at most `MOST_IMAGES`; fewer where T
+    steps of the largest layer would not fit into `MOST_BYTES`.
+    """
+    images = CorrectionImages(snn, qnet, calibration_images(loader, device, samples, qnet, snn.timesteps))
+    threads = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
+    with one_thread_per_operator, ThreadPoolExecutor(threads) as pool:
+        for name in tqdm(snn.neurons(), "correct", leave=False, delay=1):
+            images.correct(name, pool, with_bias)
+
+
+class CorrectionImages:
+    """The images that a correction sees, in chunks, and what the ANN and the spiking network make of them.
+
+    activations, values: for every chunk, node -> what it is in the ANN, and the spikes of the corrected layers.
+    """
+
+    def __init__(self, snn, qnet, chunks):
+        self.snn, self.qnet, self.timesteps = snn, qnet, snn.timesteps
+        self.activations = [dict.fromkeys(snn.inputs_nodes, images) for images in chunks]
+        self.values = [dict(known) for known in self.activations]
+
+    def correct(self, name, pool, with_bias):
+        """Correct the neurons of op `name`; those of the layers before it are corrected."""
+        op, (out,) = self.snn.ops[name]["op"], self.snn.ops[name]["out_nodes"]
+        before, _ = self.trace_back(self.snn.ops[name]["in_nodes"])
+
+        def each(function, *lists):
+            """`function` of the entries of every list, chunk by chunk, on all threads."""
+            return list(pool.map(torch.no_grad()(function), *lists))
+
+        targets = each(lambda known: self.activation_of(name, before, known), self.activations)
+        neuron, op.neuron = op.neuron, None  # without it the op returns its current
+
+        def each_current(function):
+            """`function(current, target)`, chunk by chunk."""
+
+            def work(known, target):
+                return function(self.current_into(name, before, known), target)
+
+            return each(work, self.values, targets)
+
+        # of a pair of signs one bias cannot shift both
+        carrier = bias_carrier(self.snn, name) if with_bias and not isinstance(op, SignedReLU) else None
+        try:
+            correct_means(neuron, each_current, carrier, self.timesteps)
+        finally:
+            op.neuron = neuron
+        spikes = each(lambda known: self.spikes_of(name, before, known), self.values)
+        for activations, values, target, sent in zip(self.activations, self.values, targets, spikes):
+            activations[out], values[out] = target, sent
+        self.forget_read(name)
+
+    def trace_back(self, nodes):
+        """The ops without a neuron that lead from known nodes to `nodes`, in order, and all nodes that they read."""
+        known, wanted, names = set(self.values[0]), set(nodes), []
+        for name, entry in reversed(self.snn.ops.items()):
+            (out,) = entry["out_nodes"]
+            if out in wanted and out not in known:
+                names.insert(0, name)
+                wanted.update(entry["in_nodes"])
+        return names, wanted
+
+    def current_into(self, name, before, known):
+        """The current that flows into the neuron of op `name`."""
+        values = dict(known)
+        run_ops([self.snn.ops[each] for each in before], values, self.timesteps, Memory(self.timesteps))
+        entry = self.snn.ops[name]
+        return entry["op"](*[as_spiking(values[node], self.timesteps) for node in entry["in_nodes"]])
+
+    def spikes_of(self, name, before, known):
+        """The spikes of op `name`."""
+        values, memory = dict(known), Memory(self.timesteps)
+        run_ops([self.snn.ops[each] for each in (*before, name)], values, self.timesteps, memory)
+        return values[self.snn.ops[name]["out_nodes"][0]]
+
+    def activation_of(self, name, before, known):
+        """What the ANN's op `name` returns."""
+        values = dict(known)
+        run_ops([self.qnet.ops[each] for each in (*before, name)], values)
+        return values[self.qnet.ops[name]["out_nodes"][0]]
+
+    def forget_read(self, name):
+        """Drop the nodes that no neuron behind op `name` needs."""
+        names = list(self.snn.ops)
+        later = names[names.index(name) + 1 :]
+        _, wanted = self.trace_back([node for n in later for node in self.snn.ops[n]["in_nodes"]])
+        for store in (*self.values, *self.activations):
+            for node in set(store) - wanted:
+                del store[node]
+
+
+def calibration_images(loader, device, samples, qnet, timesteps):
+    """The first `samples` images of `loader`, or as many as `MOST_BYTES` allow, in chunks for a thread each."""
+    chunks, seen, most = [], 0, min(samples, MOST_IMAGES)
+    for images, *_ in loader:
+        images = images.to(device)
+        bytes_per_image = timesteps * qnet.largest_sample((images,))
+        most = min(most, max(16, MOST_BYTES // bytes_per_image))
+        images = images[: most - seen]
+        chunks += images.split(max(1, CHUNK_BYTES // (4 * bytes_per_image)))
+        seen += len(images)
+        if seen >= most:
+            break
+    return chunks
+
+
+def correct_means(neuron, each_current, carrier, timesteps, rounds=4):
+    """Shift u before the first step, and biases, until every channel's mean decoded rate is the ANN's mean activation.
+
+    The mean difference per channel, in spikes times Vthr, is added to u before the first step, `rounds` times; of all
+    the sums tried, each channel keeps the one that came nearest. Given a `carrier`, a layer with a bias, the whole part
+    of a T-th of it goes to that bias, a current at every step, and only the rest to u (the bias shift of Li et al., A
+    Free Lunch From ANN, ICML 2021).
+    """
+    is_integer = not neuron.initial_potential.is_floating_point()
+    per_activation = timesteps * neuron.Vthr / neuron.scale_factor  # membrane per unit of activation
+    initial = neuron.initial_potential.float()
+
+    def shift(total):
+        """Set the potentials; returns the current to add at every step."""
+        current = total / timesteps if carrier is not None else torch.zeros_like(total)
+        current = current.trunc() if is_integer else current
+        potential = initial + total - current * timesteps
+        neuron.initial_potential = potential.round().to(torch.int32) if is_integer else potential.float()
+        return current
+
+    total = best = torch.zeros_like(initial)
+    nearest = torch.full_like(initial, torch.inf)
+    for _ in range(rounds + 1):
+        difference = mean_difference(neuron, each_current, shift(total))
+        is_nearer = difference.abs() < nearest
+        nearest = torch.where(is_nearer, difference.abs(), nearest)
+        best = torch.where(is_nearer, total, best)
+        total = total + difference * per_activation
+    current = shift(best)
+    if carrier is not None:
+        add_bias(carrier, neuron, current)
+
+
+def mean_difference(neuron, each_current, added):
+    """What the spikes lack to the ANN's activations on average, with a current `added`: [C, 1, 1] or [N]."""
+
+    def sums(current, target):
+        difference = target - neuron(shifted(current, added) if added.any() else current).to_float()
+        if difference.dim() == 4:
+            difference = difference.mean([2, 3], keepdim=True)
+        return difference.sum(0), len(target)
+
+    differences, images = zip(*each_current(sums))
+    return sum(differences) / sum(images)
+
+
+def bias_carrier(snn, name):
+    """The layer whose bias flows into the neuron of op `name` and nowhere else, or None."""
+    while True:
+        node = snn.ops[name]["in_nodes"][0]
+        name = writer(snn, node)
+        if name is None or only_reader(snn, node) is None:
+            return None
+        op = snn.ops[name]["op"]
+        if is_trained(op) or isinstance(op, SpikeBatchNorm):
+            before = writer(snn, snn.ops[name]["in_nodes"][0])
+            reads_spikes = before is not None and snn.ops[before]["op"].spiking
+            return op if reads_spikes else None  # what the image causes has its bias in float
+        if not (isinstance(op, SpikeAdd) and op.branch_weight0 is None):
+            return None
+
+
+def add_bias(layer, neuron, current):
+    """Add a current per step, [C, 1, 1], to a converted layer's bias."""
+    if not isinstance(layer, SpikeBatchNorm):
+        current = current.flatten()
+    before = torch.zeros_like(current) if layer.bias_q is None else layer.bias_q
+    layer.bias_q = (before + current).to(torch.int32 if neuron.largest_current is not None else current.dtype)
+    if neuron.largest_current is not None:
+        neuron.largest_current += int(current.abs().max())
+
+
+def shifted(current, by):
+    """The same current plus a constant per channel."""
+    total = current.total()
+    return current.like(total + by.to(total.dtype))
