@@ -1,0 +1,127 @@
+"""Train a network of build_network.py from scratch and save its weights.
+
+    python3 train_ann.py example_net --epochs 60 --save_file checkpoint/example_net_ann.pth
+
+The checkpoint holds the state dict under "state_dict", with the network, data set and accuracy it belongs to.
+"""
+
+import argparse
+import sys
+
+from runtime.cli import OneLineParser, add_data_flags, add_run_flags, real_number, run_script, whole_number
+
+
+def parse_args(argv=None):
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("net_name", help="network name to train")
+    add_data_flags(parser)
+    parser.add_argument("--epochs", type=whole_number(1), default=60, help="passes over the training images")
+    parser.add_argument("--lr", type=real_number(0), default=0.1, help="peak learning rate (%(default)s)")
+    parser.add_argument("--wd", type=real_number(0), default=5e-4, help="weight decay (%(default)s)")
+    parser.add_argument("--momentum", type=real_number(0, 1), default=0.9, help="Nesterov momentum (%(default)s)")
+    parser.add_argument("--label_smoothing", type=real_number(0, 1), default=0.0, help="label smoothing (%(default)s)")
+    parser.add_argument("--ann_weight", default=None, help="weights to start from (default: random ones)")
+    parser.add_argument(
+        "--teacher", metavar="NET:FILE", default=None, help="a trained network whose outputs are learnt too"
+    )
+    parser.add_argument(
+        "--bf16", action="store_true", help="compute in bfloat16 where the hardware does so fast (AMX, recent GPUs)"
+    )
+    parser.add_argument("--save_file", default=None, help="checkpoint to write (checkpoint/<net_name>_ann.pth)")
+    add_run_flags(parser)
+    return parser.parse_args(argv)
+
+
+def main(args):
+    import torch
+    from torch import nn
+
+    from build_network import build_trained_net, check_runs, get_net_by_name, input_size, load_weights
+    from datasets import DATASETS, check_dataset_name, get_dataset
+    from runtime.device import choose_device, seed_everything
+    from runtime.files import check_writable, write_atomically
+    from validate import evaluate, validate_ann
+
+    save_file = args.save_file or f"checkpoint/{args.net_name}_ann.pth"
+    args.image_size = input_size(args.net_name)
+    check_dataset_name(args.dataset)
+    check_writable(save_file)
+    device = choose_device(args.device)
+    seed_everything(args.seed)
+    test_loader, val_loader, train_loader, _ = get_dataset(args)
+    images = train_loader.dataset
+    net = get_net_by_name(args.net_name, images.channels, images.num_classes)
+    if args.ann_weight:
+        load_weights(net, args.ann_weight)
+    check_runs(net, args.net_name, images[0][0])
+    net.to(device, memory_format=torch.channels_last)
+    teacher = None
+    if args.teacher:
+        teacher_name, _, teacher_file = args.teacher.partition(":")
+        teacher = build_trained_net(teacher_name, images.channels, images.num_classes, teacher_file).eval()
+        teacher.to(device, memory_format=torch.channels_last)
+
+    criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
+    optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum, weight_decay=args.wd, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.lr, args.epochs * len(train_loader), pct_start=0.2, cycle_momentum=False
+    )
+
+    def save(path):
+        dataset = args.dataset if args.dataset in DATASETS else "folder"  # no path of this machine
+        details = {"net": args.net_name, "dataset": dataset, "seed": args.seed, "epochs": epoch + 1}
+        torch.save({"state_dict": net.state_dict(), **details}, path)
+
+    for epoch in range(args.epochs):
+        name = f"epoch {epoch + 1}"
+        loss = train_epoch(net, train_loader, criterion, optimizer, schedule, device, args.bf16, name, teacher)
+        line = f"epoch {epoch + 1}/{args.epochs}  training loss {loss:.4f}"
+        if len(val_loader.dataset):
+            line += f"  validation top-1 {validate_ann(net, val_loader, device, criterion)[0]:.2f} %"
+        print(line, file=sys.stderr)
+        write_atomically(save_file, save)
+
+    result = evaluate(net, test_loader, device, nn.CrossEntropyLoss())
+    print(f"test top-1 {result['top1']:.2f} % of {result['samples']} images, loss {result['loss']:.4f}")
+    print(f"saved {save_file}")
+
+
+def train_epoch(net, loader, criterion, optimizer, schedule, device, bf16, name, teacher=None):
+    """One pass over the training images; returns the mean loss. Raises ValueError where it is not finite."""
+    import torch
+    from tqdm import tqdm
+
+    net.train()
+    total = torch.zeros((), device=device)
+    for inputs, targets in tqdm(loader, name, leave=False, delay=1):
+        inputs, targets = inputs.to(device, memory_format=torch.channels_last), targets.to(device)
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            outputs = net(inputs)
+            loss = criterion(outputs, targets)
+            if teacher is not None:
+                loss = 0.1 * loss + 0.9 * distillation_loss(outputs, teacher, inputs)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        total += loss.detach()
+    mean = total.item() / len(loader)
+    if not (mean < float("inf") and all(torch.isfinite(p).all() for p in net.parameters())):
+        raise ValueError(f"training diverged in {name} (loss {mean}), lower --lr")
+    return mean
+
+
+def distillation_loss(outputs, teacher, inputs, temperature=4.0):
+    """How far the outputs are from the teacher's, softened (Hinton et al., Distilling the Knowledge, 2015)."""
+    import torch
+    import torch.nn.functional as F
+
+    with torch.no_grad():
+        wanted = F.softmax(teacher(inputs).float() / temperature, 1)
+    learnt = F.log_softmax(outputs.float() / temperature, 1)
+    return F.kl_div(learnt, wanted, reduction="batchmean") * temperature**2
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    run_script(main, arguments)
