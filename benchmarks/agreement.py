@@ -1,0 +1,125 @@
+"""How well the spiking network of many timesteps agrees with its ANN, layer by layer, with float weights.
+
+    python3 benchmarks/agreement.py --networks torchvision:resnet18 torchvision:densenet121 --image_size 64
+    python3 benchmarks/agreement.py --networks example_net --dataset digits --ann_weight checkpoint/example_net_ann.pth
+
+Prints for every network: the largest difference between the traced graph's output and the network's, before and after
+BatchNorm is folded; the least correlation over all spiking layers of decoded spikes and activations; and the share of
+images for which both choose the same class. Without a data set, random images are shown to random weights.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from runtime.cli import OneLineParser, add_data_flags, add_run_flags, run_script, whole_number
+
+
+def parse_args(argv=None):
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", required=True, help="names of build_network.py or torchvision:NAME")
+    parser.add_argument("--timesteps", type=whole_number(1), default=1024, help="T (%(default)s)")
+    parser.add_argument("--images", type=whole_number(1), default=4, help="how many to simulate (%(default)s)")
+    parser.add_argument("--image_size", type=whole_number(1), default=None, help="side (that of the network)")
+    parser.add_argument("--ann_weight", default=None, help="trained weights (random ones)")
+    add_data_flags(parser, dataset=None)
+    add_run_flags(parser)
+    return parser.parse_args(argv)
+
+
+def main(args):
+    from build_network import input_size
+    from runtime.device import choose_device, seed_everything
+    from spike_dag import format_table
+
+    device = choose_device(args.device)
+    rows = [("network", "spiking layers", "graph", "folded graph", "least correlation", "its layer", "same class %")]
+    for name in args.networks:
+        seed_everything(args.seed)
+        images, calibration, classes = choose_images(args, args.image_size or input_size(name))
+        rows.append(measure(name, args.ann_weight, classes, images, calibration, args.timesteps, device))
+        print(f"{name}: done", file=sys.stderr)
+    print(format_table(rows))
+
+
+def choose_images(args, size):
+    """Images to simulate, images to calibrate on, and the number of classes."""
+    import torch
+
+    from datasets import get_dataset
+
+    if args.dataset is None:
+        return torch.randn(args.images, 3, size, size), torch.randn(16, 3, size, size), 1000
+    test_loader, _, _, train_val_loader = get_dataset(argparse.Namespace(**{**vars(args), "image_size": size}))
+    images = torch.cat([batch for batch, _ in test_loader])[: args.images]
+    return images, next(iter(train_val_loader))[0], test_loader.dataset.num_classes
+
+
+def measure(name, ann_weight, classes, images, calibration, timesteps, device):
+    """The row of one network."""
+    import torch
+
+    from ann_parser import parse_ann_model
+    from build_network import build_trained_net
+    from snn_weight_setter import trans_ann2snn_weight
+
+    net = build_trained_net(name, images.shape[1], classes, ann_weight).eval().to(device)
+    images, calibration = images.to(device), calibration.to(device)
+    graphs = [parse_ann_model(net, (images[:1],), fold=fold) for fold in (False, True)]
+    with torch.no_grad():
+        expected = net(images)
+        differences = [(graph(images) - expected).abs().max().item() for graph in graphs]
+        options = dict(maxpool="gate", signed="pair", threshold="max", calibration_samples=len(calibration))
+        snn = trans_ann2snn_weight(graphs[1], [(calibration,)], device, timesteps, 32, **options)
+        outputs, correlations = simulate(snn, images)
+    same = 100 * (outputs.argmax(1) == expected.argmax(1)).double().mean().item()
+    worst = min(correlations, key=correlations.get)
+    counts = len(correlations), *(f"{difference:.1e}" for difference in differences)
+    return (name, *counts, f"{correlations[worst]:.4f}", snn.where(worst), f"{same:.1f}")
+
+
+def simulate(snn, images):
+    """The outputs, and by spiking layer the correlation of decoded spikes with the activations of the ANN in `snn`."""
+    import torch
+
+    spikes = {name: [] for name in snn.spiking_layers()}
+    activations = {name: [] for name in spikes}
+    outputs = []
+    for image in images.split(1):
+        counts = {}
+        for name in spikes:
+            watch(snn.ops[name]["op"], counts, name)
+        outputs.append(snn(image))
+        for name in spikes:
+            del snn.ops[name]["op"].forward
+        values = {snn.inputs_nodes[0]: image}
+        for name, entry in snn.ops.items():
+            values[entry["out_nodes"][0]] = entry["op"](*[values[node] for node in entry["in_nodes"]])
+            if name in spikes:
+                scale = snn.ops[name]["op"].neuron.scale_factor / snn.timesteps
+                spikes[name].append((counts[name] * scale).flatten())
+                activations[name].append(values[entry["out_nodes"][0]].flatten())
+    pairs = {name: torch.stack([torch.cat(spikes[name]), torch.cat(activations[name])]) for name in spikes}
+    correlations = {name: torch.corrcoef(pair.double())[0, 1].item() for name, pair in pairs.items()}
+    return torch.cat(outputs), correlations
+
+
+def watch(op, counts, name):
+    """Make `op.forward` add up the spikes that it returns."""
+    from spike_tensor import SpikeTensor
+
+    original = op.forward
+
+    def forward(*inputs, **memory):
+        output = original(*inputs, **memory)
+        if isinstance(output, SpikeTensor):
+            counts[name] = counts.get(name, 0) + output.counts()
+        return output
+
+    op.forward = forward
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())
