@@ -1,0 +1,223 @@
+"""The fast ways to simulate, each against a slow one: the same spikes, bit for bit."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_layers import small_model
+from test_spikes import assert_every_spike_is_reproduced, convert
+from torch import nn
+
+import neuron_kernels
+import spike_dag
+import spike_layers
+from neuron_kernels import Int8Weights, exact_type, int8_is_exact, order
+from spike_layers import IFNeuron, WeightedLayer
+from spike_tensor import Current
+
+ROOT = Path(__file__).parents[1]
+
+
+def neuron_inputs(shape, timesteps, seed, kind):
+    """Random integer currents of T steps (or a real-valued constant one), potentials, and spikes that flow in too."""
+    generator = torch.Generator().manual_seed(seed)
+    potentials = torch.randint(-5, 9, shape, generator=generator).float()
+    membrane = torch.empty_like(potentials, memory_format=order(potentials)).copy_(potentials)
+    steps = torch.randint(-10, 15, (timesteps * shape[0], *shape[1:]), generator=generator).float()
+    constant = 5 * torch.randn(shape, generator=generator)
+    spikes = torch.randint(0, 2, steps.shape, generator=generator, dtype=torch.uint8)
+    weight = torch.randint(1, 9, (shape[1], *[1] * (len(shape) - 2)), generator=generator)
+    if kind == "constant":
+        return None, constant, None, membrane
+    return steps, None, (spikes, weight) if kind == "extra" else None, membrane
+
+
+def thresholds(shape, granularity, seed):
+    """Vthr per layer, per channel or per neuron."""
+    extents = {"layer": (), "channel": (shape[1], *[1] * (len(shape) - 2)), "neuron": shape[1:]}
+    return torch.randint(1, 20, extents[granularity], generator=torch.Generator().manual_seed(seed))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.sampled_from([(3, 5, 7, 6), (2, 1, 3, 3), (4, 33), (1, 2000)]),
+    timesteps=st.sampled_from([1, 2, 15, 16, 100]),
+    granularity=st.sampled_from(["layer", "channel", "neuron"]),
+    reset_mode=st.sampled_from(["zero", "subtraction"]),
+    kind=st.sampled_from(["steps", "constant", "extra"]),
+    seed=st.integers(0, 1000),
+)
+def test_compiled_neurons_fire_as_the_plain_ones(shape, timesteps, granularity, reset_mode, kind, seed):
+    pytest.importorskip("numba")
+    steps, constant, extra, membrane = neuron_inputs(shape, timesteps, seed, kind)
+    neuron = IFNeuron(thresholds(shape, granularity, seed), 1.0, 0, reset_mode, largest_current=30)
+    current = Current(constant if steps is None else steps, timesteps, steps is None, extra)
+    plain, potentials = neuron.run(current, membrane.clone())
+    spikes = neuron.run_compiled(current, membrane)
+    assert torch.equal(spikes, plain) and torch.equal(membrane, potentials)
+
+
+GPU_NEURONS = """
+import torch
+from neuron_kernels import if_steps_on_cpu, if_steps_on_gpu, order
+from test_kernels import neuron_inputs, thresholds
+
+checked = 0
+for shape in [(3, 5, 7, 6), (4, 33), (1, 700)]:
+    for granularity in ("layer", "channel", "neuron"):
+        for subtract in (True, False):
+            for kind in ("steps", "half", "constant", "extra"):
+                steps, constant, extra, membrane = neuron_inputs(shape, 5, checked, kind)
+                given = steps.half() if kind == "half" else steps
+                Vthr, potentials = thresholds(shape, granularity, checked), membrane.clone()
+                expected = torch.empty((5 * shape[0], *shape[1:]), dtype=torch.uint8, memory_format=order(membrane))
+                spikes = expected.clone()
+                if_steps_on_cpu(steps, constant, extra, Vthr, membrane, expected, subtract, 5)
+                if_steps_on_gpu(given, constant, extra, Vthr, potentials, spikes, subtract, 5)
+                assert torch.equal(spikes, expected) and torch.equal(potentials, membrane), (shape, granularity, kind)
+                checked += 1
+print(checked)
+"""
+
+
+def test_the_gpu_kernel_fires_as_the_cpu_kernel():
+    """In Triton's interpreter, which runs a kernel without a GPU."""
+    pytest.importorskip("triton")
+    pytest.importorskip("numba")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    run = subprocess.run([sys.executable, "-c", GPU_NEURONS], env=environment, capture_output=True, text=True)
+    assert (run.returncode, run.stdout.strip()) == (0, "72"), run.stderr
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    bits=st.integers(1, 8),
+    kernel=st.sampled_from([1, 2, 3, 5, 7]),
+    stride=st.sampled_from([1, 2]),
+    dilation=st.sampled_from([1, 2]),
+    groups=st.sampled_from([1, 2, 8]),
+    size=st.integers(13, 17),
+    images=st.integers(1, 5),
+    seed=st.integers(0, 1000),
+)
+def test_int8_convolutions_are_exact(bits, kernel, stride, dilation, groups, size, images, seed):
+    if not int8_is_exact():
+        return  # the float32 path runs here, and every other test goes through it
+    generator = torch.Generator().manual_seed(seed)
+    most = max(1, 2 ** (bits - 1) - 1)
+    weight = torch.randint(-most, most + 1, (16, 8 // groups, kernel, kernel), generator=generator, dtype=torch.int8)
+    bias = torch.randint(-999, 999, (16,), generator=generator, dtype=torch.int32)
+    spikes = torch.randint(0, 2, (images, 8, size, size), generator=generator, dtype=torch.uint8)
+    conv = [stride] * 2, [1, 0], [dilation] * 2, groups
+    expected = nn.functional.conv2d(spikes.double(), weight.double(), bias.double(), *conv)
+    assert torch.equal(Int8Weights(weight, bias, conv)(spikes).double(), expected)
+
+
+@pytest.mark.parametrize("without", ["numba", "int8", "both"])
+def test_every_spike_without_the_fast_kernels(monkeypatch, without):
+    """As on a machine that lacks them: the fallbacks are as exact."""
+    if without != "int8":
+        monkeypatch.setattr(neuron_kernels, "njit", None)
+    if without != "numba":
+        monkeypatch.setattr(spike_layers, "int8_is_exact", lambda: False)
+    for name in ("shortcuts", "upwards"):
+        net, images = small_model(name)
+        for reset_mode in ("zero", "subtraction"):
+            snn = convert(net, images, 16, 5, maxpool="gate", reset_mode=reset_mode)
+            assert_every_spike_is_reproduced(snn, images[:3], 16)
+
+
+def test_exact_type_takes_the_narrowest_that_the_device_computes_exactly():
+    weight = torch.full((2, 3, 3, 3), 60.0)
+
+    def conv(spikes):
+        return nn.functional.conv2d(spikes, weight.to(spikes.dtype), padding=1)
+
+    def rounding(spikes):  # as an algorithm does that transforms its inputs
+        return conv(spikes) + (0.25 if spikes.dtype == torch.float16 else 0)
+
+    shape = (2, 3, 6, 6)
+    assert exact_type(conv, 27 * 60, shape, "cpu") == torch.float16
+    assert exact_type(conv, 27 * 127, shape, "cpu") == torch.float32
+    assert exact_type(conv, 2**25, shape, "cpu") == torch.float64
+    assert exact_type(rounding, 27 * 60, shape, "cpu") == torch.float32
+
+
+@pytest.mark.parametrize("name", ["shortcuts", "dense", "upwards"])
+@pytest.mark.parametrize("bits", [2, 8])
+def test_types_of_a_gpu_are_exact(monkeypatch, name, bits):
+    """The layers compute in the type that `exact_type` finds, here on the CPU: float16 where it is wide enough."""
+    net, images = small_model(name)
+    snn = convert(net, images, 16, bits, maxpool="or")
+    types = set()
+
+    def current_of(layer, spikes):
+        types.add(layer.gpu_type(spikes))
+        return layer.operate_in_type(spikes.to(layer.gpu_type(spikes)))
+
+    monkeypatch.setattr(WeightedLayer, "current_of", current_of)
+    monkeypatch.setattr(neuron_kernels, "njit", None)  # numba has no float16
+    assert_every_spike_is_reproduced(snn, images[:3], 16)
+    assert types >= {torch.float16}
+
+
+@pytest.mark.parametrize("budget", [None, 2**20, 2**12, 1])
+@pytest.mark.parametrize("every_step", [False, True])
+def test_memory_budget_cuts_the_work_not_the_result(budget, every_step):
+    net, images = small_model("shortcuts")
+    snn = convert(net, images, 20, 4)
+    expected = snn(images, every_step=every_step)
+    snn.set_engine("auto", budget)
+    parts, steps = snn.cut((images,), 20)
+    assert (parts * steps * 4 * 49 * spike_bytes(snn, images) <= (budget or 2**40)) or (parts, steps) == (1, 1)
+    assert torch.allclose(snn(images, every_step=every_step), expected, atol=1e-5)
+
+
+def spike_bytes(snn, images):
+    """Working set per element of the largest layer, in shares of a sample with four channels."""
+    from spike_dag import BYTES_PER_CURRENT
+
+    return BYTES_PER_CURRENT * snn.largest_sample((images,)) / (4 * 49)
+
+
+def test_biases_that_change_reach_the_packed_weights():
+    net, images = small_model("upwards")
+    snn = convert(net, images, 16, 8, maxpool="gate")
+    layer = snn.ops["conv2"]["op"]
+    spikes = torch.randint(0, 2, (2, 10, 6, 6), dtype=torch.uint8)
+    before, added = layer.current_of(spikes), 0
+    for _ in range(10):
+        layer.bias_q = layer.bias_q + 1
+        layer.bias_q = layer.bias_q + 2  # may lie where the first one lay
+        added += 3
+        assert torch.equal(layer.current_of(spikes), before + added)
+    layer.bias_q += 4
+    assert torch.equal(layer.current_of(spikes), before + added + 4)
+
+
+def test_a_network_converts_and_runs_in_inference_mode():
+    net, images = small_model("upwards")
+    expected = convert(net, images, 16, 8, maxpool="gate")(images)
+    with torch.inference_mode():
+        assert torch.equal(convert(net, images, 16, 8, maxpool="gate")(images), expected)
+
+
+def test_simulations_that_overlap_give_the_threads_back():
+    threads = torch.get_num_threads()
+    first, second = spike_dag.one_thread_per_operator, spike_dag.one_thread_per_operator
+    assert first.__enter__() == second.__enter__() == threads
+    first.__exit__()
+    assert torch.get_num_threads() == 1
+    second.__exit__()
+    assert torch.get_num_threads() == threads
+
+
+def test_no_timesteps_are_refused():
+    net, images = small_model("shortcuts")
+    with pytest.raises(ValueError, match="timesteps 0: a spiking network needs at least 1"):
+        convert(net, images, 16, 8)(images, timesteps=0)

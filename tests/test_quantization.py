@@ -1,0 +1,265 @@
+"""Quantised weights against NumPy, QuantSGD against torch.optim.SGD, finetuning on real digits."""
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from torch import nn
+
+from ann_parser import parse_ann_model
+from build_network import get_net_by_name, load_weights
+from quantization import (
+    QuantSGD,
+    equalize_channels,
+    init_quantize_net,
+    largest_integer,
+    quantize,
+    quantize_finetune,
+    quantize_layers,
+    quantize_train,
+    round_to_integers,
+)
+from validate import validate_ann
+
+weights = arrays(np.float32, (4, 3, 3, 3), elements=st.floats(-10, 10, width=32))
+
+
+def arguments(**changes):
+    values = dict(finetune_lr=0.01, finetune_epochs=0, finetune_wd=1e-4, finetune_momentum=0.9, weight_bitwidth=4)
+    return SimpleNamespace(**values | changes)
+
+
+def digits_net():
+    return load_weights(get_net_by_name("example_net"), "checkpoint/example_net_ann.pth")
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights, st.integers(1, 8), st.booleans())
+def test_integers_are_symmetric_and_near(weight, bits, per_channel):
+    weight = torch.from_numpy(weight)
+    W_q, s_w = quantize(weight, bits, per_channel)
+    limit = 1 if bits == 1 else 2 ** (bits - 1) - 1
+    assert torch.equal(W_q, W_q.round()) and W_q.abs().max() <= limit == largest_integer(bits)
+    assert s_w.shape == ((4, 1, 1, 1) if per_channel else ())
+    if bits == 1:
+        assert set(W_q.unique().tolist()) <= {-1.0, 1.0}
+    else:
+        inside = (weight * s_w).abs() <= limit
+        assert ((W_q / s_w - weight).abs() <= 0.5001 / s_w)[inside].all()  # nearest integer
+        assert (W_q.abs() == limit)[~inside].all()  # cut off
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights, st.integers(1, 8), st.booleans())
+def test_quantising_twice_changes_nothing(weight, bits, per_channel):
+    W_q, s_w = quantize(torch.from_numpy(weight), bits, per_channel)
+    again, _ = quantize(W_q / s_w, bits, per_channel)
+    assert torch.equal(again, W_q)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_weights_next_to_nothing_have_a_finite_scale(bits, per_channel):
+    weight = torch.full((4, 3, 3, 3), -2e-39)
+    W_q, s_w = quantize(weight, bits, per_channel)
+    assert torch.equal(s_w.unique(), torch.ones(1) if bits == 1 else torch.full((1,), float(largest_integer(bits))))
+    assert torch.equal(W_q, torch.full_like(W_q, -1.0 if bits == 1 else 0.0))
+
+
+def test_one_bit_has_the_mean_magnitude_as_scale():
+    weight = torch.tensor([[0.5, -1.5], [2.0, -4.0]])
+    W_q, s_w = quantize(weight, 1)
+    assert W_q.tolist() == [[1, -1], [1, -1]] and 1 / s_w.item() == 2.0
+    assert (1 / quantize(weight, 1, per_channel=True)[1]).flatten().tolist() == [1.0, 3.0]
+
+
+def test_the_scale_has_less_error_than_the_maximum():
+    weight = torch.randn(1000, 10, generator=torch.Generator().manual_seed(0))
+    for bits in (2, 3, 4):
+        W_q, s_w = quantize(weight, bits)
+        step = weight.abs().max() / largest_integer(bits)
+        by_maximum = ((weight / step).round() * step - weight).square().mean()
+        assert (W_q / s_w - weight).square().mean() < 0.8 * by_maximum
+
+
+def test_zero_weights_and_float_weights():
+    assert torch.equal(quantize(torch.zeros(3, 3), 4)[0], torch.zeros(3, 3))
+    weight = torch.randn(3, 3)
+    W_q, s_w = quantize(weight, 32)
+    assert torch.equal(W_q, weight) and s_w.item() == 1
+
+
+@pytest.mark.parametrize("bits", [0, 9, -1, 16])
+def test_other_bit_widths_are_refused(bits):
+    with pytest.raises(ValueError, match=f"weight bit width {bits}: use 1 to 8, or 32"):
+        quantize(torch.ones(2, 2), bits)
+
+
+@pytest.mark.parametrize("options", [{}, dict(momentum=0.9), dict(momentum=0.9, nesterov=True, weight_decay=0.01)])
+def test_quant_sgd_is_sgd_where_nothing_is_quantised(options):
+    torch.manual_seed(0)
+    nets = [nn.Linear(5, 3)]
+    nets.append(copy.deepcopy(nets[0]))
+    optimizers = [QuantSGD(nets[0].parameters(), 0.1, **options), torch.optim.SGD(nets[1].parameters(), 0.1, **options)]
+    for _ in range(5):
+        x = torch.randn(8, 5)
+        for net, optimizer in zip(nets, optimizers):
+            optimizer.zero_grad()
+            net(x).square().sum().backward()
+            optimizer.step()
+    assert torch.equal(nets[0].weight, nets[1].weight) and torch.equal(nets[0].bias, nets[1].bias)
+
+
+def test_quant_sgd_moves_the_shadow_by_the_gradient_of_the_quantised_weight():
+    net = nn.Linear(2, 1, bias=False)
+    net.weight.data = torch.tensor([[1.0, 2.0]])  # what the forward pass sees
+    net.weight.weight_back = torch.tensor([[1.3, 1.8]])
+    optimizer = QuantSGD(net.parameters(), lr=0.1, weight_decay=0.5)
+    closure_saw = []
+
+    def closure():
+        closure_saw.append(net.weight.tolist())
+        optimizer.zero_grad()
+        loss = net(torch.tensor([[1.0, 10.0]])).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 21.0 and closure_saw == [[[1.0, 2.0]]]
+    expected = [1.3 - 0.1 * (1 + 0.5 * 1.3), 1.8 - 0.1 * (10 + 0.5 * 1.8)]
+    assert net.weight.weight_back.flatten().tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_all_weights_are_integers_over_a_scale(digits_loaders, bits, granularity):
+    args = arguments(weight_bitwidth=bits, weight_granularity=granularity, finetune_epochs=1)
+    qnet = quantize_finetune(digits_net(), digits_loaders[2], nn.CrossEntropyLoss(), "cpu", args)
+    for layer in qnet.weighted_layers().values():
+        integers = layer.weight * layer.weight_scale
+        assert torch.allclose(integers, integers.round(), atol=1e-4)
+        assert integers.abs().max() <= largest_integer(bits) + 1e-4
+        assert layer.weight_scale.numel() == (1 if granularity == "layer" else len(layer.weight))
+        assert not torch.equal(layer.weight.weight_back, layer.weight)
+        W_q = round_to_integers(layer.weight.weight_back, layer.weight_scale, bits)
+        assert torch.equal(layer.weight, W_q / layer.weight_scale)
+
+
+def test_no_epochs_only_quantise(digits_loaders):
+    net = digits_net()
+    before = copy.deepcopy(net.state_dict())
+    qnet = quantize_finetune(net, digits_loaders[2], nn.CrossEntropyLoss(), "cpu", arguments())
+    for name, layer in zip(("conv1", "conv2", "conv3", "fc"), qnet.weighted_layers().values()):
+        W_q, s_w = quantize(getattr(net, name).weight.detach(), 4)
+        assert torch.equal(layer.weight, W_q / s_w)
+        assert torch.equal(layer.weight.weight_back, getattr(net, name).weight)
+    assert all(torch.equal(net.state_dict()[key], value) for key, value in before.items())
+
+
+def test_finetuning_wins_back_what_two_bits_lose(digits_loaders):
+    test_loader, _, train_loader, _ = digits_loaders
+    torch.manual_seed(0)
+    criterion = nn.CrossEntropyLoss()
+    top1 = {}
+    for epochs in (0, 8):
+        args = arguments(weight_bitwidth=2, finetune_epochs=epochs)
+        qnet = quantize_finetune(digits_net(), train_loader, criterion, "cpu", args)
+        top1[epochs] = validate_ann(qnet, test_loader, "cpu", criterion)[0]
+    assert top1[8] > top1[0] and top1[8] > 93
+
+
+def test_learning_rate_falls_at_half_and_three_quarters(digits_loaders, monkeypatch):
+    rates = []
+    step = QuantSGD.step
+
+    def recorded(self, closure=None):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, closure)
+
+    monkeypatch.setattr(QuantSGD, "step", recorded)
+    loader = [next(iter(digits_loaders[2]))]
+    args = arguments(finetune_epochs=8, finetune_lr=0.1)
+    quantize_finetune(digits_net(), loader, nn.CrossEntropyLoss(), "cpu", args)
+    assert rates == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
+
+
+def test_biases_are_trained_and_not_quantised():
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
+    loader = [(torch.rand(8, 1, 6, 6), torch.randint(0, 2, (8,)))]
+    qnet = quantize_finetune(net, loader, nn.CrossEntropyLoss(), "cpu", arguments(finetune_epochs=2, finetune_lr=0.1))
+    bias = qnet.ops["conv1"]["op"].bias
+    assert not torch.equal(bias, net[0].bias) and (bias - net[0].bias).abs().max() < 0.2
+
+
+def test_nan_and_divergence_are_errors(digits_loaders):
+    dag = parse_ann_model(digits_net(), (torch.zeros(1, 1, 32, 32),))
+    dag.ops["conv2"]["op"].weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"conv2 \(conv2\) has NaN or infinite weights"):
+        init_quantize_net(dag, 4)
+    args = arguments(finetune_epochs=3, finetune_lr=1e8)
+    with pytest.raises(ValueError, match=r"finetuning diverged in finetune epoch \d .*lower --finetune_lr"):
+        quantize_finetune(digits_net(), digits_loaders[2], nn.CrossEntropyLoss(), "cpu", args)
+
+
+def test_equalised_channels_compute_the_same(digits_images):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 5), nn.ReLU(), nn.AvgPool2d(4), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(150, 5)
+    )
+    with torch.no_grad():
+        net[0].weight.mul_(torch.tensor([0.0, 0.1, 1, 10]).view(-1, 1, 1, 1))
+    dag = parse_ann_model(net, (digits_images[:2],))
+    equal = equalize_channels(dag)
+    assert torch.allclose(equal(digits_images), dag(digits_images), atol=1e-4, rtol=1e-4)
+    for name in ("conv1", "conv2"):
+        largest = equal.ops[name]["op"].weight.flatten(1).abs().amax(1)
+        assert torch.allclose(largest[largest > 0], largest.max(), rtol=1e-4)
+    assert torch.equal(dag.ops["conv1"]["op"].weight, net[0].weight)
+
+
+def test_layers_that_are_read_twice_are_not_equalised():
+    images = torch.rand(4, 2, 4, 4)
+    dag = parse_ann_model(get_net_by_name("debug_net2", 2, 2), (images,))
+    equal = equalize_channels(dag)
+    assert all(torch.equal(a, b) for a, b in zip(dag.state_dict().values(), equal.state_dict().values()))
+
+
+def test_quantize_layers_follows_the_shadow():
+    dag = parse_ann_model(digits_net(), (torch.zeros(1, 1, 32, 32),))
+    init_quantize_net(dag, 8)
+    layer = dag.ops["conv1"]["op"]
+    layer.weight.weight_back.mul_(0.5)
+    quantize_layers(dag, 8)
+    assert (layer.weight - layer.weight.weight_back).abs().max() <= 0.5001 / layer.weight_scale
+
+
+def test_damping_pulls_the_shadow_to_the_integers():
+    """With no gradient from the loss, every step moves the shadow by lr * damping of its way."""
+    dag = parse_ann_model(digits_net(), (torch.zeros(1, 1, 32, 32),))
+    init_quantize_net(dag, 4)
+    layer = dag.ops["conv2"]["op"]
+    before = layer.weight.weight_back - layer.weight.detach()
+    loader = [(torch.zeros(4, 1, 32, 32), torch.zeros(4, dtype=torch.long))]
+    optimizer = QuantSGD(dag.parameters(), lr=0.5)
+    quantize_train(dag, loader, lambda outputs, targets: 0 * outputs.sum(), optimizer, "cpu", 4, damping=0.2)
+    after = layer.weight.weight_back - layer.weight.detach()
+    assert torch.allclose(after, before * (1 - 0.5 * 0.2), atol=1e-6)
+
+
+def test_the_clip_is_chosen_by_all_taps_of_a_kernel():
+    """A kernel's middle is larger than its corners; a sample that met the same tap each time would misjudge it."""
+    torch.manual_seed(0)
+    taps = torch.tensor([[0.3, 0.6, 0.3], [0.6, 1.5, 0.6], [0.3, 0.6, 0.3]]) * 0.05
+    for channels in (64, 128):
+        weight = torch.randn(channels, channels, 3, 3) * taps
+        largest = weight.abs().max()
+
+        def error(scale, weight=weight):
+            return ((weight * scale).round().clamp(-7, 7) / scale - weight).square().sum()
+
+        best = min(error(7 / (largest * share)) for share in torch.linspace(0.2, 1, 33))
+        assert error(quantize(weight, 4)[1]) <= 1.02 * best
