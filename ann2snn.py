@@ -30,10 +30,12 @@ def main(args):
     from build_network import build_trained_net, check_net_name, input_size
     from dag_rewrites import prepare_conversion
     from datasets import check_dataset_name, get_dataset
+    from hw_constraints import HARDWARE
     from quantization import equalize_channels, quantize_finetune
     from runtime.device import choose_device, seed_everything
     from runtime.files import check_different, check_writable, write_atomically, write_json
-    from snn_weight_setter import plan_conversion, trans_ann2snn_weight
+    from snn_weight_setter import choose_bitwidths, plan_conversion, trans_ann2snn_weight
+    from spike_finetune import finetune_on_spikes
     from validate import evaluate
 
     # everything that can be wrong with the command line is found before the work begins
@@ -58,6 +60,9 @@ def main(args):
     net = prepare_conversion(net, args.maxpool, args.signed)
     plan_conversion(net, args.ann_layers)
     check_classifies(net, args.net_name, images)
+    args.weight_bitwidth = choose_bitwidths(
+        net, args.weight_bitwidth, HARDWARE[args.hardware or "v1.0"], args.ann_layers
+    )
     check_limits(net, args)
 
     criterion = nn.CrossEntropyLoss()
@@ -82,6 +87,7 @@ def main(args):
         listen=args.listen,
         threshold=args.threshold,
         quantile=args.quantile,
+        granularity=args.granularity,
         correction=args.correction,
         per_channel=args.weight_granularity == "channel",
         ann_layers=args.ann_layers,
@@ -89,6 +95,8 @@ def main(args):
     )
     snn.set_engine(args.engine, args.memory_budget)
     clock.lap("trans_ann2snn_weight")
+    snn = finetune_on_spikes(snn, net, train_loader, train_val_loader, criterion, device, args)
+    clock.lap("finetune_on_spikes")
     spiking = evaluate(snn, test_loader, device, criterion, args.timesteps, every_step=True)
     clock.lap("validate_snn")
 
@@ -119,10 +127,10 @@ def check_classifies(net, net_name, images):
 def check_limits(net, args):
     """Hardware limits: an error, with the table, for a chip asked for by name; else one line of warning."""
     from hw_constraints import HARDWARE, check_hardware, hardware_table, violations
-    from snn_weight_setter import hardware_layers
+    from snn_weight_setter import bitwidths_by_name, hardware_layers
     from spike_dag import format_table
 
-    bits, layers = args.weight_bitwidth, hardware_layers(net, args.ann_layers)
+    layers, bits = hardware_layers(net, args.ann_layers), bitwidths_by_name(net, args.weight_bitwidth)
     if args.hardware:
         hardware = HARDWARE[args.hardware]
         print(format_table(hardware_table(layers, bits, hardware)), flush=True)
@@ -133,7 +141,7 @@ def check_limits(net, args):
     if over:
         names = ", ".join(layer.where for layer, _ in over[:3]) + (", ..." if len(over) > 3 else "")
         count = "1 layer exceeds" if len(over) == 1 else f"{len(over)} layers exceed"
-        limits = f"Hardware {hardware.name} at {bits} bits ({names}), see hw_constraints.py"
+        limits = f"Hardware {hardware.name} at {in_words(args.weight_bitwidth)} bits ({names}), see hw_constraints.py"
         print(f"warning: {count} {limits}", file=sys.stderr)
 
 
@@ -154,7 +162,8 @@ def print_results(args, ann, quantised, spiking):
     """The three accuracies."""
     from spike_dag import format_table
 
-    weights = "float weights" if args.weight_bitwidth == 32 else f"{args.weight_bitwidth}-bit weights"
+    bits = args.weight_bitwidth
+    weights = "float weights" if bits == 32 else f"{in_words(bits)}-bit weights"
     print(f"{args.net_name} on {args.dataset}: {weights}, {args.timesteps} timesteps, reset by {args.reset_mode}")
     rows = [("", "top-1 %", "loss")]
     results = {"ANN": ann, "quantised ANN": quantised, f"SNN, T={args.timesteps}": spiking}
@@ -171,6 +180,11 @@ def print_layers(snn, firing_rate):
         threshold, scale = neuron.Vthr.float(), neuron.scale_factor.float()
         rows.append((name, snn.ops[name]["path"], span(threshold), span(scale), f"{firing_rate[name]:.4f}"))
     print(format_table(rows))
+
+
+def in_words(bits):
+    """Weight bits of all layers, or of each: 8 or 8,4,4,4."""
+    return ",".join(map(str, bits)) if isinstance(bits, tuple) else str(bits)
 
 
 def span(values):

@@ -53,8 +53,24 @@ class Layer:
 
 
 def layer_bits(layer, bits):
-    """The weight bits of a layer: those of the network, but for an average pooling, whose weights are ones."""
-    return 1 if layer.role == "pool" else bits
+    """The weight bits of a layer: `bits`, a number or op name -> number; 1 for an average pooling, a sum."""
+    if layer.role == "pool":
+        return 1
+    return bits if isinstance(bits, int) else bits[layer.name]
+
+
+def largest_bitwidths(layers, hardware):
+    """The largest weight bit width that fits each of `layers`; 8 for one that stays ANN.
+
+    Raises ValueError for a layer that does not even fit with 1 bit.
+    """
+    for layer in layers:
+        if layer.role != "last" and not largest_bitwidth(layer, hardware):
+            raise ValueError(
+                f"Hardware {hardware.name}: {layer.where} has {layer.fan_in} synapses a neuron, over "
+                f"{hardware.fan_in_bits} bits at any bit width: make its kernel or channels smaller, or use groups"
+            )
+    return [LARGEST_BITWIDTH if layer.role == "last" else largest_bitwidth(layer, hardware) for layer in layers]
 
 
 def largest_bitwidth(layer, hardware):
@@ -132,7 +148,7 @@ def main(args):
     from ann_parser import parse_ann_model
     from build_network import get_net_by_name, input_size
     from dag_rewrites import prepare_conversion
-    from snn_weight_setter import hardware_layers
+    from snn_weight_setter import bitwidths_by_name, choose_bitwidths, hardware_layers
     from spike_dag import format_table
 
     size = input_size(args.net_name)
@@ -141,9 +157,10 @@ def main(args):
     dag = parse_ann_model(net, (torch.zeros(1, channels, size, size),))
     dag = prepare_conversion(dag, args.maxpool, args.signed)
     hardware, layers = HARDWARE[args.hardware], hardware_layers(dag, args.ann_layers)
-    print(format_table(hardware_table(layers, args.weight_bitwidth, hardware)))
+    bits = bitwidths_by_name(dag, choose_bitwidths(dag, args.weight_bitwidth, hardware, args.ann_layers))
+    print(format_table(hardware_table(layers, bits, hardware)))
     sys.stdout.flush()
-    check_hardware(layers, args.weight_bitwidth, hardware)
+    check_hardware(layers, bits, hardware)
 
 
 if __name__ == "__main__":

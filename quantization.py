@@ -24,6 +24,29 @@ def check_bitwidth(bits):
         raise ValueError(f"weight bit width {bits}: use 1 to 8, or {FLOAT_BITS} for float weights")
 
 
+def list_bitwidths(net, weight_bitwidth):
+    """The bit width of every layer with weights, in order: a number for all of them, or a sequence with one for each.
+
+    Raises ValueError for other bit widths, for a sequence of another length, and for one that mixes floats in.
+    """
+    layers = net.weighted_layers()
+    widths = [weight_bitwidth] * len(layers) if isinstance(weight_bitwidth, int) else list(weight_bitwidth)
+    for bits in widths:
+        check_bitwidth(bits)
+    if len(widths) != len(layers):
+        names = ", ".join(net.where(name) for name in layers)
+        raise ValueError(f"{len(widths)} weight bit widths for {len(layers)} layers, give one for each of {names}")
+    if FLOAT_BITS in widths and set(widths) != {FLOAT_BITS}:
+        raise ValueError(f"weight bit widths {widths}: float weights ({FLOAT_BITS}) in all layers or in none")
+    return widths
+
+
+def set_bitwidths(net, weight_bitwidth):
+    """Give every layer with weights its `weight_bits` (`list_bitwidths`)."""
+    for layer, bits in zip(net.weighted_layers().values(), list_bitwidths(net, weight_bitwidth)):
+        layer.weight_bits = bits
+
+
 def largest_integer(bits):
     """The largest |W_q| at a bit width: 2^(b-1) - 1, and 1 at 1 bit."""
     return max(2 ** (bits - 1) - 1, 1)
@@ -133,11 +156,11 @@ def next_weighted_layer(dag, name):
         (node,) = next(entry["out_nodes"] for entry in dag.ops.values() if entry["op"] is op)
 
 
-class QuantSGD(torch.optim.SGD):
-    """torch.optim.SGD that moves `weight.weight_back`, in full precision, by the gradient of the quantised weight.
+class ShadowStep:
+    """An optimizer that moves `weight.weight_back`, in full precision, by the gradient of the quantised weight.
 
-    Parameters without `weight_back` are treated as torch.optim.SGD treats them. The quantised weights are made anew
-    by `quantize_layers` after the step (straight-through estimator; Courbariaux et al., BinaryConnect, NeurIPS 2015).
+    Parameters without `weight_back` are treated as ever. The quantised weights are made anew by `quantize_layers` after
+    the step (straight-through estimator; Courbariaux et al., BinaryConnect, NeurIPS 2015).
     """
 
     @torch.no_grad()
@@ -155,28 +178,38 @@ class QuantSGD(torch.optim.SGD):
         return loss
 
 
-def init_quantize_net(net, bits, per_channel=False):
+class QuantSGD(ShadowStep, torch.optim.SGD):
+    """torch.optim.SGD on the weights' shadows (`ShadowStep`)."""
+
+
+class QuantAdam(ShadowStep, torch.optim.Adam):
+    """torch.optim.Adam on the weights' shadows (`ShadowStep`)."""
+
+
+def init_quantize_net(net, weight_bitwidth, per_channel=False):
     """Give every weight of the convolutions and linear layers its shadow `weight.weight_back`, and quantise it."""
+    set_bitwidths(net, weight_bitwidth)
     for name, layer in net.weighted_layers().items():
         if not torch.isfinite(layer.weight).all():
             raise ValueError(f"{net.where(name)} has NaN or infinite weights, train the network again")
         layer.weight.weight_back = layer.weight.detach().clone()
-    choose_scales(net, bits, per_channel)
-    quantize_layers(net, bits)
+    choose_scales(net, per_channel)
+    quantize_layers(net)
 
 
 @torch.no_grad()
-def choose_scales(net, bits, per_channel=False):
+def choose_scales(net, per_channel=False):
     """Set `layer.weight_scale`, s_w, from the shadow weights; it then stays for an epoch, so that training settles."""
     for layer in net.weighted_layers().values():
-        layer.set_weight_scale(quantize_layer(layer, layer.weight.weight_back, bits, per_channel)[1])
+        layer.set_weight_scale(quantize_layer(layer, layer.weight.weight_back, layer.weight_bits, per_channel)[1])
 
 
 @torch.no_grad()
-def quantize_layers(net, bits):
+def quantize_layers(net):
     """Set every weight to its shadow, quantised: `quantized_w / scale`."""
     for layer in net.weighted_layers().values():
-        layer.weight.copy_(round_to_integers(layer.weight.weight_back, layer.weight_scale, bits) / layer.weight_scale)
+        weight_q = round_to_integers(layer.weight.weight_back, layer.weight_scale, layer.weight_bits)
+        layer.weight.copy_(weight_q / layer.weight_scale)
 
 
 def dampen(net, strength):
@@ -190,7 +223,7 @@ def dampen(net, strength):
         layer.weight.grad.add_(layer.weight.weight_back - layer.weight.detach(), alpha=strength)
 
 
-def quantize_train(net, train_loader, criterion, optimizer, device, bits, damping=0.0, name="finetune"):
+def quantize_train(net, train_loader, criterion, optimizer, device, damping=0.0, name="finetune"):
     """One epoch on the quantised weights; the mean loss per sample. Raises ValueError where it is not finite."""
     net.train()
     total, samples = torch.zeros((), device=device), 0
@@ -201,7 +234,7 @@ def quantize_train(net, train_loader, criterion, optimizer, device, bits, dampin
         loss.backward()
         dampen(net, damping)
         optimizer.step()
-        quantize_layers(net, bits)
+        quantize_layers(net)
         total += loss.detach() * len(targets)
         samples += len(targets)
     mean = total.item() / max(samples, 1)
@@ -221,15 +254,14 @@ def quantize_finetune(net, train_loader, criterion, device, args):
     """A quantised and finetuned copy of `net`, as a SpikeDAGModule.
 
     A plain nn.Module is parsed first, on one image of `train_loader`. Of `args` it needs finetune_lr, finetune_epochs,
-    finetune_wd, finetune_momentum and weight_bitwidth; finetune_nesterov (False), finetune_damping (0.1, reached by
-    the last epoch) and weight_granularity ("layer" or "channel") have defaults. The learning rate falls to a tenth at
-    50 % and at 75 % of the epochs; with no epochs the weights are only quantised. Raises ValueError for NaN weights,
-    another bit width, or a loss that diverges.
+    finetune_wd, finetune_momentum and weight_bitwidth (a number, or one for each layer); finetune_nesterov (False),
+    finetune_damping (0.1, reached by the last epoch) and weight_granularity ("layer" or "channel") have defaults. The
+    learning rate falls to a tenth at 50 % and at 75 % of the epochs; with no epochs the weights are only quantised.
+    Raises ValueError for NaN weights, another bit width, or a loss that diverges.
     """
-    bits, per_channel = args.weight_bitwidth, getattr(args, "weight_granularity", "layer") == "channel"
-    check_bitwidth(bits)
+    per_channel = getattr(args, "weight_granularity", "layer") == "channel"
     qnet = as_dag(net, train_loader).to(device, memory_format=torch.channels_last)
-    init_quantize_net(qnet, bits, per_channel)
+    init_quantize_net(qnet, args.weight_bitwidth, per_channel)
     if not args.finetune_epochs:
         return qnet
     optimizer = QuantSGD(
@@ -244,11 +276,11 @@ def quantize_finetune(net, train_loader, criterion, device, args):
     with tqdm(range(1, epochs + 1), "finetune") as bar:
         for epoch in bar:
             if epoch <= epochs // 2:  # afterwards, at smaller learning rates, the integers settle on fixed scales
-                choose_scales(qnet, bits, per_channel)
-                quantize_layers(qnet, bits)
+                choose_scales(qnet, per_channel)
+                quantize_layers(qnet)
             damping = largest_damping * epoch / epochs
             name = f"finetune epoch {epoch}"
-            loss = quantize_train(qnet, train_loader, criterion, optimizer, device, bits, damping, name)
+            loss = quantize_train(qnet, train_loader, criterion, optimizer, device, damping, name)
             schedule.step()
             bar.set_postfix(loss=f"{loss:.4f}")
     return qnet

@@ -22,14 +22,15 @@ import torch
 from tqdm import tqdm
 
 from dag_rewrites import is_trained, prepare_conversion, writer
-from hw_constraints import Layer
+from hw_constraints import Layer, largest_bitwidths
 from quantization import (
     FLOAT_BITS,
-    check_bitwidth,
     largest_integer,
+    list_bitwidths,
     quantize_layer,
     round_to_integers,
     sampling_stride,
+    set_bitwidths,
 )
 from spike_correction import correct_spikes
 from spike_layers import (
@@ -57,6 +58,8 @@ CURRENT = "currents"  # what flows into a neuron
 SPIKES = "spikes"
 
 THRESHOLDS = ("quantile", "max", "mse")
+GRANULARITIES = ("layer", "channel")
+LEAST_SHARE = 1 / 16  # of its layer's lambda that a channel's can be, so that integers beside it stay meaningful
 CORRECTIONS = ("potential", "bias", "none")
 LARGEST_INTEGER = 2**20  # of thresholds, biases and weights of branches: sums of them stay exact in float32
 SAME_LAMBDA = 1.02  # per-channel lambdas within this factor count as one, so that integer weights stay as they are
@@ -74,6 +77,7 @@ def trans_ann2snn_weight(
     listen=0,
     threshold="quantile",
     quantile=0.999,
+    granularity="layer",
     correction="potential",
     per_channel=False,
     maxpool=None,
@@ -84,23 +88,25 @@ def trans_ann2snn_weight(
     """The spiking network of a quantised one; `qnet` is not changed.
 
     loader: images without random augmentation, of which the first `calibration_samples` are used, without labels.
-    timesteps: T, steps per image. weight_bitwidth: 1 to 8, or 32 for float weights (thresholds then are floats too).
+    timesteps: T, steps per image. weight_bitwidth: 1 to 8, one number or one for each layer with weights, or 32 for
+    float weights (thresholds then are floats too).
     reset_mode: "subtraction" (u -= Vthr) or "zero" (u = 0). initial_potential: u before the first step as a share of
     Vthr; default 0.5 for subtraction, which halves the expected error (Bu et al., Optimized Potential Initialization,
     AAAI 2022), and 0 for zero. listen: d, steps of input that every layer integrates before its T firing steps; at
     d = T no spike comes too early or too late, and with reset by subtraction the network equals its quantised ANN
     exactly (a skip has to wait as long as the layers beside it). threshold: lambda_out of a layer is the `quantile` of
     its activations ("quantile"; Rueckauer et al., Frontiers in Neuroscience 2017), their maximum ("max"), or the value
-    with the least squared error after T spikes ("mse", `least_error_scale`). correction: mean rates are corrected per
-    channel against the ANN by the initial "potential", by the "bias" with the rest in the potential, or not at all
-    ("none"; `correct_spikes`).
+    with the least squared error after T spikes ("mse", `least_error_scales`). granularity: one lambda a "layer", or one
+    a "channel", whose integer Vthr then differ, and whose spikes the next layer's weights weigh accordingly (weights
+    that were finetuned to few bits are then rounded again). correction: mean rates are corrected per channel against
+    the ANN by the initial "potential", by the "bias" with the rest in the potential, or not at all ("none";
+    `correct_spikes`).
     per_channel: the weights have a scale per output channel. maxpool: "gate" or "or" (`SpikeMaxPool2d`). signed: "pair"
     splits values without a ReLU by sign (`split_signs`). ann_layers: layers that stay ANN, by op name or module path.
 
     Raises ValueError for values out of range, for layers that cannot be converted (`plan_conversion`), and for NaN
     weights or activations.
     """
-    check_bitwidth(weight_bitwidth)
     if timesteps < 1:
         raise ValueError(f"timesteps {timesteps}: a spiking network needs at least 1")
     if reset_mode not in RESET_MODES:
@@ -111,6 +117,8 @@ def trans_ann2snn_weight(
         initial_potential = 0.5 if reset_mode == "subtraction" else 0.0
     if threshold not in THRESHOLDS:
         raise ValueError(f"unknown threshold '{threshold}', use one of {', '.join(THRESHOLDS)}")
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"unknown granularity '{granularity}', use one of {', '.join(GRANULARITIES)}")
     if correction not in CORRECTIONS:
         raise ValueError(f"unknown correction '{correction}', use one of {', '.join(CORRECTIONS)}")
     if not 0 < quantile <= 1:
@@ -118,17 +126,16 @@ def trans_ann2snn_weight(
     qnet = prepare_conversion(qnet, maxpool, signed).to(device).eval()
     plan = plan_conversion(qnet, ann_layers)
     snn = copy.deepcopy(qnet)
+    set_bitwidths(snn, weight_bitwidth)
 
-    def choose_scale(values):
+    def choose_scales(values, channels, count):
         if threshold == "mse":
-            return least_error_scale(values, timesteps)
-        return positive_top(values, quantile if threshold == "quantile" else 1.0)
+            return least_error_scales(values, channels, count, timesteps)
+        return positive_tops(values, channels, count, quantile if threshold == "quantile" else 1.0)
 
-    statistics = calibrate(snn, loader, device, calibration_samples, choose_scale)
+    statistics = calibrate(snn, loader, device, calibration_samples, choose_scales, granularity)
     shapes = node_shapes(snn, next(iter(loader))[0][:1].to(device))
-    setter = SpikeSetter(
-        snn, plan, statistics, shapes, timesteps, weight_bitwidth, per_channel, reset_mode, initial_potential
-    )
+    setter = SpikeSetter(snn, plan, statistics, shapes, timesteps, per_channel, reset_mode, initial_potential)
     setter.convert()
     snn.timesteps = timesteps
     for neuron in snn.neurons().values():
@@ -292,6 +299,19 @@ def hardware_layers(dag, ann_layers=()):
     return layers
 
 
+def choose_bitwidths(dag, weight_bitwidth, hardware, ann_layers=()):
+    """`weight_bitwidth` itself, or for "auto" the largest width of every layer with weights that `hardware` allows."""
+    if weight_bitwidth != "auto":
+        return weight_bitwidth
+    trained = dag.weighted_layers()
+    return tuple(largest_bitwidths([x for x in hardware_layers(dag, ann_layers) if x.name in trained], hardware))
+
+
+def bitwidths_by_name(dag, weight_bitwidth):
+    """Op name -> weight bits of every layer with weights. Raises ValueError as `set_bitwidths` does."""
+    return dict(zip(dag.weighted_layers(), list_bitwidths(dag, weight_bitwidth)))
+
+
 def weighted_behind(dag, name):
     """Whether a trained layer reads what op `name` sends, directly or through others."""
     reached = set(dag.ops[name]["out_nodes"])
@@ -382,14 +402,21 @@ def check_outputs(dag, plan):
 
 @dataclass
 class LayerStatistics:
-    """Of one layer's pooled activations: `max_i`, the largest of its inputs, and `max_o`, the scale of its outputs."""
+    """Of one layer's pooled activations: `max_i`, the largest of its inputs, and `max_o`, the scale of its outputs.
+
+    scales: max_o of every channel, [C, 1, 1] ([N] behind a linear layer), or of the layer, a scalar.
+    """
 
     max_i: float
     max_o: float
+    scales: torch.Tensor
 
 
-def calibrate(dag, loader, device, samples, choose_scale):
-    """Op name -> LayerStatistics, from the first `samples` images of `loader`; `choose_scale(values)` is max_o."""
+def calibrate(dag, loader, device, samples, choose_scales, granularity="layer"):
+    """Op name -> LayerStatistics, from the first `samples` images of `loader`.
+
+    choose_scales(values [N], channels [N], C) gives the scale of every channel, [C].
+    """
     with pool_activations(dag, samples) as (input_pool, output_pool):
         run_samples(dag, loader, device, samples)
         statistics = {}
@@ -397,7 +424,13 @@ def calibrate(dag, loader, device, samples, choose_scale):
             outputs = pool.values()
             if not torch.isfinite(outputs).all():
                 raise ValueError(f"{dag.where(name)} has NaN or infinite activations, train the network again")
-            statistics[name] = LayerStatistics(input_pool[name].values().max().item(), choose_scale(outputs))
+            max_o = choose_scales(outputs, torch.zeros_like(outputs, dtype=torch.long), 1).squeeze()
+            scales = max_o
+            if granularity == "channel":
+                scales = choose_scales(outputs, pool.channels(), pool.count)
+                scales = torch.where(scales > 0, scales, max_o).clamp_min(LEAST_SHARE * max_o)
+                scales = scales.view(-1, *[1] * (pool.dim - 2))
+            statistics[name] = LayerStatistics(input_pool[name].values().max().item(), max_o.item(), scales)
         return statistics
 
 
@@ -425,28 +458,44 @@ def run_samples(dag, loader, device, samples):
 
 
 class Pool:
-    """Evenly spaced elements, at most `most`, of the activations of `samples` images."""
+    """Evenly spaced elements, at most `most`, of the activations of `samples` images.
+
+    count, dim: channels, and dimensions, of the tensors that they are taken from.
+    """
 
     def __init__(self, most, samples):
         self.most, self.samples = most, samples
         self.parts, self.seen, self.stride = [], 0, None
+        self.channel_parts, self.count, self.dim = [], 1, 0
 
     def add(self, values):
-        """Take every `stride`-th element of one more batch [B, ...], counted over all batches."""
+        """Take every `stride`-th element of one more batch [B, C, ...], counted over all batches."""
         size = values[0].numel()
         self.stride = self.stride or sampling_stride(size * self.samples, self.most, size)
-        self.parts.append(in_memory_order(values)[-self.seen % self.stride :: self.stride].clone())
+        first, self.count, self.dim = -self.seen % self.stride, values.shape[1], values.dim()
+        self.parts.append(in_memory_order(values)[first :: self.stride].clone())
+        place = torch.arange(first, values.numel(), self.stride)
+        run = 1 if is_channels_last(values) else values[0, 0].numel()  # elements of a channel that lie side by side
+        self.channel_parts.append((place // run % self.count).to(torch.int32))
         self.seen += values.numel()
 
     def values(self):
         """The sample, [N]."""
         return torch.cat(self.parts)
 
+    def channels(self):
+        """The channel of every element of the sample, [N]."""
+        return torch.cat(self.channel_parts).to(self.parts[0].device, torch.long)
+
+
+def is_channels_last(values):
+    """Whether the channels of a pixel lie side by side in memory."""
+    return values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)
+
 
 def in_memory_order(values):
     """A tensor as [N], without a copy where it lies in memory without gaps."""
-    is_channels_last = values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)
-    return (values.permute(0, 2, 3, 1) if is_channels_last else values).reshape(-1)
+    return (values.permute(0, 2, 3, 1) if is_channels_last(values) else values).reshape(-1)
 
 
 @contextmanager
@@ -496,20 +545,31 @@ def positive_top(values, quantile):
     return top(values[values > 0], quantile) if is_seldom_active else highest
 
 
-def least_error_scale(values, timesteps, most=200_000):
-    """The lambda for which T spikes say best what the activations [N] are.
+def positive_tops(values, channels, count, quantile):
+    """`positive_top` of the values [N] of every channel: [C]; 0 for a channel without values."""
+    sizes = channels.bincount(minlength=count).tolist()
+    parts = values[channels.argsort(stable=True)].split(sizes) if count > 1 else (values,)
+    return torch.tensor([positive_top(part, quantile) if len(part) else 0.0 for part in parts], device=values.device)
 
-    Least mean squared error between the activations and clip(round(a T / lambda), 0, T) lambda / T, what a neuron with
-    the initial potential Vthr / 2 sends on even input; among 64 shares of the maximum, on the first `most` values.
+
+def least_error_scales(values, channels, count, timesteps, most=200_000):
+    """The lambda of every channel, [C], for which T spikes say best what its activations are.
+
+    values, channels: [N]. Least mean squared error between the activations and clip(round(a T / lambda), 0, T)
+    lambda / T, what a neuron with the initial potential Vthr / 2 sends on even input; among 64 shares of the channel's
+    maximum, on the first `most` values.
     """
-    values = values[:most].clamp_min(0)
-    largest = values.max().item()
-    errors = {}
+    values, channels = values[:most].clamp_min(0), channels[:most]
+    largest = values.new_zeros(count).scatter_reduce_(0, channels, values, "amax")
+    least, best = torch.full_like(largest, torch.inf), largest
     for share in torch.logspace(-1.5, 0, 64).tolist():
-        step = max(share * largest / timesteps, 1e-30)
-        decoded = (values / step).round().clamp_max(timesteps) * step
-        errors[share * largest] = (decoded - values).square().mean().item()
-    return min(errors, key=errors.get)
+        steps = (share * largest / timesteps).clamp_min(1e-30)
+        step = steps[channels]
+        decoded = (values / step).round_().clamp_max_(timesteps).mul_(step)
+        error = torch.zeros_like(largest).index_add_(0, channels, decoded.sub_(values).square_())
+        best = torch.where(error < least, share * largest, best)
+        least = torch.minimum(error, least)
+    return best
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -524,12 +584,13 @@ class SpikeSetter:
     targets: node of spikes -> the lambda its neuron aims at, before Vthr is rounded.
     """
 
-    def __init__(self, dag, plan, statistics, shapes, timesteps, bits, per_channel, reset_mode, initial_potential):
+    def __init__(self, dag, plan, statistics, shapes, timesteps, per_channel, reset_mode, initial_potential):
         self.dag, self.plan, self.statistics, self.shapes = dag, plan, statistics, shapes
-        self.timesteps, self.bits, self.per_channel = timesteps, bits, per_channel
+        self.timesteps, self.per_channel = timesteps, per_channel
         self.reset_mode, self.initial_potential = reset_mode, initial_potential
-        self.is_float = bits == FLOAT_BITS
-        self.most = 1 if self.is_float else largest_integer(bits)
+        self.bits = max(layer.weight_bits for layer in dag.weighted_layers().values())  # where no layer gives them
+        self.is_float = self.bits == FLOAT_BITS
+        self.most = 1 if self.is_float else largest_integer(self.bits)
         self.targets = self.spike_targets()
         self.components = self.current_components()
         self.scales, self.units, self.largest = {}, {}, {}
@@ -558,23 +619,45 @@ class SpikeSetter:
     # lambda_out
 
     def spike_targets(self):
-        """Node of spikes -> the lambda to aim at; spikes that a concatenation joins share the largest.
+        """Node of spikes -> the lambda to aim at, a tensor; spikes that a concatenation joins share the largest.
 
-        A ReLU with a ceiling never aims above it, for its neuron has to stop there.
+        Where channels have lambdas of their own they keep them. A ReLU with a ceiling never aims above it, for its
+        neuron has to stop there.
         """
+        if any(self.statistics[name].scales.dim() for name in self.plan.firing):
+            return self.channel_targets()
         targets, groups, ceilings = {}, Groups(), {}
         for name, entry in self.dag.ops.items():
             (out,) = entry["out_nodes"]
             if self.plan.kinds[out] != SPIKES:
                 continue
             if name in self.plan.firing:
-                targets[out] = self.statistics[name].max_o
+                targets[out] = torch.tensor(self.statistics[name].max_o)
             else:
                 groups.join(out, *entry["in_nodes"])
             ceilings[out] = getattr(entry["op"], "ceiling", None) or float("inf")
         for members in groups.members():
-            shared = max(targets.get(node, 0.0) for node in members)
-            targets.update({node: min(shared, ceilings[node]) for node in members})
+            shared = torch.stack([targets[node] for node in members if node in targets] or [torch.zeros(())]).max()
+            targets.update(dict.fromkeys(members, shared))
+        return {node: target.clamp_max(ceilings[node]) for node, target in targets.items()}
+
+    def channel_targets(self):
+        """Node of spikes -> the lambdas to aim at, by channel, in the shape of a sample: [C, 1, 1] or [N]."""
+        targets = {}
+        for name, entry in self.dag.ops.items():
+            (out,), op, inputs = entry["out_nodes"], entry["op"], [targets.get(node) for node in entry["in_nodes"]]
+            if self.plan.kinds[out] != SPIKES:
+                continue
+            if name in self.plan.firing:
+                targets[out] = self.statistics[name].scales.clamp_max(getattr(op, "ceiling", None) or float("inf"))
+            elif isinstance(op, ConcatOp):
+                shapes = [self.shapes[node] for node in entry["in_nodes"]]
+                targets[out] = concat_scales(inputs, shapes, 0) if op.dim == 1 else torch.stack(inputs).amax(0)
+            elif isinstance(op, ViewOp):
+                spread = inputs[0].expand(self.shapes[entry["in_nodes"][0]]).reshape(self.shapes[out])
+                targets[out] = spread.amax((1, 2), keepdim=True) if spread.dim() == 3 else spread
+            else:
+                targets[out] = inputs[0]
         return targets
 
     def input_scales(self, node, op):
@@ -651,9 +734,12 @@ class SpikeSetter:
 
     def natural_unit(self, op, node):
         """The unit in which the integers of a layer fill their bit width."""
-        lambda_in = self.input_scales(node, op).max()
+        lambda_in = self.input_scales(node, op).to(op.weight.device)
+        if lambda_in.dim():  # the integers weigh the channels' different spikes too
+            weight = op.weight.detach() * op.input_view(lambda_in)
+            return op.output_view(1 / op.per_output(quantize_layer(op, weight, op.weight_bits, self.per_channel)[1]))
         _, s_w = self.integers(op)
-        return op.output_view(lambda_in.to(s_w.device) / op.per_output(s_w))
+        return op.output_view(lambda_in / op.per_output(s_w))
 
     def least_error_unit(self, unit, layers, others):
         """The unit, out of the given one and those with a whole weight for the first of `others`, with the least error.
@@ -671,7 +757,7 @@ class SpikeSetter:
             for op, node in layers:
                 weight, per_weight = op.weight.detach(), candidate.flatten() if candidate.dim() else candidate
                 per_weight = op.weight_view(per_weight) / op.input_view(self.input_scales(node, op).to(unit.device))
-                rounded = round_to_integers(weight / per_weight, 1.0, self.bits) * per_weight
+                rounded = round_to_integers(weight / per_weight, 1.0, op.weight_bits) * per_weight
                 errors[i] += ((rounded - weight).square().sum() / weight.square().sum().clamp_min(1e-30)).item()
             for value in values:
                 ratio = value / candidate
@@ -686,7 +772,7 @@ class SpikeSetter:
         for entry in self.dag.ops.values():
             (out,), op = entry["out_nodes"], entry["op"]
             if out in self.targets and not members.isdisjoint(entry["in_nodes"]):
-                values.append(torch.tensor(self.targets[out]))
+                values.append(self.targets[out].max())
             if out in members and getattr(op, "bias", None) is not None:
                 values.append(op.bias.detach().abs().max())
         return torch.stack([value.cpu().float() for value in values] or [torch.zeros(())]).max()
@@ -695,7 +781,7 @@ class SpikeSetter:
         """As `value_of`; for spikes of a later op the lambda that it aims at, for its currents None."""
         if node in self.scales or node in self.units:
             return self.value_of(node)
-        return torch.tensor(self.targets[node]) if node in self.targets else None
+        return self.targets.get(node)
 
     def value_of(self, node):
         """The activation that a spike, or a unit of current, stands for."""
@@ -705,10 +791,10 @@ class SpikeSetter:
         """`W_q, s_w` of a layer: as it was quantised, else (other bit width, not quantised yet) quantised now."""
         weight = op.weight.detach()
         if op.weight_scale is not None:
-            weight_q = round_to_integers(weight, op.weight_scale, self.bits)
+            weight_q = round_to_integers(weight, op.weight_scale, op.weight_bits)
             if torch.allclose(weight_q / op.weight_scale, weight, rtol=1e-5, atol=0):
                 return weight_q, op.weight_scale
-        return quantize_layer(op, weight, self.bits, self.per_channel)
+        return quantize_layer(op, weight, op.weight_bits, self.per_channel)
 
     def rounded(self, value, least=None):
         """An integer, but for float weights."""
@@ -727,11 +813,13 @@ class SpikeSetter:
         unit_per_output = unit.flatten() if unit.numel() > 1 else unit  # [C_out] or a scalar
         from_image = self.plan.kinds[in_nodes[0]] == ANALOG
         if from_image:
-            weight_q, _ = self.integers(op)
+            weight_q, scale = self.integers(op)
+            op.weight.data = weight_q / scale  # the image's current is computed with these
         else:
             per_input = op.input_view(self.input_scales(in_nodes[0], op).to(unit.device))
-            per_weight = op.weight_view(unit_per_output) / per_input  # what one integer step stands for
-            weight_q = round_to_integers(op.weight.detach() / per_weight, 1.0, self.bits)
+            scale = per_input / op.weight_view(unit_per_output)  # over what one integer step stands for
+            weight_q = round_to_integers(op.weight.detach() * scale, 1.0, op.weight_bits)
+        op.set_weight_scale(scale)
         bias_q = None if op.bias is None else op.bias.detach() / unit_per_output
         if not self.is_float:
             weight_q = weight_q.to(torch.int8)
@@ -872,13 +960,13 @@ class SpikeSetter:
 
     def set_neuron(self, name, op, out, unit, largest):
         """Vthr = lambda_out / unit, as an integer of at least 1, and the lambda_out that the rounded one stands for."""
-        target = torch.tensor(self.targets[out])
-        if not target > 0:  # no calibration image excites this layer: aim at the scale of its input
+        target = self.targets[out].to(unit.device)
+        if not target.max() > 0:  # no calibration image excites this layer: aim at the scale of its input
             target = unit.max() * max(largest or 1, 1)
-        Vthr = target.to(unit.device) / unit
+        Vthr = target / unit
         if largest is not None:
-            is_cut_off = getattr(op, "ceiling", None) is not None and target >= op.ceiling
-            Vthr = (Vthr.floor() if is_cut_off else Vthr.round()).clamp_min(1).to(torch.int32)
+            is_cut_off = target >= (getattr(op, "ceiling", None) or float("inf"))
+            Vthr = torch.where(is_cut_off, Vthr.floor(), Vthr.round()).clamp_min(1).to(torch.int32)
         initial = Vthr * self.initial_potential
         if largest is not None:
             initial = initial.floor().to(torch.int32)

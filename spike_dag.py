@@ -295,6 +295,7 @@ class SpikeDAGModule(nn.Module):
                 "out_nodes": entry["out_nodes"],
                 "path": entry["path"],
                 "spiking": entry["op"].spiking,
+                "weight_bits": getattr(entry["op"], "weight_bits", None),
                 "neuron": entry["op"].neuron.config() if entry["op"].neuron is not None else None,
                 "tensors": {k: v.detach() for k, v in entry["op"].state_dict().items() if not k.startswith("neuron.")},
             }
@@ -345,6 +346,8 @@ def rebuild_op(entry):
         op.set_weight_scale(tensors["weight_scale"])
     op.load_state_dict(tensors, assign=True)
     op.spiking = entry["spiking"]
+    if isinstance(op, WeightedLayer):
+        op.weight_bits = entry.get("weight_bits")
     if entry["neuron"] is not None:
         op.neuron = IFNeuron(**entry["neuron"])
     return op

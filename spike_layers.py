@@ -159,8 +159,8 @@ class WeightedLayer(SpikeLayer):
     Converted, it also holds weight_q (integers), bias_q (integers, added every step) and unit: the activation that
     one unit of membrane potential stands for, a scalar or one per output channel, broadcastable to the output.
 
-    weight_scale: s_w of a quantised layer, W = W_q / s_w; a scalar or broadcastable to W with one value per output
-    channel, None before quantisation.
+    weight_scale: s_w of a quantised layer, W = W_q / s_w; a scalar or broadcastable to W, None before quantisation.
+    weight_bits: bit width of the integers, None before quantisation.
     """
 
     spatial = 0  # dimensions of a sample behind the channels
@@ -168,6 +168,7 @@ class WeightedLayer(SpikeLayer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.register_buffer("weight_scale", None)
+        self.weight_bits = None
 
     def set_weight_scale(self, weight_scale):
         """Store s_w, what one over the value of one integer step is."""
@@ -189,6 +190,10 @@ class WeightedLayer(SpikeLayer):
     def per_output(self, values):
         """The inverse of `weight_view`."""
         return values.flatten() if values.dim() else values
+
+    def per_output_unit(self):
+        """The unit as [C_out], or a scalar."""
+        return self.unit.flatten() if self.unit.dim() else self.unit
 
     def input_view(self, values):
         """A value per input channel, [C_in], broadcastable to the weight; a scalar as it is."""

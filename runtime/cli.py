@@ -49,6 +49,14 @@ def whole_number(least, most=None, also=()):
     return convert
 
 
+def bitwidths(text):
+    """An argparse type: weight bits of all layers, of each ("8,4,4,4"), or "auto"."""
+    if text == "auto":
+        return text
+    widths = tuple(map(whole_number(1, 8, also=(32,)), text.split(",")))
+    return widths[0] if len(widths) == 1 else widths
+
+
 def real_number(least, most=float("inf")):
     """An argparse type: a number from `least` to `most`."""
 
@@ -107,9 +115,10 @@ def add_hardware_flags(parser, default=None):
     """--weight_bitwidth, and --hardware against whose limits it is checked."""
     parser.add_argument(
         "--weight_bitwidth",
-        type=whole_number(1, 8, also=(32,)),
+        type=bitwidths,
         default=4,
-        help="weight quantization bitwidth, 1 to 8, or 32 for float weights (%(default)s)",
+        help="weight quantization bitwidth, 1 to 8, or 32 for float weights (%(default)s); 8,4,4,4 for one a layer, "
+        "auto for the most that the hardware allows in each",
     )
     parser.add_argument(
         "--hardware", choices=["v1.0"], default=default, help="chip whose limits must hold; without it they only warn"
@@ -171,6 +180,32 @@ def add_conversion_flags(parser):
         type=real_number(0),
         default=0.1,
         help="pull of the weights towards integers, reached in the last finetune epoch (%(default)s)",
+    )
+    parser.add_argument(
+        "--finetune_snn",
+        type=whole_number(0),
+        default=0,
+        metavar="EPOCHS",
+        help="epochs that finetune the converted network on its own spikes, with labels (%(default)s)",
+    )
+    parser.add_argument(
+        "--calibration_epochs",
+        type=whole_number(0),
+        default=0,
+        metavar="EPOCHS",
+        help="passes over the calibration images that finetune it on the ANN's outputs, without labels (%(default)s)",
+    )
+    parser.add_argument(
+        "--finetune_snn_lr",
+        type=real_number(0),
+        default=0.005,
+        help="learning rate of --finetune_snn and --calibration_epochs (%(default)s)",
+    )
+    parser.add_argument(
+        "--granularity",
+        choices=["layer", "channel"],
+        default="layer",
+        help="one scale of spikes, and one Vthr, per layer or per channel (%(default)s)",
     )
     parser.add_argument(
         "--weight_granularity",

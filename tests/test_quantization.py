@@ -233,7 +233,7 @@ def test_quantize_layers_follows_the_shadow():
     init_quantize_net(dag, 8)
     layer = dag.ops["conv1"]["op"]
     layer.weight.weight_back.mul_(0.5)
-    quantize_layers(dag, 8)
+    quantize_layers(dag)
     assert (layer.weight - layer.weight.weight_back).abs().max() <= 0.5001 / layer.weight_scale
 
 
@@ -245,7 +245,7 @@ def test_damping_pulls_the_shadow_to_the_integers():
     before = layer.weight.weight_back - layer.weight.detach()
     loader = [(torch.zeros(4, 1, 32, 32), torch.zeros(4, dtype=torch.long))]
     optimizer = QuantSGD(dag.parameters(), lr=0.5)
-    quantize_train(dag, loader, lambda outputs, targets: 0 * outputs.sum(), optimizer, "cpu", 4, damping=0.2)
+    quantize_train(dag, loader, lambda outputs, targets: 0 * outputs.sum(), optimizer, "cpu", damping=0.2)
     after = layer.weight.weight_back - layer.weight.detach()
     assert torch.allclose(after, before * (1 - 0.5 * 0.2), atol=1e-6)
 

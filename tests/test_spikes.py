@@ -14,7 +14,7 @@ import spike_tensor
 from ann_parser import parse_ann_model
 from build_network import get_net_by_name, load_weights
 from quantization import init_quantize_net
-from snn_weight_setter import Pool, least_error_scale, plan_conversion, pool_activations, trans_ann2snn_weight
+from snn_weight_setter import Pool, least_error_scales, plan_conversion, pool_activations, trans_ann2snn_weight
 from spike_layers import IFNeuron, SpikeConv2d, SpikeReLU, if_step
 from spike_tensor import Current, SpikeTensor, record_firing_ratios
 
@@ -281,10 +281,17 @@ def test_least_error_scale_against_a_brute_force_search():
         for scale in torch.linspace(0.03, 1, 500).tolist():
             decoded = (values / scale * timesteps).round().clamp_max(timesteps) * scale / timesteps
             errors[scale] = (decoded - values).square().mean().item()
-        chosen = least_error_scale(values, timesteps)
+        chosen = first_scale(values, timesteps).item()
         decoded = (values / chosen * timesteps).round().clamp_max(timesteps) * chosen / timesteps
         assert (decoded - values).square().mean().item() <= 1.1 * min(errors.values())
-    assert least_error_scale(torch.zeros(10), 4) == 0
+    pair = torch.cat([values, 3 * values]), torch.arange(2).repeat_interleave(5000)  # two channels at once
+    assert torch.allclose(least_error_scales(*pair, 2, 4), torch.tensor([1.0, 3.0]) * first_scale(values, 4))
+    assert least_error_scales(torch.zeros(10), torch.zeros(10, dtype=torch.long), 1, 4) == 0
+
+
+def first_scale(values, timesteps):
+    """The scale of values that are all of one channel."""
+    return least_error_scales(values, torch.zeros(len(values), dtype=torch.long), 1, timesteps)
 
 
 def test_correction_brings_rates_to_the_ann(digits_images):
