@@ -1,0 +1,213 @@
+"""Finetune a converted network on its own spikes: forward what the chip will send, backward through the ANN.
+
+    snn = finetune_spikes(snn, loader, device, epochs=5, teacher=qnet)          # calibration images, no labels
+    snn = finetune_spikes(snn, train_loader, device, epochs=2, criterion=...)   # training images, labels
+
+Every layer of the ANN is evaluated on the decoded rates that the spiking layers before it really send, and its own
+activation is replaced by the rate that its neurons really send; the gradient passes as if the neurons were
+clip(activation, 0, lambda) (tandem learning; Wu et al., A Tandem Learning Rule for Effective Training and Rapid
+Inference of Deep Spiking Neural Networks, TNNLS 2021). So the error that training sees holds everything that T steps
+of spikes and b bits of weights cost, spikes that come too early or too late included, at the price of one simulation
+and one backward pass of the ANN a step. Weights stay integers in the unit of their neuron, thresholds stay as they are.
+"""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from quantization import FLOAT_BITS, QuantAdam, quantize_layer, round_to_integers
+from spike_dag import one_thread_per_operator, run_ops
+from spike_layers import ConcatOp, SpikeAdd, SpikeAvgPool2d, SpikeBatchNorm, SpikeMaxPool2d, WeightedLayer
+from spike_tensor import Memory, SpikeTensor
+
+LARGEST_INTEGER = 2**20  # of biases: sums of them stay exact in float32
+TEMPERATURE = 2.0  # softens what the teacher's outputs say
+
+
+def finetune_spikes(snn, loader, device, epochs, *, lr=0.001, criterion=None, teacher=None, features=1.0):
+    """A copy of a converted network whose weights and biases are finetuned for `epochs` passes over `loader`.
+
+    criterion: loss of the outputs against the labels of `loader`, or None. teacher: the ANN, whose outputs and (times
+    `features`) activations are learnt, without labels. The learning rate falls to 0 along a cosine. Raises ValueError
+    where neither is given, or the loss is not finite.
+    """
+    if criterion is None and teacher is None:
+        raise ValueError("finetuning on spikes needs a criterion, for labels, or a teacher")
+    snn = copy.deepcopy(snn).to(device).eval()
+    layers = shadow_weights(snn)
+    parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+    optimizer = QuantAdam(parameters, lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * len(loader)))
+    for epoch in range(1, epochs + 1):
+        for inputs, targets in tqdm(loader, f"finetune spikes, epoch {epoch}", leave=False, delay=1):
+            inputs, targets = inputs.to(device), targets.to(device)
+            loss = loss_of(snn, inputs, targets, criterion, teacher, features)
+            if not torch.isfinite(loss):
+                raise ValueError(f"finetuning on spikes diverged in epoch {epoch}, lower its learning rate")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            set_integers(layers)
+    bound_currents(snn)
+    for parameter in parameters:
+        vars(parameter).pop("weight_back", None)
+    return snn
+
+
+def finetune_on_spikes(snn, ann, train_loader, calibration_loader, criterion, device, args):
+    """The converted network after `args.calibration_epochs` without labels and `args.finetune_snn` with them."""
+    if args.calibration_epochs:
+        few = first_images(calibration_loader, args.calibration_samples)
+        snn = finetune_spikes(snn, few, device, args.calibration_epochs, lr=args.finetune_snn_lr, teacher=ann)
+    if args.finetune_snn:
+        snn = finetune_spikes(
+            snn, train_loader, device, args.finetune_snn, lr=args.finetune_snn_lr, criterion=criterion, teacher=ann
+        )
+    return snn
+
+
+def first_images(loader, samples):
+    """The first `samples` images of a loader, in its batches."""
+    batches, seen = [], 0
+    for inputs, targets in loader:
+        batches.append((inputs[: samples - seen], targets[: samples - seen]))
+        seen += len(inputs)
+        if seen >= samples:
+            break
+    return batches
+
+
+def loss_of(snn, inputs, targets, criterion, teacher, features):
+    """The loss of one batch, with gradients for weights and biases."""
+    outputs, activations = tandem_forward(snn, inputs)
+    loss = 0.0 if criterion is None else criterion(outputs, targets)
+    if teacher is not None:
+        with torch.no_grad():
+            wanted, known = ann_forward(teacher, inputs)
+        loss = loss + distillation_loss(outputs, wanted)
+        errors = [(a - known[n]).square().mean() / known[n].square().mean().clamp_min(1e-12) for n, a in activations]
+        loss = loss + features * sum(errors) / max(len(errors), 1)
+    return loss
+
+
+def distillation_loss(outputs, wanted, temperature=TEMPERATURE):
+    """How far the outputs [B, classes] are from the wanted ones, softened (Hinton et al., 2015)."""
+    learnt, wanted = F.log_softmax(outputs / temperature, 1), F.softmax(wanted / temperature, 1)
+    return F.kl_div(learnt, wanted, reduction="batchmean") * temperature**2
+
+
+def ann_forward(dag, inputs):
+    """The outputs of a network that does not spike, and op name -> what the op returns."""
+    values, returned = {dag.inputs_nodes[0]: inputs}, {}
+    for name, entry in dag.ops.items():
+        values[entry["out_nodes"][0]] = returned[name] = entry["op"](*[values[node] for node in entry["in_nodes"]])
+    return values[dag.outputs_nodes[0]], returned
+
+
+def tandem_forward(snn, inputs):
+    """The outputs of a converted network, exactly, with the gradients of the ANN, and [(op name, decoded rates)]."""
+    rates, values, activations = decoded_rates(snn, inputs), {snn.inputs_nodes[0]: inputs}, []
+    for name, entry in snn.ops.items():
+        value = entry["op"](*[values[node] for node in entry["in_nodes"]])
+        if name in rates:
+            neuron = entry["op"].neuron
+            passed = value if neuron is None else value.clamp_max(neuron.scale_factor)
+            value = passed + (rates[name] - passed).detach()
+            activations.append((name, value))
+        values[entry["out_nodes"][0]] = value
+    return values[snn.outputs_nodes[0]], activations
+
+
+@torch.no_grad()
+def decoded_rates(snn, inputs):
+    """Op name -> the activation that its spikes stand for, [B, ...], of neurons and of max poolings.
+
+    The batch is cut as in `SpikeDAGModule.simulate`; on a CPU every thread simulates parts of its own.
+    """
+    before, between, _ = snn.stages()
+    images, _ = snn.cut((inputs,), snn.timesteps)
+
+    @torch.no_grad()
+    def work(part):
+        values, rates = {snn.inputs_nodes[0]: part}, {}
+        run_ops(before, values)
+        memory = Memory(snn.timesteps)
+        for entry in between:
+            run_ops([entry], values, snn.timesteps, memory)
+            value = values[entry["out_nodes"][0]]
+            if isinstance(value, SpikeTensor) and (entry["op"].neuron or isinstance(entry["op"], SpikeMaxPool2d)):
+                rates[name_of[id(entry)]] = value.to_float()
+        return rates
+
+    name_of = {id(entry): name for name, entry in snn.ops.items()}
+    if inputs.device.type == "cpu":
+        with one_thread_per_operator as threads, ThreadPoolExecutor(threads) as pool:
+            parts = list(pool.map(work, inputs.split(images)))
+    else:
+        parts = [work(part) for part in inputs.split(images)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+@torch.no_grad()
+def shadow_weights(snn):
+    """The layers to train; each weight gets a shadow in full precision, and what its integers say as its value."""
+    layers = list(snn.weighted_layers().values())
+    for layer in layers:
+        if layer.weight_scale is None:  # behind the last spikes, of a network that was not quantised before
+            layer.set_weight_scale(quantize_layer(layer, layer.weight, layer.weight_bits)[1])
+        layer.weight.weight_back = layer.weight.detach().clone()
+        if layer.spiking and layer.bias_q is not None:
+            layer.bias.copy_(layer.bias_q * layer.per_output_unit())  # with what a correction added to it
+    set_integers(layers)
+    return layers
+
+
+@torch.no_grad()
+def set_integers(layers):
+    """Round the shadows to integers, in units that stay as they are; weights and biases become what these say."""
+    for layer in layers:
+        bits, scale, shadow = layer.weight_bits, layer.weight_scale, layer.weight.weight_back
+        weight_q = shadow * scale if bits == FLOAT_BITS else round_to_integers(shadow, scale, bits)
+        layer.weight.copy_(weight_q / scale)
+        if not layer.spiking:
+            continue
+        bias_q = None if layer.bias_q is None else (layer.bias / layer.per_output_unit())
+        if bits != FLOAT_BITS:
+            weight_q = weight_q.to(torch.int8)
+            bias_q = None if bias_q is None else bias_q.round().clamp(-LARGEST_INTEGER, LARGEST_INTEGER).to(torch.int32)
+        layer.set_integers(weight_q, bias_q, layer.unit)
+
+
+def bound_currents(snn):
+    """Set the bound of |current| per step, `largest_current`, of every neuron anew, from the integers before it."""
+    bounds = {}  # node of currents -> bound, None where they are no integers; spikes are at most 1
+    for entry in snn.ops.values():
+        op, (out,) = entry["op"], entry["out_nodes"]
+        if not op.spiking:
+            continue
+        before = [bounds.get(node, 1) for node in entry["in_nodes"]]
+        bound = bound_of(op, before) if None not in before else None
+        if op.neuron is not None:
+            if op.neuron.largest_current is not None:
+                op.neuron.largest_current = int(bound)
+            bound = 1
+        bounds[out] = bound
+    return bounds
+
+
+def bound_of(op, before):
+    """The bound of what an op sends, from those of what it reads."""
+    if isinstance(op, SpikeAvgPool2d):
+        return before[0] * op.weight_q[0].numel()
+    if isinstance(op, WeightedLayer):
+        return op.largest_current()
+    if isinstance(op, SpikeAdd):
+        weights = [op.branch_weight0, op.branch_weight1]
+        return sum(b * (1 if w is None else w.abs().max().item()) for b, w in zip(before, weights))
+    if isinstance(op, SpikeBatchNorm):
+        return (before[0] * op.weight_q.abs() + op.bias_q.abs()).max().item()
+    return max(before) if isinstance(op, ConcatOp) else before[0]

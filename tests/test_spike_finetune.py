@@ -1,0 +1,227 @@
+"""Per-channel thresholds, bit widths by layer, and finetuning on spikes: numbers, and every spike afterwards."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from reference import simulate
+from test_layers import MODELS, assert_every_spike_is_reproduced, small_model
+from test_spikes import convert, spikes_and_first_currents
+from torch import nn
+
+import ann2snn
+from ann_parser import parse_ann_model
+from dag_rewrites import prepare_conversion
+from quantization import largest_integer
+from runtime.cli import run_script
+from spike_dag import load_dag
+from spike_finetune import (
+    bound_currents,
+    decoded_rates,
+    finetune_spikes,
+    loss_of,
+    set_integers,
+    shadow_weights,
+    tandem_forward,
+)
+
+CHOICES = dict(maxpool="gate", signed="pair")
+
+
+def prepared(net, images):
+    """The ANN as the conversion sees it."""
+    return prepare_conversion(parse_ann_model(net, (images[:2],)), "gate", "pair")
+
+
+@pytest.mark.parametrize("listen", [0, 16])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_spike_with_a_threshold_per_channel(name, listen):
+    net, images = small_model(name)
+    for bits, per_channel in ((4, True), (8, False)):
+        options = dict(granularity="channel", threshold="mse", per_channel=per_channel, listen=listen, **CHOICES)
+        snn = convert(net, images, 16, bits, **options)
+        assert any(neuron.Vthr.unique().numel() > 1 for neuron in snn.neurons().values())
+        kinds = {neuron.Vthr.dtype for neuron in snn.neurons().values() if neuron.largest_current is not None}
+        assert kinds == {torch.int32}
+        trains, currents = spikes_and_first_currents(snn, images[:3], 16)
+        expected = simulate(snn, currents, 16)
+        assert all(np.array_equal(trains[layer], expected[layer]) for layer in snn.spiking_layers())
+
+
+@pytest.mark.parametrize("threshold", ["quantile", "max", "mse"])
+@pytest.mark.parametrize("name", MODELS)
+def test_thresholds_per_channel_at_many_timesteps_are_the_ann(name, threshold):
+    net, images = small_model(name)
+    snn = convert(net, images, 1024, 32, threshold=threshold, quantile=1.0, granularity="channel", **CHOICES)
+    with torch.no_grad():
+        assert torch.corrcoef(torch.stack([snn(images).flatten(), net(images).flatten()]))[0, 1] >= 0.99
+
+
+def test_a_weak_channel_gets_a_threshold_of_its_own():
+    """Two channels, one 8 times as strong: each reaches its own maximum with a spike at every step."""
+    net = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.ReLU(), nn.Conv2d(2, 2, 1), nn.ReLU(), nn.Flatten())
+    net.append(nn.Linear(2, 2))
+    net[0].weight.data = torch.tensor([1.0, 8.0]).view(2, 1, 1, 1)
+    images = torch.linspace(0, 1, 50).view(50, 1, 1, 1)
+    channels = convert(net, images, 16, 8, granularity="channel", threshold="max").neurons()["relu1"]
+    layer = convert(net, images, 16, 8, threshold="max").neurons()["relu1"]
+    assert torch.allclose(channels.scale_factor.flatten(), torch.tensor([1.0, 8.0]), rtol=0.02)
+    assert layer.scale_factor.item() == pytest.approx(8.0, rel=0.02)
+
+
+def test_bit_widths_by_layer(tmp_path):
+    net, images = small_model("dense")
+    layers = prepared(net, images).weighted_layers()
+    widths = [2, 3, 4, 5, 6, 7, 8][: len(layers)] + [4] * (len(layers) - 7)
+    snn = convert(net, images, 8, widths, **CHOICES)
+    for op, bits in zip(snn.weighted_layers().values(), widths):
+        assert op.weight_bits == bits
+        if op.spiking:
+            assert op.weight_q.abs().max() <= largest_integer(bits)
+    assert_every_spike_is_reproduced(snn, images[:3], 8)
+    torch.save(snn, tmp_path / "snn.pth")
+    assert [op.weight_bits for op in load_dag(tmp_path / "snn.pth").weighted_layers().values()] == widths
+
+
+def test_bit_widths_that_do_not_fit_are_refused():
+    net, images = small_model("shortcuts")
+    with pytest.raises(ValueError, match=r"2 weight bit widths for .* layers, give one for each of conv1"):
+        convert(net, images, 8, (4, 4))
+    count = len(prepared(net, images).weighted_layers())
+    with pytest.raises(ValueError, match=r"float weights .32. in all layers or in none"):
+        convert(net, images, 8, [32] + [8] * (count - 1))
+    with pytest.raises(ValueError, match="weight bit width 9"):
+        convert(net, images, 8, [9] * count)
+
+
+@pytest.mark.parametrize("listen", [0, 3, 8])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_forward_pass_of_finetuning_is_the_spiking_network(name, listen):
+    """Outputs and decoded rates of every layer are those of the simulation, and every weight has a gradient."""
+    net, images = small_model(name)
+    snn = convert(net, images, 8, 8, listen=listen, **CHOICES)
+    layers = shadow_weights(snn)
+    expected, trains = snn(images), spikes_and_first_currents(snn, images, 8)[0]
+    outputs, activations = tandem_forward(snn, images)
+    assert torch.allclose(outputs, expected, rtol=1e-5, atol=1e-5)
+    for layer, decoded in activations:
+        if snn.ops[layer]["op"].neuron is not None:
+            scale = snn.ops[layer]["op"].neuron.scale_factor
+            counts = torch.from_numpy(trains[layer].astype(np.float32).sum(0))
+            assert torch.allclose(decoded, counts * (scale / 8), rtol=1e-5, atol=1e-6)
+    outputs.square().sum().backward()
+    assert all(layer.weight.grad is not None and layer.weight.grad.abs().sum() > 0 for layer in layers)
+
+
+def test_the_gradient_is_that_of_the_clipped_ann():
+    """One neuron by hand: w = 0.5, x = 0.8; decoded 0.4 of lambda = 1; d decoded / d w = x, and 0 above lambda."""
+    net = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(2, 1, bias=False))
+    net[0].weight.data = torch.tensor([0.5, 5.0]).view(2, 1, 1, 1)
+    net[3].weight.data.fill_(1.0)
+    images = torch.full((4, 1, 1, 1), 0.8)
+    snn = convert(net, images, 10, 32, threshold="max", granularity="channel", correction="none")
+    neuron = snn.neurons()["relu1"]
+    neuron.scale_factor, neuron.Vthr = torch.ones(2, 1, 1), torch.full((2, 1, 1), 1.0) / snn.ops["conv1"]["op"].unit
+    shadow_weights(snn)
+    outputs, _ = tandem_forward(snn, images)
+    assert torch.allclose(outputs, torch.full((4, 1), 1.4))  # 0.4, and 1 that is cut off from 4
+    outputs.sum().backward()
+    assert torch.allclose(snn.ops["conv1"]["op"].weight.grad.flatten(), torch.tensor([4 * 0.8, 0.0]))
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+@pytest.mark.parametrize("name", MODELS)
+def test_finetuning_keeps_integers_and_every_spike(name, granularity):
+    net, images = small_model(name)
+    ann = prepared(net, images)
+    snn = convert(net, images, 8, 4, granularity=granularity, **CHOICES)
+    before = {k: v.clone() for k, v in snn.state_dict().items()}
+    loader = [(images, torch.zeros(len(images), dtype=torch.long))]
+    tuned = finetune_spikes(snn, loader, "cpu", 8, lr=0.005, teacher=ann)
+    assert all(torch.equal(v, before[k]) for k, v in snn.state_dict().items())  # the input is not changed
+    changed = 0
+    for layer, op in tuned.weighted_layers().items():
+        changed += not torch.equal(op.weight, snn.ops[layer]["op"].weight)
+        if op.spiking:
+            assert op.weight_q.dtype == torch.int8 and op.weight_q.abs().max() <= 7
+    assert changed
+    assert {n: x.Vthr.tolist() for n, x in tuned.neurons().items()} == {
+        n: x.Vthr.tolist() for n, x in snn.neurons().items()
+    }
+    assert_every_spike_is_reproduced(tuned, images[:3], 8)
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+def test_finetuning_brings_the_outputs_nearer_to_the_teacher(bits):
+    net, images = small_model("shortcuts")
+    ann = prepared(net, images)
+    snn = convert(net, images, 4, bits)
+    loader = [(images, torch.zeros(len(images), dtype=torch.long))]
+    tuned = finetune_spikes(snn, loader, "cpu", 40, lr=0.002, teacher=ann)
+    losses = []
+    for network in (snn, tuned):
+        shadow_weights(network)
+        losses.append(loss_of(network, images, None, None, ann, features=1.0).item())
+    assert losses[1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bounds_of_currents_are_those_of_the_conversion(name):
+    net, images = small_model(name)
+    snn = convert(net, images, 8, 8, correction="none", **CHOICES)
+    bounds = {layer: neuron.largest_current for layer, neuron in snn.neurons().items()}
+    bound_currents(snn)
+    assert all(bounds[n] is None or neuron.largest_current <= bounds[n] for n, neuron in snn.neurons().items())
+    for layer, neuron in snn.neurons().items():
+        if neuron.largest_current is not None:
+            assert neuron.largest_current >= largest_current_of(snn, layer, images)
+
+
+def largest_current_of(snn, layer, images):
+    """The largest |current| that flows into the neurons of op `layer`."""
+    snn, seen = copy.deepcopy(snn), []
+    neuron = snn.ops[layer]["op"].neuron
+    forward = neuron.forward
+
+    def watch(current, memory=None):
+        seen.append(current.total().abs().max().item())
+        return forward(current, memory)
+
+    neuron.forward = watch
+    with torch.no_grad():
+        snn(images)
+    return max(seen)
+
+
+def test_rounding_again_changes_nothing():
+    net, images = small_model("dense")
+    snn = convert(net, images, 8, 4, granularity="channel", correction="bias", **CHOICES)
+    rates = decoded_rates(snn, images)
+    layers = shadow_weights(snn)
+    set_integers(layers)
+    assert all(torch.equal(value, rates[layer]) for layer, value in decoded_rates(snn, images).items())
+
+
+def test_finetuning_needs_something_to_learn_and_says_when_it_diverges():
+    net, images = small_model("shortcuts")
+    snn, loader = convert(net, images, 4, 8), [(images, torch.zeros(len(images), dtype=torch.long))]
+    with pytest.raises(ValueError, match="needs a criterion, for labels, or a teacher"):
+        finetune_spikes(snn, loader, "cpu", 1)
+    with pytest.raises(ValueError, match=r"finetuning on spikes diverged in epoch .*, lower its learning rate"):
+        finetune_spikes(snn, loader, "cpu", 20, lr=1e38, criterion=nn.CrossEntropyLoss())
+
+
+def test_command_line(tmp_path, capsys):
+    argv = f"example_net --ann_weight checkpoint/example_net_ann.pth -e 0 --timesteps 4 --save_file {tmp_path}/snn.pth"
+    argv = f"{argv} --calibration_samples 200 --threshold mse --granularity channel".split()
+    auto = [*argv, "--weight_bitwidth", "auto", "--hardware", "v1.0", "--calibration_epochs", "1"]
+    run_script(ann2snn.main, ann2snn.parse_args(auto))
+    printed = capsys.readouterr().out
+    assert "8,8,7,8-bit weights" in printed and float(printed.split("SNN, T=4")[1].split()[0]) > 90
+    snn = load_dag(tmp_path / "snn.pth")
+    assert [op.weight_bits for op in snn.weighted_layers().values()] == [8, 8, 7, 8]
+    for wrong, message in (("4,4", "2 weight bit widths for 4 layers"), ("4,4,4,9", "9 is not a whole number from 1")):
+        with pytest.raises(SystemExit) as end:
+            run_script(ann2snn.main, ann2snn.parse_args([*argv, "--weight_bitwidth", wrong]))
+        assert end.value.code == 2 and message in capsys.readouterr().err
