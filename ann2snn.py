@@ -6,7 +6,7 @@
 
 import argparse
 
-from runtime.cli import OneLineParser, add_conversion_flags, run_script
+from runtime.cli import OneLineParser, add_analysis_flags, add_conversion_flags, run_script
 
 
 def parse_args(argv=None):
@@ -15,6 +15,8 @@ def parse_args(argv=None):
     add_conversion_flags(parser)
     parser.add_argument("--save_file", default="out_snn.pth", help="the output location of the transferred weights")
     parser.add_argument("--results", metavar="FILE.json", help="write all results as JSON")
+    parser.add_argument("--report", metavar="DIR", help="write a report of where accuracy is lost, as analyse_error.py")
+    add_analysis_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -28,13 +30,14 @@ def main(args):
     from pipeline import Stopwatch, accuracy_table, check_command_line, convert, load_network
     from quantization import equalize_channels, quantize_finetune
     from runtime.device import choose_device, seed_everything
-    from runtime.files import check_different, check_writable, write_atomically, write_json
+    from runtime.files import check_different, check_folder, check_writable, write_atomically, write_json
     from validate import evaluate
 
     # everything that can be wrong with the command line is found before the work begins
     check_command_line(args)
     check_writable(args.save_file)
     check_writable(args.results)
+    check_folder(args.report)
     check_different(args.save_file, args.results)
     device = choose_device(args.device)
     seed_everything(args.seed)
@@ -67,6 +70,12 @@ def main(args):
     print(
         f"timesteps: {steps['firing']} of firing, {steps['interval']} between images, {steps['latency']} to the answer"
     )
+    if args.report:
+        from reports.analysis import analyse, write_report
+
+        loaders, accuracies = (test_loader, train_loader, train_val_loader), (ann, quantised, spiking)
+        write_report(args.report, analyse(args, net, qnet, snn, loaders, device, accuracies))
+        print(f"Save the report in {args.report}")
     write_atomically(args.save_file, lambda path: torch.save(snn.cpu(), path))
     print(f"Save the SNN in {args.save_file}")
     if args.results:
@@ -94,7 +103,7 @@ def collect_results(args, ann, quantised, spiking, duration, seconds):
     """What `--results` holds."""
     from pipeline import versions
 
-    flags = {key: value for key, value in vars(args).items() if key not in ("debug", "results")}
+    flags = {key: value for key, value in vars(args).items() if key not in ("debug", "results", "report")}
     accuracies = {"ann": ann, "qnet": quantised, "snn": spiking}
     return {
         "net": args.net_name,
