@@ -17,7 +17,7 @@ from quantization import FLOAT_BITS, round_to_integers
 from reports.alternatives import repair_layers, score_error, sweep, try_alternatives
 from reports.energy import count_operations, energy_table, potential_bound, signed_bits
 from reports.errors import PARTS, ErrorSums, decoded, initial_share, split_error
-from reports.observe import node_values, observe
+from reports.observe import activations_on_spikes, node_values, observe
 from runtime.files import write_folder
 from snn_weight_setter import hardware_layers, node_shapes
 
@@ -44,7 +44,7 @@ def analyse(args, net, qnet, snn, loaders, device, accuracies):
     """
     test_loader, train_loader, calibration_loader = loaders
     net, qnet, snn = (each.to(device).eval() for each in (net, qnet, snn))
-    images, targets = first_images(test_loader, args.analysis_images, device)
+    images, targets = choose_images(test_loader.dataset, args.analysis_images, args.seed, device)
     expected = scores(net, images)
     share = initial_share(args.initial_potential, args.reset_mode)
     looked = look_into_layers(net, qnet, snn, images, share)
@@ -83,15 +83,11 @@ def analyse(args, net, qnet, snn, loaders, device, accuracies):
     return Analysis(result, samples)
 
 
-def first_images(loader, most, device):
-    """The first images of a loader and their labels, at most `most`."""
-    parts, seen = [], 0
-    for images, targets in loader:
-        parts.append((images[: most - seen], targets[: most - seen]))
-        seen += len(parts[-1][0])
-        if seen >= most:
-            break
-    return [torch.cat(values).to(device) for values in zip(*parts)]
+def choose_images(dataset, most, seed, device):
+    """Images of a data set and their labels, at most `most`, chosen at random: in order they may be of one class."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    images, targets = zip(*[dataset[i] for i in sorted(order[:most].tolist())])
+    return torch.stack(images).to(device), torch.tensor([int(target) for target in targets], device=device)
 
 
 @torch.no_grad()
@@ -130,9 +126,10 @@ def look_into_layers(net, qnet, snn, images, share):
     for part in tqdm(images.split(size), "look into layers", leave=False, delay=1):
         seen = observe(snn, part, looked.note_potentials)
         activations, quantised = node_values(net, part), node_values(qnet, part)
+        on_spikes = activations_on_spikes(qnet, seen, part, snn.timesteps)
         for name, neuron in snn.neurons().items():
             (out,) = snn.ops[name]["out_nodes"]
-            known = activations[out], quantised[out], seen.currents[name], seen.counts[out]
+            known = activations[out], quantised[out], on_spikes[out], seen.currents[name], seen.counts[out]
             looked.errors[name].add(split_error(*known, neuron, snn.timesteps, share), activations[out])
             add_pairs(looked.pairs[name], activations[out], decoded(seen.counts[out], neuron, snn.timesteps), images)
         for node, counts in seen.counts.items():

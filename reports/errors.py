@@ -8,8 +8,10 @@ the way from one to the other one thing changes at a time, and every change is a
     clipping     clip(a, 0, lambda) - a: activations that a spike at every step cannot reach
     rounding     activation quantisation: T spikes can say lambda * 0/T, 1/T ... T/T; those that even input of exactly
                  this activation causes, clip(floor(a T / lambda + u0 / Vthr), 0, T), minus the activation
-    inherited    the same count from the current that really came, minus that: errors of earlier layers' spikes, and
-                 weights, biases and thresholds rounded to this neuron's integers
+    inherited    the same count where the quantised ANN's layer reads what the spikes before it stand for, minus that:
+                 errors of earlier layers' spikes
+    integers     the count from the current that really came, minus that: weights rounded once more, where branches
+                 share a neuron, and biases rounded to the neuron's integers
     correction   the same with the initial potential as it was corrected (`spike_correction`), minus that
     arrival      uneven arrival: the spikes that were really sent, minus that. Without listening, a spike is sent too
                  early that later negative currents do not bear out, or too late to be sent at all. With reset to zero,
@@ -23,6 +25,7 @@ PARTS = {
     "clipping": "clipping",
     "rounding": "activation quantisation",
     "inherited": "inherited from earlier layers",
+    "integers": "integers of shared neurons",
     "correction": "correction of potentials",
     "arrival": "uneven arrival of spikes",
 }
@@ -33,12 +36,13 @@ def timeless_count(current, initial, Vthr, timesteps):
     return torch.div(current + initial, Vthr, rounding_mode="floor").clamp(0, timesteps)
 
 
-def split_error(activation, quantised, current, counts, neuron, timesteps, share):
+def split_error(activation, quantised, on_spikes, current, counts, neuron, timesteps, share):
     """The error of one layer's neurons on one batch, part -> float64 [B, ...] in units of activation (`PARTS`).
 
-    activation, quantised: of the float and of the quantised ANN, [B, ...]. current: the sum of T steps into the
-    neurons, counts: the spikes that they sent, [B, ...]. share: the initial potential before its correction, in Vthr.
-    The parts add up to `decoded(counts, neuron, timesteps) - activation`.
+    activation, quantised: of the float and of the quantised ANN; on_spikes: of the latter where it reads decoded
+    spikes, [B, ...]. current: the sum of T steps into the neurons, counts: the spikes that they sent, [B, ...]. share:
+    the initial potential before its correction, in Vthr. The parts add up to
+    `decoded(counts, neuron, timesteps) - activation`.
     """
     activation, quantised = activation.double(), quantised.double()
     Vthr, corrected, scale = neuron.Vthr.double(), neuron.initial_potential.double(), neuron.scale_factor.double()
@@ -46,11 +50,12 @@ def split_error(activation, quantised, current, counts, neuron, timesteps, share
     if neuron.largest_current is not None:  # integers
         initial = initial.floor()
     clipped = quantised.clamp_min(0).minimum(scale)
-    ideal = clipped * (timesteps * Vthr / scale)  # the current that this activation stands for
-    even = timeless_count(ideal, initial, Vthr, timesteps)
+    per_activation = timesteps * Vthr / scale  # current of T steps that an activation of 1 stands for
+    even = timeless_count(clipped * per_activation, initial, Vthr, timesteps)
+    inherited = timeless_count(on_spikes.double() * per_activation, initial, Vthr, timesteps)
     came = timeless_count(current, initial, Vthr, timesteps)
     after_correction = timeless_count(current, corrected, Vthr, timesteps)
-    values = [decoded(count, neuron, timesteps) for count in (even, came, after_correction, counts.double())]
+    values = [decoded(count, neuron, timesteps) for count in (even, inherited, came, after_correction, counts.double())]
     stages = [activation, quantised, clipped, *values]
     return {part: after - before for part, before, after in zip(PARTS, stages, stages[1:])}
 

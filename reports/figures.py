@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from reports.errors import PARTS
 
 COLOURS = sns.color_palette("colorblind")
-HATCHES = ("", "///", "...", "xxx", "---", "ooo")
+HATCHES = ("", "///", "...", "xxx", "---", "ooo", "\\\\\\")
 MOST_PANELS = 12
 PNG_DPI = 110
 RENDERING = {"font.size": 10, "svg.hashsalt": "report", "hatch.linewidth": 0.6}
@@ -55,7 +55,7 @@ CAPTIONS = {
     "density": "What the spikes of T steps stand for against the activation of the float ANN; on the dotted line both "
     "agree, above the dashed one a spike at every step is not enough.",
     "weights": "Integer weights (bars) and the float weights they stand for (line), in steps of the integers.",
-    "neurons": "Membrane potential of two neurons before each reset, and the spikes of up to 24 neurons, for the first "
+    "neurons": "Membrane potential of two neurons before each reset, and the spikes of up to 24 neurons, for one "
     "test image.",
     "operations": "Operations per image: multiply-accumulates of the ANN, accumulates of the spiking network.",
     "repaired": "Each layer repaired alone: with float weights in it, how large the error of the class scores stays. "
@@ -212,7 +212,7 @@ def draw_error_parts(layers):
     axis.axvline(0, color="0.2", linewidth=1)
     axis.set_yticks(range(len(names)), [label(name, layers[name]["path"]) for name in names])
     axis.set_xlabel("squared error (% of the mean squared activation)")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 

@@ -100,7 +100,7 @@ def what_was_converted(result):
     return (
         f"{result['net']} ({weights}) with {bits}, finetuned for {flags['finetune_epochs']} epochs, converted for "
         f"{flags['timesteps']} timesteps with reset by {flags['reset_mode']}. Accuracies are of {result['samples']} "
-        f"test images; what is said about layers and alternatives is of the first {result['analysis_images']} of them."
+        f"test images; what is said about layers and alternatives is of {result['analysis_images']} of them."
     )
 
 

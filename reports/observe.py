@@ -10,11 +10,11 @@ from spike_tensor import Memory, SpikeTensor
 class Observation:
     """Of one batch. currents: op name -> sum of the currents of T steps into its neurons, float64 [B, ...].
 
-    counts: node of spikes -> spikes of T steps, float64 [B, ...]. activations: node -> value of what stays ANN.
+    counts: node of spikes -> spikes of T steps, float64 [B, ...]. scales: node of spikes -> lambda.
     """
 
     def __init__(self):
-        self.currents, self.counts, self.activations = {}, {}, {}
+        self.currents, self.counts, self.scales = {}, {}, {}
 
     def add(self, store, key, value):
         """Add what some more timesteps brought."""
@@ -31,12 +31,12 @@ def observe(snn, images, on_step=None):
     timesteps, memory, seen = snn.timesteps, Memory(snn.timesteps), Observation()
     names = {id(entry): name for name, entry in snn.ops.items()}
     before, between, _ = snn.stages()
-    seen.activations = {snn.inputs_nodes[0]: images}
-    run_ops(before, seen.activations)
+    constants = {snn.inputs_nodes[0]: images}
+    run_ops(before, constants)
     membranes, (_, chunk) = {}, snn.cut((images,), timesteps)
     for start in range(0, timesteps, chunk):
         steps = min(chunk, timesteps - start)
-        values = dict(seen.activations)
+        values = dict(constants)
         for entry in between:
             name, neuron = names[id(entry)], entry["op"].neuron
             if neuron is None:
@@ -50,6 +50,7 @@ def observe(snn, images, on_step=None):
         for node, value in values.items():
             if isinstance(value, SpikeTensor):
                 seen.add(seen.counts, node, value.counts().double())
+                seen.scales[node] = value.scale_factor.double()
     return seen
 
 
@@ -69,6 +70,18 @@ def node_values(dag, images):
     values = {dag.inputs_nodes[0]: images}
     run_ops(dag.ops.values(), values)
     return values
+
+
+@torch.no_grad()
+def activations_on_spikes(qnet, seen, images, timesteps):
+    """Node -> what the quantised ANN's op returns for what the spikes before it stand for, [B, ...]."""
+    known, returned = {qnet.inputs_nodes[0]: images}, {}
+    for entry in qnet.ops.values():
+        (out,) = entry["out_nodes"]
+        returned[out] = known[out] = entry["op"](*[known[node] for node in entry["in_nodes"]])
+        if out in seen.counts:
+            known[out] = (seen.counts[out] * (seen.scales[out] / timesteps)).to(images.dtype)
+    return returned
 
 
 def current_into(entry, values, timesteps):
