@@ -46,13 +46,13 @@ def split_error(activation, quantised, on_spikes, current, counts, neuron, times
     """
     activation, quantised = activation.double(), quantised.double()
     Vthr, corrected, scale = neuron.Vthr.double(), neuron.initial_potential.double(), neuron.scale_factor.double()
-    initial = Vthr * share
-    if neuron.largest_current is not None:  # integers
-        initial = initial.floor()
+    initial, nudge = Vthr * share, 0.0
+    if neuron.largest_current is not None:  # integers: sums lie on the edge of a step, float32 leaves some just below
+        initial, nudge = initial.floor(), 0.01
     clipped = quantised.clamp_min(0).minimum(scale)
     per_activation = timesteps * Vthr / scale  # current of T steps that an activation of 1 stands for
     even = timeless_count(clipped * per_activation, initial, Vthr, timesteps)
-    inherited = timeless_count(on_spikes.double() * per_activation, initial, Vthr, timesteps)
+    inherited = timeless_count(on_spikes.double() * per_activation + nudge, initial, Vthr, timesteps)
     came = timeless_count(current, initial, Vthr, timesteps)
     after_correction = timeless_count(current, corrected, Vthr, timesteps)
     values = [decoded(count, neuron, timesteps) for count in (even, inherited, came, after_correction, counts.double())]

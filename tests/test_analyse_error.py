@@ -59,7 +59,8 @@ def brute_force_split(a, q, on_spikes, currents, sent, Vthr, corrected, initial,
         return min(max((current + u) // Vthr, 0), T)
 
     clipped = min(max(q, 0.0), scale)
-    even, inherited = (count(x * (T * Vthr / scale), initial) * scale / T for x in (clipped, on_spikes))
+    ideal = clipped * (T * Vthr / scale), on_spikes * (T * Vthr / scale) + 0.01
+    even, inherited = (count(current, initial) * scale / T for current in ideal)
     came, shifted = (count(sum(currents), u) * scale / T for u in (initial, corrected))
     stages = [a, q, clipped, even, inherited, came, shifted, sent * scale / T]
     return dict(zip(PARTS, (after - before for before, after in pairwise(stages))))
@@ -88,8 +89,11 @@ def test_parts_of_one_neuron_are_those_counted_by_hand(data):
 
 def parts_of(name, T=6, bits=4, **options):
     """Op name -> (parts, float activation, decoded spikes) of a small network whose ANN is not quantised yet."""
-    net, images = small_model(name)
-    options = dict(maxpool="gate", signed="pair", **options)
+    return parts_of_net(*small_model(name), T, bits, maxpool="gate", signed="pair", **options)
+
+
+def parts_of_net(net, images, T=6, bits=4, **options):
+    """The same of a plain network on images."""
     snn = convert(net, images, T, bits, **options)
     dag = prepare_conversion(parse_ann_model(net, (images[:2],)), "gate", "pair").eval()
     seen, values = observe(snn, images), node_values(dag, images)
@@ -139,6 +143,10 @@ def test_float_weights_need_no_integers():
         wrong = (parts["integers"].abs() > 1e-9).double().mean().item()
         assert wrong < 0.01  # at the edge of a step, by the last bit of a float
         assert parts["integers"].abs().max() <= 1.001 * spikes[spikes > 0].min().item()
+    layers = torch.nn.Conv2d(2, 4, 3), torch.nn.ReLU(), torch.nn.AvgPool2d(2), torch.nn.Conv2d(4, 4, 2), torch.nn.ReLU()
+    net = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    pooled = parts_of_net(net, torch.rand(16, 2, 7, 7), T=16)["avg_pool1"][0]
+    assert pooled["rounding"].any() and not pooled["integers"].any()  # a pooling has weights of one
     rounded = parts_of("shortcuts", bits=3, correction="none")
     assert any((parts["integers"].abs() > 1e-9).double().mean() > 0.05 for parts, _, _ in rounded.values())
 
