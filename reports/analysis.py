@@ -238,7 +238,7 @@ def accuracies_of(accuracies):
 
 
 def output_errors(qnet, snn, images, expected):
-    """What weights and what spikes do to the class scores, each and together: `score_error`."""
+    """What weights and what the conversion to spikes do to the class scores, each and together: `score_error`."""
     quantised, spiking = scores(qnet, images), scores(snn, images)
     pairs = {"weights": (quantised, expected), "spikes": (spiking, quantised), "both": (spiking, expected)}
     return {name: score_error(*pair, expected) for name, pair in pairs.items()}
@@ -277,12 +277,12 @@ def verdict_on_loss(result):
     """What the weights and what the spikes cost."""
     top1 = {name: result["accuracy"][name]["top1"] for name in ("ann", "qnet", "snn")}
     error = result["output_error"]
-    dominant = "the weights" if error["weights"] >= error["spikes"] else "the spikes"
+    dominant = "the weights dominate" if error["weights"] >= error["spikes"] else "the conversion to spikes dominates"
     return (
         f"Of {top1['ann']:.2f} % top-1 of the float ANN the quantised ANN keeps {top1['qnet']:.2f} % and the spiking "
         f"network {top1['snn']:.2f} % ({top1['snn'] - top1['ann']:+.2f} points on {result['samples']} test images); "
-        f"{dominant} dominate the error: quantised and finetuned weights move the class scores by "
-        f"{error['weights']:.1f} % of their standard deviation, spikes by {error['spikes']:.1f} %."
+        f"{dominant} the error: quantised and finetuned weights move the class scores by {error['weights']:.1f} % of "
+        f"their standard deviation, the conversion moves them by {error['spikes']:.1f} %."
     )
 
 

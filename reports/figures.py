@@ -113,7 +113,7 @@ def draw_accuracy(accuracy):
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set_xlabel("timesteps (log2)")
     axes[0, 0].set_ylabel("top-1 accuracy (%)")
-    axes[0, 0].legend(loc="lower right")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False)
     zoom_in(axes[0, 1], steps, top1, [accuracy["ann"]["top1"], accuracy["qnet"]["top1"]])
     return figure
 
@@ -152,7 +152,7 @@ def draw_repairs(repaired, operations):
     labels = [label(name, operations[name]["path"]) for name in names]
     errors = [repaired[name]["error"] for name in names]
     draw_lollipops(axis, labels, errors, before)
-    axis.set_xlabel("error of the class scores with float weights in this layer alone (% of their standard deviation)")
+    axis.set_xlabel("error of the class scores (% of their standard deviation)")
     spread = max([abs(error - before) for error in errors] + [0.02 * before, 0.01])
     axis.set_xlim(min(*errors, before) - 0.15 * spread, max(*errors, before) + 0.5 * spread)
     for y, error in enumerate(errors):
@@ -211,6 +211,7 @@ def draw_error_parts(layers):
     axis.plot(totals, range(len(names)), "D", color="black", markersize=5, linestyle="", label="total")
     axis.axvline(0, color="0.2", linewidth=1)
     axis.set_yticks(range(len(names)), [label(name, layers[name]["path"]) for name in names])
+    axis.set_ylim(-0.7, len(names) - 0.3)
     axis.set_xlabel("squared error (% of the mean squared activation)")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     return figure
@@ -226,6 +227,7 @@ def draw_firing_rates(layers):
     axis.set_yticks(range(len(names)), [label(name, layers[name]["path"]) for name in names])
     axis.set_xlabel("firing rate (spikes per neuron and timestep)")
     axis.margins(x=0.12)
+    axis.set_ylim(-0.7, len(names) - 0.3)
     return figure
 
 
@@ -342,6 +344,7 @@ def draw_operations(operations):
     axis.barh(y - 0.2, snn, 0.38, color=COLOURS[1], hatch="///", edgecolor="white", label="SNN: accumulates (MACs too)")
     axis.set_xscale("log")
     axis.set_xlim(left=10 ** np.floor(np.log10(max(1, min(filter(None, ann + snn))))))
+    axis.set_ylim(-0.7, len(names) - 0.3)
     axis.set_yticks(y, [label(name, busy[name]["path"]) for name in names])
     axis.set_xlabel("operations per image")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=9)
