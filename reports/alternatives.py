@@ -81,7 +81,12 @@ def repair(snn, ann, name, weight, scales):
     unit = layer.unit.flatten() if layer.unit.numel() > 1 else layer.unit.squeeze()  # [C_out] or a scalar
     per_weight = layer.weight_view(unit) / layer.input_view(per_input(scales[node], layer))
     bias = None if layer.bias is None else layer.bias / unit
-    layer.set_integers(weight / per_weight, bias, layer.unit)
+    layer.set_integers(snap(weight / per_weight), bias, layer.unit)
+
+
+def snap(weight):
+    """Weights next to an integer as that integer: sums of integers may meet a threshold exactly, and then have to."""
+    return torch.where((weight - weight.round()).abs() < 1e-4, weight.round(), weight)
 
 
 def per_input(scale, layer):

@@ -255,15 +255,16 @@ def draw_densities(pairs, layers):
     worst = max(layers, key=lambda name: layers[name]["relative_squared_error"])
     names = chosen(pairs, worst)
     figure, axes = panels(len(names), 2.5)
+    norm = LogNorm(1, max(2, len(pairs[worst][0])))
     for axis, name in zip(axes, names):
         activations, rates = (values.numpy() for values in pairs[name])
         top = max(activations.max(), rates.max(), 1e-6)
         edges = np.linspace(min(0, activations.min()), top, BINS)
-        shown = axis.hist2d(activations, rates, bins=[edges, edges], norm=LogNorm(1), cmap="viridis_r", rasterized=True)
+        shown = axis.hist2d(activations, rates, bins=[edges, edges], norm=norm, cmap="viridis_r", rasterized=True)
         axis.plot([0, top], [0, top], color="black", linestyle=":", linewidth=1)
         axis.axhline(layers[name]["lambda"][1], color=COLOURS[3], linestyle="--", linewidth=1)
         axis.set_title(label(name, layers[name]["path"]), fontsize=9)
-        figure.colorbar(shown[3], ax=axis, label="neurons")
+    figure.colorbar(shown[3], ax=list(axes), label="neurons", aspect=40)
     figure.supxlabel("activation of the float ANN (its own units)", fontsize=10)
     figure.supylabel("decoded spikes (the same units)", fontsize=10)
     return figure
