@@ -42,26 +42,13 @@ def analyse(args, net, qnet, snn, loaders, device, accuracies):
     net, qnet, snn: the float, the quantised and the spiking network. loaders: of the test images, of the training
     images and of those that calibrate. accuracies: `validate.evaluate` of the three, the last with `every_step`.
     """
-    test_loader, train_loader, calibration_loader = loaders
     net, qnet, snn = (each.to(device).eval() for each in (net, qnet, snn))
-    images, targets = choose_images(test_loader.dataset, args.analysis_images, args.seed, device)
+    images, targets = choose_images(loaders[0].dataset, args.analysis_images, args.seed, device)
     expected = scores(net, images)
-    share = initial_share(args.initial_potential, args.reset_mode)
-    looked = look_into_layers(net, qnet, snn, images, share)
-
-    repaired = repair_layers(args, qnet, calibration_loader, device, images, targets, expected)
-    tried = try_alternatives(args, net, qnet, calibration_loader, device, images, targets, expected)
-    swept = {}
-    if args.sweep:
-        bits, timesteps = swept_values(args.weight_bitwidth, args.timesteps)
-        swept = sweep(args, net, train_loader, calibration_loader, device, images, targets, bits, timesteps)
-
+    looked = look_into_layers(net, qnet, snn, images, initial_share(args.initial_potential, args.reset_mode))
     operations = count_operations(snn, node_shapes(qnet, images[:1]), looked.spikes, snn.timesteps)
     result = {
-        "net": args.net_name,
-        "flags": {key: value for key, value in vars(args).items() if key != "debug"},
-        "versions": versions(),
-        "seed": args.seed,
+        **what_was_run(args),
         "samples": accuracies[2]["samples"],
         "analysis_images": len(images),
         "accuracy": accuracies_of(accuracies),
@@ -70,17 +57,30 @@ def analyse(args, net, qnet, snn, loaders, device, accuracies):
         "operations": {name: {"path": snn.ops[name]["path"], **each} for name, each in operations.items()},
         "energy": energy_table(operations),
         "duration": snn.duration(),
-        "repaired": repaired,
-        "alternatives": tried,
-        "sweep": swept,
+        **measure_changes(args, net, qnet, loaders[1:], device, images, targets, expected),
         "hardware": hardware_rows(net, args),
     }
     result["worst_layer"] = worst_layer(result, snn)
     result["verdict"] = verdict(result)
-    chosen = choose_layers(snn, result["worst_layer"]["name"])
-    neurons = watch_neurons(snn, images[:1], chosen)
+    neurons = watch_neurons(snn, images[:1], choose_layers(snn, result["worst_layer"]["name"]))
     samples = {"pairs": looked.pairs, "weights": weight_samples(net, qnet, args.weight_bitwidth), "neurons": neurons}
     return Analysis(result, samples)
+
+
+def what_was_run(args):
+    """The network, all flags, versions and the seed."""
+    flags = {key: value for key, value in vars(args).items() if key != "debug"}
+    return {"net": args.net_name, "flags": flags, "versions": versions(), "seed": args.seed}
+
+
+def measure_changes(args, net, qnet, loaders, device, images, targets, expected):
+    """What repairing single layers, other flags and, with --sweep, other bits and timesteps give."""
+    train_loader, calibration_loader = loaders
+    known = calibration_loader, device, images, targets
+    repaired = repair_layers(args, qnet, *known, expected)
+    tried = try_alternatives(args, net, qnet, *known, expected)
+    swept = sweep(args, net, train_loader, *known, *swept_values(args)) if args.sweep else {}
+    return {"repaired": repaired, "alternatives": tried, "sweep": swept}
 
 
 def choose_images(dataset, most, seed, device):
@@ -251,8 +251,9 @@ def hardware_rows(net, args):
     return {"name": hardware.name, "rows": [list(row) for row in rows]}
 
 
-def swept_values(bits, timesteps):
+def swept_values(args):
     """Bit widths, and powers of two of timesteps up to twice those asked for."""
+    bits, timesteps = args.weight_bitwidth, args.timesteps
     steps = [2**k for k in range(1, 18) if 2**k <= 2 * timesteps][-MOST_SWEPT_TIMESTEPS:]
     return sorted({*SWEPT_BITS, *([bits] if bits != FLOAT_BITS else [])}), sorted({*steps, timesteps})
 
