@@ -5,11 +5,8 @@
 """
 
 import argparse
-import platform
-import sys
-import time
 
-from runtime.cli import OneLineParser, add_conversion_flags, run_script
+from runtime.cli import OneLineParser, add_analysis_flags, add_conversion_flags, run_script
 
 
 def parse_args(argv=None):
@@ -18,6 +15,8 @@ def parse_args(argv=None):
     add_conversion_flags(parser)
     parser.add_argument("--save_file", default="out_snn.pth", help="the output location of the transferred weights")
     parser.add_argument("--results", metavar="FILE.json", help="write all results as JSON")
+    parser.add_argument("--report", metavar="DIR", help="write a report of where accuracy is lost, as analyse_error.py")
+    add_analysis_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -26,44 +25,29 @@ def main(args):
     import torch
     from torch import nn
 
-    from ann_parser import parse_ann_model
-    from build_network import build_trained_net, check_net_name, input_size
-    from dag_rewrites import prepare_conversion
-    from datasets import check_dataset_name, get_dataset
-    from hw_constraints import HARDWARE
+    from build_network import input_size
+    from datasets import get_dataset
+    from pipeline import Stopwatch, accuracy_table, check_command_line, convert, load_network
     from quantization import equalize_channels, quantize_finetune
     from runtime.device import choose_device, seed_everything
-    from runtime.files import check_different, check_writable, write_atomically, write_json
-    from snn_weight_setter import choose_bitwidths, plan_conversion, trans_ann2snn_weight
+    from runtime.files import check_different, check_folder, check_writable, write_atomically, write_json
     from spike_finetune import finetune_on_spikes
     from validate import evaluate
 
     # everything that can be wrong with the command line is found before the work begins
-    check_net_name(args.net_name)
-    check_dataset_name(args.dataset)
+    check_command_line(args)
     check_writable(args.save_file)
     check_writable(args.results)
+    check_folder(args.report)
     check_different(args.save_file, args.results)
-    if args.listen > args.timesteps:
-        raise ValueError(f"--listen {args.listen} is over --timesteps {args.timesteps}, use 0 to {args.timesteps}")
     device = choose_device(args.device)
     seed_everything(args.seed)
     args.image_size = input_size(args.net_name)
     clock = Stopwatch()
 
     test_loader, _, train_loader, train_val_loader = get_dataset(args)
-    images = train_loader.dataset
-    raw_net = build_trained_net(args.net_name, images.channels, images.num_classes, args.ann_weight, args.pretrained)
+    net = load_network(args, train_loader.dataset)
     clock.lap("data")
-
-    net = parse_ann_model(raw_net, (images[0][0][None],))
-    net = prepare_conversion(net, args.maxpool, args.signed)
-    plan_conversion(net, args.ann_layers)
-    check_classifies(net, args.net_name, images)
-    args.weight_bitwidth = choose_bitwidths(
-        net, args.weight_bitwidth, HARDWARE[args.hardware or "v1.0"], args.ann_layers
-    )
-    check_limits(net, args)
 
     criterion = nn.CrossEntropyLoss()
     ann = evaluate(net, test_loader, device, criterion)
@@ -76,99 +60,29 @@ def main(args):
     quantised = evaluate(qnet, test_loader, device, criterion)
     clock.lap("validate_qnet")
 
-    snn = trans_ann2snn_weight(
-        qnet,
-        train_val_loader,
-        device,
-        args.timesteps,
-        args.weight_bitwidth,
-        reset_mode=args.reset_mode,
-        initial_potential=args.initial_potential,
-        listen=args.listen,
-        threshold=args.threshold,
-        quantile=args.quantile,
-        granularity=args.granularity,
-        correction=args.correction,
-        per_channel=args.weight_granularity == "channel",
-        ann_layers=args.ann_layers,
-        calibration_samples=args.calibration_samples,
-    )
-    snn.set_engine(args.engine, args.memory_budget)
+    snn = convert(qnet, train_val_loader, device, args)
     clock.lap("trans_ann2snn_weight")
     snn = finetune_on_spikes(snn, net, train_loader, train_val_loader, criterion, device, args)
     clock.lap("finetune_on_spikes")
     spiking = evaluate(snn, test_loader, device, criterion, args.timesteps, every_step=True)
     clock.lap("validate_snn")
 
-    print_results(args, ann, quantised, spiking)
+    print(accuracy_table(args, ann, quantised, spiking))
     print_layers(snn, spiking["firing_rate"])
     steps = snn.duration()
     print(
         f"timesteps: {steps['firing']} of firing, {steps['interval']} between images, {steps['latency']} to the answer"
     )
+    if args.report:
+        from reports.analysis import analyse, write_report
+
+        loaders, accuracies = (test_loader, train_loader, train_val_loader), (ann, quantised, spiking)
+        write_report(args.report, analyse(args, net, qnet, snn, loaders, device, accuracies))
+        print(f"Save the report in {args.report}")
     write_atomically(args.save_file, lambda path: torch.save(snn.cpu(), path))
     print(f"Save the SNN in {args.save_file}")
     if args.results:
         write_json(args.results, collect_results(args, ann, quantised, spiking, steps, clock.seconds))
-
-
-def check_classifies(net, net_name, images):
-    """Raise ValueError unless the network's output is one row of class scores an image."""
-    import torch
-
-    with torch.no_grad():
-        output = net(images[0][0][None])
-    shapes = [tuple(value.shape) for value in (output if isinstance(output, tuple) else (output,))]
-    if shapes != [(1, images.num_classes)]:
-        wanted = f"[B, {images.num_classes}], one score for each class of the data set"
-        raise ValueError(f"{net_name} returns {', '.join(map(str, shapes))} for one image, it has to return {wanted}")
-
-
-def check_limits(net, args):
-    """Hardware limits: an error, with the table, for a chip asked for by name; else one line of warning."""
-    from hw_constraints import HARDWARE, check_hardware, hardware_table, violations
-    from snn_weight_setter import bitwidths_by_name, hardware_layers
-    from spike_dag import format_table
-
-    layers, bits = hardware_layers(net, args.ann_layers), bitwidths_by_name(net, args.weight_bitwidth)
-    if args.hardware:
-        hardware = HARDWARE[args.hardware]
-        print(format_table(hardware_table(layers, bits, hardware)), flush=True)
-        check_hardware(layers, bits, hardware)
-        return
-    hardware = HARDWARE["v1.0"]
-    over = violations(layers, bits, hardware)
-    if over:
-        names = ", ".join(layer.where for layer, _ in over[:3]) + (", ..." if len(over) > 3 else "")
-        count = "1 layer exceeds" if len(over) == 1 else f"{len(over)} layers exceed"
-        limits = f"Hardware {hardware.name} at {in_words(args.weight_bitwidth)} bits ({names}), see hw_constraints.py"
-        print(f"warning: {count} {limits}", file=sys.stderr)
-
-
-class Stopwatch:
-    """Seconds by stage."""
-
-    def __init__(self):
-        self.seconds, self.last = {}, time.perf_counter()
-
-    def lap(self, stage):
-        """The time since the last lap belongs to `stage`."""
-        now = time.perf_counter()
-        self.seconds[stage] = round(now - self.last, 3)
-        self.last = now
-
-
-def print_results(args, ann, quantised, spiking):
-    """The three accuracies."""
-    from spike_dag import format_table
-
-    bits = args.weight_bitwidth
-    weights = "float weights" if bits == 32 else f"{in_words(bits)}-bit weights"
-    print(f"{args.net_name} on {args.dataset}: {weights}, {args.timesteps} timesteps, reset by {args.reset_mode}")
-    rows = [("", "top-1 %", "loss")]
-    results = {"ANN": ann, "quantised ANN": quantised, f"SNN, T={args.timesteps}": spiking}
-    rows += [(name, f"{result['top1']:.2f}", f"{result['loss']:.4f}") for name, result in results.items()]
-    print(format_table(rows))
 
 
 def print_layers(snn, firing_rate):
@@ -182,11 +96,6 @@ def print_layers(snn, firing_rate):
     print(format_table(rows))
 
 
-def in_words(bits):
-    """Weight bits of all layers, or of each: 8 or 8,4,4,4."""
-    return ",".join(map(str, bits)) if isinstance(bits, tuple) else str(bits)
-
-
 def span(values):
     """A tensor of one or more numbers, in words."""
     least, most = values.min().item(), values.max().item()
@@ -195,10 +104,9 @@ def span(values):
 
 def collect_results(args, ann, quantised, spiking, duration, seconds):
     """What `--results` holds."""
-    import numpy
-    import torch
+    from pipeline import versions
 
-    flags = {key: value for key, value in vars(args).items() if key not in ("debug", "results")}
+    flags = {key: value for key, value in vars(args).items() if key not in ("debug", "results", "report")}
     accuracies = {"ann": ann, "qnet": quantised, "snn": spiking}
     return {
         "net": args.net_name,
@@ -211,7 +119,7 @@ def collect_results(args, ann, quantised, spiking, duration, seconds):
         "firing_rate": spiking["firing_rate"],
         "duration": duration,
         "seconds": seconds,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__},
+        "versions": versions(),
         "flags": flags,
     }
 

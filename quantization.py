@@ -41,6 +41,14 @@ def list_bitwidths(net, weight_bitwidth):
     return widths
 
 
+def weights_in_words(weight_bitwidth):
+    """Weight bits of all layers, or of each: "float weights", "4-bit weights" or "8,4,4,4-bit weights"."""
+    if weight_bitwidth == FLOAT_BITS:
+        return "float weights"
+    widths = [weight_bitwidth] if isinstance(weight_bitwidth, int) else weight_bitwidth
+    return f"{','.join(map(str, widths))}-bit weights"
+
+
 def set_bitwidths(net, weight_bitwidth):
     """Give every layer with weights its `weight_bits` (`list_bitwidths`)."""
     for layer, bits in zip(net.weighted_layers().values(), list_bitwidths(net, weight_bitwidth)):

@@ -404,12 +404,14 @@ def check_outputs(dag, plan):
 class LayerStatistics:
     """Of one layer's pooled activations: `max_i`, the largest of its inputs, and `max_o`, the scale of its outputs.
 
-    scales: max_o of every channel, [C, 1, 1] ([N] behind a linear layer), or of the layer, a scalar.
+    scales: max_o of every channel, [C, 1, 1] ([N] behind a linear layer), or of the layer, a scalar. square_o: the mean
+    square of its outputs.
     """
 
     max_i: float
     max_o: float
     scales: torch.Tensor
+    square_o: float
 
 
 def calibrate(dag, loader, device, samples, choose_scales, granularity="layer"):
@@ -430,7 +432,8 @@ def calibrate(dag, loader, device, samples, choose_scales, granularity="layer"):
                 scales = choose_scales(outputs, pool.channels(), pool.count)
                 scales = torch.where(scales > 0, scales, max_o).clamp_min(LEAST_SHARE * max_o)
                 scales = scales.view(-1, *[1] * (pool.dim - 2))
-            statistics[name] = LayerStatistics(input_pool[name].values().max().item(), max_o.item(), scales)
+            max_i, square_o = input_pool[name].values().max().item(), outputs.double().square().mean().item()
+            statistics[name] = LayerStatistics(max_i, max_o.item(), scales, square_o)
         return statistics
 
 
@@ -695,21 +698,22 @@ class SpikeSetter:
         return is_trained(op) or isinstance(op, SpikeAdd)
 
     def unit_of(self, node):
-        """Activation per unit of membrane for a current: the coarsest that a branch of its neuron needs.
+        """Activation per unit of membrane for a current; the branches of a neuron share it.
 
         A branch with weights W and input scale lambda_in has the natural unit lambda_in / s_w, in which its integers
-        fill their bit width; in a coarser unit they are smaller. Spikes, and currents with a unit of their own, that
-        are added without weights get integer weights (`least_error_unit`); alone, one in which the strongest gets the
-        largest integer. A current that comes only from the image has the unit T: input / T per step,
-        Vthr = lambda_out / T. No unit is so fine that a threshold, bias or weight leaves the exact integers.
+        fill their bit width; of several branches `least_error_unit` chooses. Spikes, and currents with a unit of their
+        own, that are added without weights get integer weights; alone, one in which the strongest gets the largest
+        integer. A current that comes only from the image has the unit T: input / T per step, Vthr = lambda_out / T. No
+        unit is so fine that a threshold, bias or weight leaves the exact integers.
         """
         if node in self.units:
             return self.units[node]
         layers, others = self.branches_of(node)
         if layers:
-            unit = torch.stack(torch.broadcast_tensors(*[self.natural_unit(*layer) for layer in layers])).amax(0)
-            if others and not self.is_float:
-                unit = self.least_error_unit(unit, layers, others)
+            natural = torch.stack(torch.broadcast_tensors(*[self.natural_unit(*layer) for layer in layers]))
+            unit = natural.amax(0)
+            if len(layers) + len(others) > 1 and not self.is_float:
+                unit = self.least_error_unit(natural, layers, others)
         elif others:
             unit = torch.stack([self.expected_value(n).max() for n in others]).max() / self.most
         else:
@@ -741,29 +745,51 @@ class SpikeSetter:
         _, s_w = self.integers(op)
         return op.output_view(lambda_in / op.per_output(s_w))
 
-    def least_error_unit(self, unit, layers, others):
-        """The unit, out of the given one and those with a whole weight for the first of `others`, with the least error.
+    def least_error_unit(self, natural, layers, others):
+        """The unit with the least squared error of a neuron's current, between the coarsest and the finest natural one.
 
-        Errors are squares relative to each branch: of the re-rounded weights, and of the rounded weights of `others`.
+        In the coarsest the integers of the finer branches are small, so their weights are rounded again; in a finer one
+        the largest weights of the coarser branches are cut off. The error of a weight counts as much as the mean square
+        of what it reads; so does that of the whole weight which each of `others`, spikes without weights, gets.
         """
-        values = [value.to(unit.device) for value in map(self.expected_value, others) if value is not None]
-        if not values:
-            return unit
-        value, errors = values[0].max(), {}
-        wholes = (value / unit.max()).floor().clamp_min(1)
-        candidates = [unit, unit * (value / wholes / unit.max()), unit * (value / (wholes + 1) / unit.max())]
-        for i, candidate in enumerate(candidates):
-            errors[i] = 0.0
-            for op, node in layers:
-                weight, per_weight = op.weight.detach(), candidate.flatten() if candidate.dim() else candidate
-                per_weight = op.weight_view(per_weight) / op.input_view(self.input_scales(node, op).to(unit.device))
-                rounded = round_to_integers(weight / per_weight, 1.0, op.weight_bits) * per_weight
-                errors[i] += ((rounded - weight).square().sum() / weight.square().sum().clamp_min(1e-30)).item()
-            for value in values:
-                ratio = value / candidate
-                errors[i] += (ratio.round().clamp_min(1) / ratio - 1).square().max().item()
-        best = min(errors, key=errors.get)
-        return candidates[best] if errors[best] < errors[0] - 1e-6 else unit
+        coarsest, finest = natural.amax(0), natural.amin(0)
+        values = [
+            (value.to(coarsest.device), node) for node in others if (value := self.expected_value(node)) is not None
+        ]
+        shares = torch.logspace(0, (finest / coarsest).min().log2().item(), 9, base=2.0).tolist()
+        candidates = [coarsest * share for share in shares]
+        for value, _ in values[:1]:
+            wholes = (value.max() / coarsest.max()).floor().clamp_min(1)
+            candidates += [coarsest * (value.max() / (wholes + k) / coarsest.max()) for k in (0, 1)]
+        errors = torch.stack([self.unit_error(unit, layers, values) for unit in candidates])  # [candidates, C_out]
+        power = self.unit_error(1e6 * coarsest, layers, [])  # all weights round to 0
+        errors[0] = 0.999 * errors[0] - 1e-9 * power.sum() / power.numel()  # integers stay where nothing is gained
+        if not coarsest.dim():
+            errors = errors.sum(1, keepdim=True)
+        best = torch.stack([unit.flatten() for unit in candidates]).gather(0, errors.argmin(0, keepdim=True))
+        return best.view(coarsest.shape)
+
+    def unit_error(self, unit, layers, values):
+        """Mean squared error of the current in a unit, for every output channel: [C_out]."""
+        total = 0.0
+        for op, node in layers:
+            weight = op.weight.detach()
+            per_weight = op.weight_view(unit.flatten() if unit.dim() else unit)
+            per_weight = per_weight / op.input_view(self.input_scales(node, op).to(unit.device))
+            rounded = round_to_integers(weight / per_weight, 1.0, op.weight_bits) * per_weight
+            total = total + op.rows((rounded - weight).square()).sum(1) * self.mean_square(node)
+        for value, node in values:
+            ratio = value / unit
+            gain_error = (ratio.round().clamp_min(1) / ratio - 1).square()
+            total = total + gain_error.flatten() * self.mean_square(node)
+        return total
+
+    def mean_square(self, node):
+        """The mean square of the activations of a node."""
+        name = writer(self.dag, node)
+        while name not in self.statistics:  # what a concatenation, a view holds: of its first input
+            name = writer(self.dag, self.dag.ops[name]["in_nodes"][0])
+        return self.statistics[name].square_o
 
     def largest_value(self, node, layers, others):
         """The largest threshold, bias or branch at a current's neuron, in units of activation."""

@@ -269,3 +269,19 @@ def add_conversion_flags(parser):
         "of what is free)",
     )
     add_run_flags(parser)
+
+
+def add_analysis_flags(parser):
+    """What an error analysis looks at."""
+    parser.add_argument(
+        "--analysis_images",
+        type=whole_number(2),
+        default=128,
+        help="test images that an analysis looks into, and calibrates its alternatives on (%(default)s)",
+    )
+    parser.add_argument(
+        "--sweep",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="analyse other weight bits and timesteps too, each finetuned and converted anew (off)",
+    )

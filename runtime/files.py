@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 
 def check_writable(path):
@@ -32,6 +33,25 @@ def check_different(*paths):
         raise ValueError(f"two results would be written to the same file {targets[0]}, name another")
 
 
+def check_folder(path):
+    """Raise OSError unless `path` is a folder that takes new files, or one that can be created."""
+    if path is None:
+        return
+    if not path:
+        raise OSError("cannot write to an empty folder name, name a folder")
+    existing = os.path.abspath(path)
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing):
+        raise OSError(f"cannot write into {path}, {existing} is a file, name a folder")
+    try:
+        temporary = temporary_beside(os.path.join(existing, "check"))
+        os.mkdir(temporary)
+        os.rmdir(temporary)
+    except OSError as error:
+        raise OSError(f"cannot write into {path}, {existing} refuses new files ({error.strerror})") from error
+
+
 def temporary_beside(path):
     """The name under which `path` is written before it is renamed."""
     return f"{path}.{os.getpid()}.tmp"
@@ -59,3 +79,26 @@ def write_json(path, value):
             file.write("\n")
 
     write_atomically(path, write)
+
+
+def write_folder(path, files):
+    """Write `files`, name -> bytes, into the folder `path`; what else is in it stays.
+
+    All are written into a folder beside it first, then moved in one by one, so that none is ever half-written.
+    """
+    check_folder(path)
+    path = os.path.realpath(path)
+    for name in files:
+        if os.path.isdir(os.path.join(path, name)):
+            raise OSError(f"cannot write {os.path.join(path, name)}, it is a folder, move it away")
+    temporary = temporary_beside(path)
+    try:
+        os.makedirs(temporary)
+        for name, contents in files.items():
+            with open(os.path.join(temporary, name), "wb") as file:
+                file.write(contents)
+        os.makedirs(path, exist_ok=True)
+        for name in files:
+            os.replace(os.path.join(temporary, name), os.path.join(path, name))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

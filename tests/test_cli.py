@@ -198,7 +198,7 @@ def test_example_net_loses_at_most_two_points_at_8_bits(runs):
 
 def test_a_limit_that_was_not_asked_for_is_a_warning(runs):
     assert [line for line in runs["digits"].stderr.splitlines() if line.startswith("warning:")] == [
-        "warning: 1 layer exceeds Hardware v1.0 at 8 bits (conv3 (conv3)), see hw_constraints.py"
+        "warning: 1 layer exceeds Hardware v1.0 with 8-bit weights (conv3 (conv3)), see hw_constraints.py"
     ]
     assert "random weights" in runs["seed3"].stderr
 

@@ -1,0 +1,74 @@
+"""Where a conversion loses accuracy, and what it would cost to get it back: figures, report.json and report.html.
+
+    python3 analyse_error.py --load checkpoint/example_net_ann.pth example_net --finetune_epochs 10
+
+It quantises, finetunes and converts as ann2snn.py does with the same flags, looks into every layer on some test images,
+repairs layers one at a time, tries other flags, and writes what it found into `analysis/<network>`.
+"""
+
+import argparse
+
+from runtime.cli import OneLineParser, add_analysis_flags, add_conversion_flags, run_script
+
+
+def parse_args(argv=None):
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("net_name", help="network name to analyse")
+    parser.add_argument("--load", dest="ann_weight", metavar="FILE", help="the location of the trained weights")
+    add_conversion_flags(parser)
+    parser.add_argument("--out", metavar="DIR", help="the folder to write into (analysis/<network>)")
+    add_analysis_flags(parser)
+    return parser.parse_args(argv)
+
+
+def main(args):
+    # imported here, so that --help and a wrong command line answer at once
+    from torch import nn
+
+    from build_network import input_size
+    from datasets import get_dataset
+    from pipeline import accuracy_table, check_command_line, convert, load_network
+    from quantization import equalize_channels, quantize_finetune
+    from reports.analysis import analyse, summary_rows, write_report
+    from runtime.device import choose_device, seed_everything
+    from runtime.files import check_folder
+    from spike_dag import format_table
+    from spike_finetune import finetune_on_spikes
+    from validate import evaluate
+
+    check_command_line(args)
+    folder = f"analysis/{safe_name(args.net_name)}" if args.out is None else args.out
+    check_folder(folder)
+    device = choose_device(args.device)
+    seed_everything(args.seed)
+    args.image_size = input_size(args.net_name)
+
+    test_loader, _, train_loader, train_val_loader = get_dataset(args)
+    criterion = nn.CrossEntropyLoss()
+    net = load_network(args, train_loader.dataset)
+    ann = evaluate(net, test_loader, device, criterion)
+    if args.equalize:
+        net = equalize_channels(net)
+    qnet = quantize_finetune(net, train_loader, criterion, device, args)
+    quantised = evaluate(qnet, test_loader, device, criterion)
+    snn = convert(qnet, train_val_loader, device, args)
+    snn = finetune_on_spikes(snn, net, train_loader, train_val_loader, criterion, device, args)
+    spiking = evaluate(snn, test_loader, device, criterion, args.timesteps, every_step=True)
+
+    loaders, accuracies = (test_loader, train_loader, train_val_loader), (ann, quantised, spiking)
+    analysis = analyse(args, net, qnet, snn, loaders, device, accuracies)
+    write_report(folder, analysis)
+
+    print(accuracy_table(args, ann, quantised, spiking))
+    print(format_table(summary_rows(analysis.result)))
+    print("\n".join(analysis.result["verdict"]))
+    print(f"Save the report in {folder}/report.html")
+
+
+def safe_name(net_name):
+    """A network's name as part of a file name: torchvision:resnet18 -> torchvision_resnet18."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in net_name)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())

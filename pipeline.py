@@ -1,0 +1,132 @@
+"""The steps from a command line to a spiking network that ann2snn.py and analyse_error.py share.
+
+check_command_line(args)                            what can be wrong is found before the work begins
+net = load_network(args, images)                    the trained network as a graph that can be converted
+qnet = quantize_finetune(net, ...)                  quantization.py
+snn = convert(qnet, train_val_loader, device, args) the spiking network
+snn = finetune_on_spikes(snn, net, ...)             spike_finetune.py
+"""
+
+import platform
+import sys
+import time
+
+import numpy
+import torch
+
+from ann_parser import parse_ann_model
+from build_network import build_trained_net, check_net_name
+from dag_rewrites import prepare_conversion
+from datasets import check_dataset_name
+from hw_constraints import HARDWARE, check_hardware, hardware_table, violations
+from quantization import weights_in_words
+from snn_weight_setter import (
+    bitwidths_by_name,
+    choose_bitwidths,
+    hardware_layers,
+    plan_conversion,
+    trans_ann2snn_weight,
+)
+from spike_dag import format_table
+
+
+def check_command_line(args):
+    """Raise ValueError for a network, a data set or a combination of flags that cannot work."""
+    check_net_name(args.net_name)
+    check_dataset_name(args.dataset)
+    if args.listen > args.timesteps:
+        raise ValueError(f"--listen {args.listen} is over --timesteps {args.timesteps}, use 0 to {args.timesteps}")
+
+
+def load_network(args, images):
+    """The trained network as a SpikeDAGModule, ready to be quantised and converted; images: the training set.
+
+    Raises OSError or ValueError for weights that do not fit, layers that cannot be converted, an output that is no row
+    of class scores, and limits of a chip asked for by name.
+    """
+    raw_net = build_trained_net(args.net_name, images.channels, images.num_classes, args.ann_weight, args.pretrained)
+    net = parse_ann_model(raw_net, (images[0][0][None],))
+    net = prepare_conversion(net, args.maxpool, args.signed)
+    plan_conversion(net, args.ann_layers)
+    hardware = HARDWARE[args.hardware or "v1.0"]
+    args.weight_bitwidth = choose_bitwidths(net, args.weight_bitwidth, hardware, args.ann_layers)
+    check_classifies(net, args.net_name, images)
+    check_limits(net, args)
+    return net
+
+
+@torch.no_grad()
+def check_classifies(net, net_name, images):
+    """Raise ValueError unless the network's output is one row of class scores an image."""
+    output = net(images[0][0][None])
+    shapes = [tuple(value.shape) for value in (output if isinstance(output, tuple) else (output,))]
+    if shapes != [(1, images.num_classes)]:
+        wanted = f"[B, {images.num_classes}], one score for each class of the data set"
+        raise ValueError(f"{net_name} returns {', '.join(map(str, shapes))} for one image, it has to return {wanted}")
+
+
+def check_limits(net, args):
+    """Hardware limits: an error, with the table, for a chip asked for by name; else one line of warning."""
+    layers, bits = hardware_layers(net, args.ann_layers), bitwidths_by_name(net, args.weight_bitwidth)
+    if args.hardware:
+        hardware = HARDWARE[args.hardware]
+        print(format_table(hardware_table(layers, bits, hardware)), flush=True)
+        check_hardware(layers, bits, hardware)
+        return
+    hardware = HARDWARE["v1.0"]
+    over = violations(layers, bits, hardware)
+    if over:
+        names = ", ".join(layer.where for layer, _ in over[:3]) + (", ..." if len(over) > 3 else "")
+        count = "1 layer exceeds" if len(over) == 1 else f"{len(over)} layers exceed"
+        weights = weights_in_words(args.weight_bitwidth)
+        limits = f"Hardware {hardware.name} with {weights} ({names}), see hw_constraints.py"
+        print(f"warning: {count} {limits}", file=sys.stderr)
+
+
+def convert(qnet, loader, device, args, **changes):
+    """The spiking network of `qnet` by the flags; `changes`: arguments of `trans_ann2snn_weight` to use instead."""
+    options = {
+        "timesteps": args.timesteps,
+        "weight_bitwidth": args.weight_bitwidth,
+        "reset_mode": args.reset_mode,
+        "initial_potential": args.initial_potential,
+        "listen": args.listen,
+        "threshold": args.threshold,
+        "quantile": args.quantile,
+        "granularity": args.granularity,
+        "correction": args.correction,
+        "per_channel": args.weight_granularity == "channel",
+        "ann_layers": args.ann_layers,
+        "calibration_samples": args.calibration_samples,
+    }
+    snn = trans_ann2snn_weight(qnet, loader, device, **{**options, **changes})
+    snn.set_engine(args.engine, args.memory_budget)
+    return snn
+
+
+class Stopwatch:
+    """Seconds by stage."""
+
+    def __init__(self):
+        self.seconds, self.last = {}, time.perf_counter()
+
+    def lap(self, stage):
+        """The time since the last lap belongs to `stage`."""
+        now = time.perf_counter()
+        self.seconds[stage] = round(now - self.last, 3)
+        self.last = now
+
+
+def accuracy_table(args, ann, quantised, spiking):
+    """The three accuracies, in words."""
+    weights = weights_in_words(args.weight_bitwidth)
+    title = f"{args.net_name} on {args.dataset}: {weights}, {args.timesteps} timesteps, reset by {args.reset_mode}"
+    rows = [("", "top-1 %", "loss")]
+    results = {"ANN": ann, "quantised ANN": quantised, f"SNN, T={args.timesteps}": spiking}
+    rows += [(name, f"{result['top1']:.2f}", f"{result['loss']:.4f}") for name, result in results.items()]
+    return f"{title}\n{format_table(rows)}"
+
+
+def versions():
+    """Versions of what a result depends on."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}

@@ -1,0 +1,187 @@
+"""What would regain accuracy, measured: layers repaired one at a time, and conversions with other flags.
+
+All are converted, corrected and measured on the same few images, so that they compare with each other and with the
+conversion "as asked for" that is done again on them.
+"""
+
+import copy
+
+import torch
+from tqdm import tqdm
+
+from pipeline import convert
+from quantization import FLOAT_BITS, init_quantize_net, quantize_finetune
+from reports.observe import run_spiking
+from spike_correction import correct_spikes
+from spike_tensor import SpikeTensor
+
+MOST_TIMESTEPS = 65536
+
+
+def score_error(outputs, others, expected):
+    """RMS difference of class scores [B, classes], in percent of how the float ANN's, `expected`, vary over images."""
+    variation = (expected - expected.mean(0)).double().square().mean().sqrt()
+    return (100 * (outputs - others).double().square().mean().sqrt() / variation.clamp_min(1e-30)).item()
+
+
+@torch.no_grad()
+def measure(net, images, targets, expected, batch=32):
+    """Of a network on images: "error", "loss", "top1" and "same_class" as the float ANN, both in percent.
+
+    expected: the class scores of the float ANN, [B, classes]. error: `score_error`.
+    """
+    outputs = torch.cat([net(part) for part in images.split(batch)])
+    return {
+        "error": score_error(outputs, expected, expected),
+        "loss": torch.nn.functional.cross_entropy(outputs, targets).item(),
+        "top1": 100 * (outputs.argmax(1) == targets).double().mean().item(),
+        "same_class": 100 * (outputs.argmax(1) == expected.argmax(1)).double().mean().item(),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# layers
+
+
+def repair_layers(args, qnet, loader, device, images, targets, expected):
+    """Op name -> `measure` of the conversion with float weights in that layer alone, by what it regains, most first.
+
+    "as asked for" is the conversion without a repair. Thresholds stay; potentials are corrected anew for every one.
+    """
+    if args.weight_bitwidth == FLOAT_BITS:
+        return {}
+    plain = convert(qnet, loader, device, args, calibration_samples=args.analysis_images, correction="none")
+    scales = input_scales(plain, images[:1])
+    results = {}
+    for name in tqdm([None, *qnet.weighted_layers()], "repair layers", leave=False, delay=1):
+        snn, ann = copy.deepcopy(plain), copy.deepcopy(qnet)
+        if name is not None:
+            repair(snn, ann, name, unrounded_weight(qnet.ops[name]["op"]), scales)
+        if args.correction != "none":
+            correct_spikes(snn, ann, loader, device, args.analysis_images, with_bias=args.correction == "bias")
+        snn.set_engine(args.engine, args.memory_budget)
+        results[name or "as asked for"] = measure(snn, images, targets, expected)
+    return dict(sorted(results.items(), key=lambda item: item[1]["error"]))
+
+
+def unrounded_weight(layer):
+    """The weights that a layer's integers were rounded from: the shadow weights of `quantize_finetune`."""
+    return getattr(layer.weight, "weight_back", layer.weight).detach()
+
+
+@torch.no_grad()
+def repair(snn, ann, name, weight, scales):
+    """Give layer `name` of a spiking network, and of its ANN, float weights and a float bias in the neuron's unit."""
+    layer = snn.ops[name]["op"]
+    layer.weight.copy_(weight)
+    ann.ops[name]["op"].weight.copy_(weight)
+    node = snn.ops[name]["in_nodes"][0]
+    if not layer.spiking or node not in scales:
+        return  # it reads activations, and so its float weights
+    unit = layer.unit.flatten() if layer.unit.numel() > 1 else layer.unit.squeeze()  # [C_out] or a scalar
+    per_weight = layer.weight_view(unit) / layer.input_view(per_input(scales[node], layer))
+    bias = None if layer.bias is None else layer.bias / unit
+    layer.set_integers(snap(weight / per_weight), bias, layer.unit)
+
+
+def snap(weight):
+    """Weights next to an integer as that integer: sums of integers may meet a threshold exactly, and then have to."""
+    return torch.where((weight - weight.round()).abs() < 1e-4, weight.round(), weight)
+
+
+def per_input(scale, layer):
+    """lambda of the spikes that a layer reads: a scalar, or one per input channel, [C_in]."""
+    scale, shape = scale
+    if scale.numel() == 1:
+        return scale.squeeze()
+    full = scale.expand(shape)
+    return full.flatten(1).mean(1) if layer.spatial else full.flatten()
+
+
+@torch.no_grad()
+def input_scales(snn, image):
+    """Node of spikes -> (lambda, shape of a sample)."""
+    values = run_spiking(snn, image)
+    return {n: (x.scale_factor, x.data.shape[1:]) for n, x in values.items() if isinstance(x, SpikeTensor)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# flags
+
+
+def alternatives(args, net, qnet):
+    """Flags -> (network to convert, arguments of `convert`, what was not done), of conversions other than `args`."""
+    bits, T = args.weight_bitwidth, args.timesteps
+    on_spikes = args.finetune_snn or args.calibration_epochs
+    asked_for = qnet, {}, "not finetuned on spikes" if on_spikes else ""
+    found = {}
+    if bits != FLOAT_BITS:
+        found[f"--weight_bitwidth {FLOAT_BITS}"] = net, {"weight_bitwidth": FLOAT_BITS}, "not finetuned"
+    if min([bits] if isinstance(bits, int) else bits) < 8:
+        found["--weight_bitwidth 8"] = requantised(net, 8, args), {"weight_bitwidth": 8}, "not finetuned"
+    if bits != FLOAT_BITS and args.weight_granularity == "layer":
+        again = requantised(unquantised(qnet), bits, args, per_channel=True)
+        found["--weight_granularity channel"] = again, {"per_channel": True}, "rounded anew, not finetuned again"
+    if 2 * T <= MOST_TIMESTEPS:
+        found[f"--timesteps {2 * T}"] = qnet, {"timesteps": 2 * T}, ""
+    if args.listen < T:
+        found[f"--listen {T}"] = qnet, {"listen": T}, ""
+    if args.threshold != "mse":
+        found["--threshold mse"] = qnet, {"threshold": "mse"}, ""
+    if args.granularity == "layer":
+        found["--granularity channel"] = qnet, {"granularity": "channel"}, ""
+    if args.correction == "none":
+        found["--correction potential"] = qnet, {"correction": "potential"}, ""
+    return {"as asked for": asked_for, **found}
+
+
+def requantised(net, bits, args, per_channel=None):
+    """A copy of a network with its weights rounded, and nothing finetuned."""
+    net = copy.deepcopy(net)
+    init_quantize_net(net, bits, args.weight_granularity == "channel" if per_channel is None else per_channel)
+    return net
+
+
+@torch.no_grad()
+def unquantised(qnet):
+    """A copy of a quantised network with the weights that its integers were rounded from."""
+    net = copy.deepcopy(qnet)
+    for name, layer in net.weighted_layers().items():
+        layer.weight.copy_(unrounded_weight(qnet.ops[name]["op"]))
+    return net
+
+
+def try_alternatives(args, net, qnet, loader, device, images, targets, expected):
+    """Flags -> `measure` and the duration in steps of every alternative conversion, least error first."""
+    results = {}
+    for flags, (network, changes, note) in tqdm(alternatives(args, net, qnet).items(), "alternatives", leave=False):
+        snn = convert(network, loader, device, args, **{"calibration_samples": args.analysis_images, **changes})
+        duration = snn.duration()
+        results[flags] = {**measure(snn, images, targets, expected), "duration": duration, "note": note}
+    return dict(sorted(results.items(), key=lambda item: item[1]["error"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# weight bits and timesteps
+
+
+def sweep(args, net, train_loader, loader, device, images, targets, bit_widths, timesteps):
+    """bits -> {T: top-1 in percent} of conversions of their own, each bit width finetuned by the flags."""
+    expected = torch.cat([net(part) for part in images.split(32)]).detach()
+    criterion, results = torch.nn.CrossEntropyLoss(), {}
+    for bits in tqdm(bit_widths, "sweep", leave=False):
+        with_bits = type(args)(**{**vars(args), "weight_bitwidth": bits})
+        qnet = quantize_finetune(net, train_loader, criterion, device, with_bits)
+        results[bits] = {}
+        for T in timesteps:
+            snn = convert(
+                qnet,
+                loader,
+                device,
+                with_bits,
+                timesteps=T,
+                listen=min(args.listen, T),
+                calibration_samples=args.analysis_images,
+            )
+            results[bits][T] = measure(snn, images, targets, expected)["top1"]
+    return results

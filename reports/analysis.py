@@ -1,0 +1,362 @@
+"""Where a conversion loses accuracy and what it costs: measured once, then drawn and written down.
+
+analysis = analyse(args, net, qnet, snn, loaders, device, accuracies)
+write_report(folder, analysis)     # report.json, report.html, and every figure as PNG and SVG
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from hw_constraints import HARDWARE, hardware_table
+from pipeline import versions
+from quantization import FLOAT_BITS, round_to_integers
+from reports.alternatives import repair_layers, score_error, sweep, try_alternatives
+from reports.energy import count_operations, energy_table, potential_bound, signed_bits
+from reports.errors import PARTS, ErrorSums, decoded, initial_share, split_error
+from reports.observe import activations_on_spikes, node_values, observe
+from runtime.files import write_folder
+from snn_weight_setter import bitwidths_by_name, hardware_layers, node_shapes
+
+BATCH = 32  # images that are looked into at a time, at most
+MOST_PAIRS = 20_000  # of activations and decoded rates a layer that a figure shows
+RASTER_NEURONS = 24
+SWEPT_BITS = (2, 3, 4, 6, 8)
+MOST_SWEPT_TIMESTEPS = 6
+
+
+@dataclass
+class Analysis:
+    """result: plain numbers and names, as report.json holds them. samples: tensors that the figures show, by figure."""
+
+    result: dict
+    samples: dict
+
+
+def analyse(args, net, qnet, snn, loaders, device, accuracies):
+    """The Analysis of a conversion.
+
+    net, qnet, snn: the float, the quantised and the spiking network. loaders: of the test images, of the training
+    images and of those that calibrate. accuracies: `validate.evaluate` of the three, the last with `every_step`.
+    """
+    net, qnet, snn = (each.to(device).eval() for each in (net, qnet, snn))
+    images, targets = choose_images(loaders[0].dataset, args.analysis_images, args.seed, device)
+    expected = scores(net, images)
+    looked = look_into_layers(net, qnet, snn, images, initial_share(args.initial_potential, args.reset_mode))
+    operations = count_operations(snn, node_shapes(qnet, images[:1]), looked.spikes, snn.timesteps)
+    result = {
+        **what_was_run(args),
+        "samples": accuracies[2]["samples"],
+        "analysis_images": len(images),
+        "accuracy": accuracies_of(accuracies),
+        "output_error": output_errors(qnet, snn, images, expected),
+        "layers": layer_rows(snn, looked, accuracies[2]["firing_rate"]),
+        "operations": {name: {"path": snn.ops[name]["path"], **each} for name, each in operations.items()},
+        "energy": energy_table(operations),
+        "duration": snn.duration(),
+        **measure_changes(args, net, qnet, loaders[1:], device, images, targets, expected),
+        "hardware": hardware_rows(net, args),
+    }
+    result["worst_layer"] = worst_layer(result, snn)
+    result["verdict"] = verdict(result)
+    neurons = watch_neurons(snn, images[:1], choose_layers(snn, result["worst_layer"]["name"]))
+    samples = {"pairs": looked.pairs, "weights": weight_samples(net, qnet), "neurons": neurons}
+    return Analysis(result, samples)
+
+
+def what_was_run(args):
+    """The network, all flags, versions and the seed."""
+    flags = {key: value for key, value in vars(args).items() if key != "debug"}
+    return {"net": args.net_name, "flags": flags, "versions": versions(), "seed": args.seed}
+
+
+def measure_changes(args, net, qnet, loaders, device, images, targets, expected):
+    """What repairing single layers, other flags and, with --sweep, other bits and timesteps give."""
+    train_loader, calibration_loader = loaders
+    known = calibration_loader, device, images, targets
+    repaired = repair_layers(args, qnet, *known, expected)
+    tried = try_alternatives(args, net, qnet, *known, expected)
+    swept = sweep(args, net, train_loader, *known, *swept_values(args)) if args.sweep else {}
+    return {"repaired": repaired, "alternatives": tried, "sweep": swept}
+
+
+def choose_images(dataset, most, seed, device):
+    """Images of a data set and their labels, at most `most`, chosen at random: in order they may be of one class."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    images, targets = zip(*[dataset[i] for i in sorted(order[:most].tolist())])
+    return torch.stack(images).to(device), torch.tensor([int(target) for target in targets], device=device)
+
+
+@torch.no_grad()
+def scores(net, images):
+    """The class scores of images, [B, classes]."""
+    return torch.cat([net(part) for part in images.split(BATCH)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# layers
+
+
+class LookedInto:
+    """Sums over images. errors: op name -> ErrorSums. pairs: op name -> (activations [N], decoded rates [N]).
+
+    lowest, highest: op name -> membrane potential. spikes: node -> mean spike counts of a sample.
+    """
+
+    def __init__(self, names):
+        self.errors = {name: ErrorSums() for name in names}
+        self.pairs = {name: ([], []) for name in names}
+        self.lowest, self.highest = dict.fromkeys(names, float("inf")), dict.fromkeys(names, float("-inf"))
+        self.spikes = Counter()
+
+    def note_potentials(self, name, potentials, spikes):
+        """One step of one layer (`observe`)."""
+        self.lowest[name] = min(self.lowest[name], potentials.min().item())
+        self.highest[name] = max(self.highest[name], potentials.max().item())
+
+
+@torch.no_grad()
+def look_into_layers(net, qnet, snn, images, share):
+    """LookedInto of every layer of neurons on images [B, ...]; share: initial potential before its correction."""
+    looked = LookedInto(snn.neurons())
+    size = max(1, min(BATCH, snn.cut((images,), snn.timesteps)[0]))
+    for part in tqdm(images.split(size), "look into layers", leave=False, delay=1):
+        seen = observe(snn, part, looked.note_potentials)
+        activations, quantised = node_values(net, part), node_values(qnet, part)
+        on_spikes = activations_on_spikes(qnet, seen, part, snn.timesteps)
+        for name, neuron in snn.neurons().items():
+            (out,) = snn.ops[name]["out_nodes"]
+            known = activations[out], quantised[out], on_spikes[out], seen.currents[name], seen.counts[out]
+            looked.errors[name].add(split_error(*known, neuron, snn.timesteps, share), activations[out])
+            add_pairs(looked.pairs[name], activations[out], decoded(seen.counts[out], neuron, snn.timesteps), images)
+        for node, counts in seen.counts.items():
+            looked.spikes[node] = looked.spikes[node] + counts.sum(0) / len(images)
+    looked.pairs = {name: tuple(torch.cat(values) for values in pairs) for name, pairs in looked.pairs.items()}
+    return looked
+
+
+def add_pairs(pairs, activations, rates, images):
+    """Keep evenly spaced values of both, so that all images together give about MOST_PAIRS."""
+    stride = max(1, activations[0].numel() * len(images) // MOST_PAIRS) | 1  # odd: it meets every column of a map
+    for store, values in zip(pairs, (activations, rates)):
+        store.append(values.reshape(-1)[::stride].float().cpu())
+
+
+def layer_rows(snn, looked, firing_rate):
+    """Op name -> what the report says of a layer of neurons."""
+    rows = {}
+    for name, neuron in snn.neurons().items():
+        bound = potential_bound(neuron, snn.timesteps)
+        low, high = looked.lowest[name], looked.highest[name]
+        rows[name] = {
+            "path": snn.ops[name]["path"],
+            "Vthr": [neuron.Vthr.min().item(), neuron.Vthr.max().item()],
+            "lambda": [neuron.scale_factor.min().item(), neuron.scale_factor.max().item()],
+            "firing_rate": firing_rate[name],
+            **looked.errors[name].summary(),
+            "potential": [low, high],
+            # behind the image potentials are real numbers, which a chip holds in whatever steps it likes
+            "bits_observed": None if bound is None else signed_bits(low, high),
+            "bits_bound": None if bound is None else signed_bits(-bound, bound),
+        }
+    return rows
+
+
+def neuron_behind(snn, name):
+    """The first layer of neurons that op `name` leads to, None where none does."""
+    reached = set(snn.ops[name]["out_nodes"])
+    names = list(snn.ops)
+    for each in names[names.index(name) :]:
+        entry = snn.ops[each]
+        if each == name or not reached.isdisjoint(entry["in_nodes"]):
+            if entry["op"].neuron is not None:
+                return each
+            reached.update(entry["out_nodes"])
+    return None
+
+
+def choose_layers(snn, worst):
+    """The first layer of neurons, that of the worst layer, and the last one; fewer where they are the same."""
+    names = list(snn.neurons())
+    middle = neuron_behind(snn, worst) or names[len(names) // 2]
+    return sorted({names[0], middle, names[-1]}, key=names.index)
+
+
+@torch.no_grad()
+def watch_neurons(snn, image, names):
+    """Op name -> potentials in Vthr [steps, n] and spikes [steps, n] (NaN while listening) of n neurons on one image.
+
+    The neurons are spread over the active ones, from the least to the most active.
+    """
+    counts = observe(snn, image).counts
+    chosen = {name: spread(counts[snn.ops[name]["out_nodes"][0]].flatten(), RASTER_NEURONS) for name in names}
+    watched = {name: ([], []) for name in names}
+
+    def on_step(name, potentials, spikes):
+        if name in watched:
+            potentials = (potentials / snn.ops[name]["op"].neuron.Vthr).flatten()
+            spikes = torch.full_like(potentials, torch.nan) if spikes is None else spikes.flatten()
+            for store, values in zip(watched[name], (potentials, spikes)):
+                store.append(values[chosen[name]].cpu())
+
+    observe(snn, image, on_step)
+    return {name: tuple(torch.stack(values) for values in pair) for name, pair in watched.items()}
+
+
+def spread(counts, most):
+    """Indices of at most `most` neurons, evenly spaced among the active ones sorted by their spikes."""
+    order = counts.argsort(stable=True)
+    active = order[counts[order] > 0]
+    active = active if len(active) else order
+    return active[torch.linspace(0, len(active) - 1, min(most, len(active)), device=active.device).long()]
+
+
+def weight_samples(net, qnet):
+    """Op name -> (float weights, integer weights), both in integer steps; at 32 bits, before and after finetuning."""
+    samples = {}
+    for name, layer in qnet.weighted_layers().items():
+        before, after = net.ops[name]["op"].weight.detach(), layer.weight.detach()
+        bits = layer.weight_bits
+        scale = torch.ones(()) if bits == FLOAT_BITS or layer.weight_scale is None else layer.weight_scale.cpu()
+        before, after = before.cpu(), round_to_integers(after.cpu(), scale, bits)
+        samples[name] = (before * scale).flatten(), after.flatten()
+    return samples
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the whole network
+
+
+def accuracies_of(accuracies):
+    """The three networks' accuracies, and that after every timestep."""
+    ann, quantised, spiking = accuracies
+    names = {"ann": ann, "qnet": quantised, "snn": spiking}
+    curve = dict(enumerate(spiking["top1_by_timestep"], start=1))
+    return {name: {key: each[key] for key in ("top1", "loss")} for name, each in names.items()} | {"by_timestep": curve}
+
+
+def output_errors(qnet, snn, images, expected):
+    """What weights and what the conversion to spikes do to the class scores, each and together: `score_error`."""
+    quantised, spiking = scores(qnet, images), scores(snn, images)
+    pairs = {"weights": (quantised, expected), "spikes": (spiking, quantised), "both": (spiking, expected)}
+    return {name: score_error(*pair, expected) for name, pair in pairs.items()}
+
+
+def hardware_rows(net, args):
+    """The table of `hw_constraints` as lists, its head first."""
+    hardware = HARDWARE[args.hardware or "v1.0"]
+    rows = hardware_table(hardware_layers(net, args.ann_layers), bitwidths_by_name(net, args.weight_bitwidth), hardware)
+    return {"name": hardware.name, "rows": [list(row) for row in rows]}
+
+
+def swept_values(args):
+    """Bit widths, and powers of two of timesteps up to twice those asked for."""
+    bits, timesteps = args.weight_bitwidth, args.timesteps
+    steps = [2**k for k in range(1, 18) if 2**k <= 2 * timesteps][-MOST_SWEPT_TIMESTEPS:]
+    return sorted({*SWEPT_BITS, *([bits] if bits in range(1, 9) else [])}), sorted({*steps, timesteps})
+
+
+def worst_layer(result, snn):
+    """The layer whose repair regains most; without rounded weights, that of the largest error of its own."""
+    repaired = dict(result["repaired"])
+    before = repaired.pop("as asked for", None)
+    if repaired:
+        name = min(repaired, key=lambda each: repaired[each]["error"])
+        return {"name": name, "path": snn.ops[name]["path"], "before": before, "after": repaired[name]}
+    name = max(result["layers"], key=lambda each: result["layers"][each]["relative_squared_error"])
+    return {"name": name, "path": snn.ops[name]["path"], "before": None, "after": None}
+
+
+def verdict(result):
+    """Three sentences: what dominates the loss, which layer, and which flags regain most."""
+    return [verdict_on_loss(result), verdict_on_layer(result), verdict_on_flags(result)]
+
+
+def verdict_on_loss(result):
+    """What the weights and what the spikes cost."""
+    top1 = {name: result["accuracy"][name]["top1"] for name in ("ann", "qnet", "snn")}
+    error = result["output_error"]
+    dominant = "the weights dominate" if error["weights"] >= error["spikes"] else "the conversion to spikes dominates"
+    return (
+        f"Of {top1['ann']:.2f} % top-1 of the float ANN the quantised ANN keeps {top1['qnet']:.2f} % and the spiking "
+        f"network {top1['snn']:.2f} % ({top1['snn'] - top1['ann']:+.2f} points on {result['samples']} test images); "
+        f"{dominant} the error: quantised and finetuned weights move the class scores by {error['weights']:.1f} % of "
+        f"their standard deviation, the conversion moves them by {error['spikes']:.1f} %."
+    )
+
+
+def verdict_on_layer(result):
+    """The worst layer, and what its repair regained."""
+    worst = result["worst_layer"]
+    where = f"{worst['name']} ({worst['path']})" if worst["path"] not in ("", worst["name"]) else worst["name"]
+    if worst["after"] is None:
+        error = 100 * result["layers"][worst["name"]]["relative_squared_error"] ** 0.5
+        return f"The weights are not rounded; the neurons with the largest error are those of {where}, {error:.1f} %."
+    before, after = worst["before"], worst["after"]
+    if after["error"] >= before["error"]:
+        return (
+            f"No layer stands out: float weights in any one of them alone leave the error at {before['error']:.1f} % "
+            f"or raise it, {where} the least, to {after['error']:.1f} %."
+        )
+    return (
+        f"The worst layer is {where}: float weights in it alone lower the error of the class scores from "
+        f"{before['error']:.1f} % to {after['error']:.1f} % (top-1 from {before['top1']:.1f} % to "
+        f"{after['top1']:.1f} %, on {result['analysis_images']} images)."
+    )
+
+
+def verdict_on_flags(result):
+    """The alternative that regains most, and the one that does so with the same weights' bits."""
+    tried = dict(result["alternatives"])
+    before = tried.pop("as asked for")
+    best = min(tried, key=lambda flags: tried[flags]["error"], default=None)
+    if best is None or tried[best]["error"] >= before["error"]:
+        return f"None of {len(tried)} alternatives that were converted lowers the error of {before['error']:.1f} %."
+    sentence = f"Of {len(tried)} alternatives that were converted, {regained(best, before, tried[best])}"
+    same_bits = {flags: each for flags, each in tried.items() if not flags.startswith("--weight_bitwidth")}
+    second = min(same_bits, key=lambda flags: same_bits[flags]["error"], default=best)
+    if second != best and same_bits[second]["error"] < before["error"]:
+        sentence += f"; at the same bits {regained(second, before, same_bits[second])}"
+    return sentence + "."
+
+
+def regained(flags, before, after):
+    """What an alternative regains and costs, in words."""
+    words = f"{flags} regains most, the error falls from {before['error']:.1f} % to {after['error']:.1f} %, "
+    words += f"top-1 goes from {before['top1']:.1f} % to {after['top1']:.1f} %"
+    if after["duration"] != before["duration"]:
+        words += f", the answer takes {after['duration']['latency']} steps instead of {before['duration']['latency']}"
+    return words + (f" ({after['note']})" if after["note"] else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# writing
+
+
+def write_report(folder, analysis):
+    """Write report.json, report.html and the figures as PNG and SVG into a folder; other files in it stay."""
+    from reports.figures import draw_figures, render
+    from reports.html import report_page
+
+    figures = draw_figures(analysis.result, analysis.samples)
+    files, pictures = {}, {}
+    for name, (figure, caption) in tqdm(figures.items(), "draw", leave=False, delay=1):
+        png, svg = render(figure, "png"), render(figure, "svg")
+        files[f"{name}.png"], files[f"{name}.svg"] = png, svg
+        pictures[name] = png, caption
+    files["report.html"] = report_page(analysis.result, pictures).encode()
+    files["report.json"] = (json.dumps(analysis.result, indent=2) + "\n").encode()
+    write_folder(folder, files)
+
+
+def summary_rows(result):
+    """A short table: the error of every layer of neurons and its largest part."""
+    rows = [("spiking layer", "module path", "spikes per neuron and step", "error %", "largest part")]
+    for name, layer in result["layers"].items():
+        largest = max(PARTS, key=lambda part: layer["rms_of_parts"][part])
+        error = 100 * layer["relative_squared_error"] ** 0.5
+        rows.append((name, layer["path"], f"{layer['firing_rate']:.4f}", f"{error:.1f}", PARTS[largest]))
+    return rows

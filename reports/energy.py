@@ -1,0 +1,120 @@
+"""What a network costs to run: operations, joules, bits of membrane potential. Pure functions of networks and counts.
+
+An ANN multiplies and accumulates (MAC) once per synapse, a spiking network accumulates (AC) once per spike and synapse.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from dag_rewrites import is_trained
+from spike_layers import SpikeAdd, SpikeBatchNorm, WeightedLayer
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Picojoules of one accumulate (`ac`) and of one multiply-accumulate (`mac`)."""
+
+    ac: float
+    mac: float
+
+
+# Horowitz, Computing's Energy Problem, ISSCC 2014: 45 nm, arithmetic alone, without memory and communication
+COSTS_45_NM = {"FP32": Costs(ac=0.9, mac=4.6), "INT8": Costs(ac=0.03, mac=0.23)}
+
+
+def fan_out(layer, shape):
+    """Synapses that leave every input position of a weighted layer: float64 of `shape`, one sample without the batch.
+
+    The adjoint of the layer with weights of one, applied to an output of ones: what each input adds to the sum of all
+    outputs. Exact for every linear layer, strided, dilated, grouped or transposed, and at the borders.
+    """
+    ones = torch.ones_like(layer.weight, dtype=torch.float64)
+    input = torch.zeros(1, *shape, dtype=torch.float64, device=ones.device, requires_grad=True)
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(layer.operate(input, ones, None).sum(), input)
+    return gradient[0]
+
+
+def synaptic_operations(layer, spikes):
+    """Accumulates that `spikes`, counts per input position of a sample, cause: every spike times its fan-out."""
+    return (spikes.double() * fan_out(layer, spikes.shape)).sum().item()
+
+
+def synapses(layer, shape):
+    """Synapses of a weighted layer, those at the borders that read padding left out: its MACs per sample in an ANN."""
+    return fan_out(layer, shape).sum().item()
+
+
+def count_operations(snn, shapes, spikes, timesteps):
+    """Op name -> operations per sample, as an ANN ("ann_mac", "ann_ac") and spiking ("snn_mac", "snn_ac", "synops").
+
+    shapes: node -> shape of a sample. spikes: node -> mean spike counts over `timesteps` steps, [C, H, W] or [N], for
+    every node of spikes. "synops", part of "snn_ac", are spikes times fan-out; the rest are biases, and the constant
+    current of the image, which are added at every step. What stays ANN costs the same in both.
+    """
+    return {name: operations(entry, shapes, spikes, timesteps) for name, entry in snn.ops.items()}
+
+
+def operations(entry, shapes, spikes, timesteps):
+    """The operations of one op (`count_operations`)."""
+    op, in_nodes, (out,) = entry["op"], entry["in_nodes"], entry["out_nodes"]
+    outputs = torch.Size(shapes[out]).numel()
+    mac, ac = ann_operations(op, shapes[in_nodes[0]], outputs)
+    ann = {"ann_mac": mac, "ann_ac": ac}
+    if not op.spiking:
+        return {**ann, "snn_mac": mac, "snn_ac": ac, "synops": 0.0}
+    synops = sum(spike_operations(op, spikes[node]) for node in in_nodes if node in spikes)
+    from_image = is_trained(op) and in_nodes[0] not in spikes
+    additions = timesteps * outputs if from_image or getattr(op, "bias_q", None) is not None else 0.0
+    if not is_trained(op) and isinstance(op, WeightedLayer) and in_nodes[0] not in spikes:
+        additions = timesteps * ac  # a pooling of currents sums all of them at every step
+    return {**ann, "snn_mac": mac if from_image else 0.0, "snn_ac": synops + additions, "synops": synops}
+
+
+def ann_operations(op, shape, outputs):
+    """MACs and accumulates of an op in an ANN; an average pooling accumulates, an add and a bias too."""
+    if is_trained(op):
+        return synapses(op, shape), float(outputs) if op.bias is not None else 0.0
+    if isinstance(op, WeightedLayer):
+        return 0.0, synapses(op, shape)
+    return float(outputs) * isinstance(op, SpikeBatchNorm), float(outputs) * isinstance(op, SpikeAdd)
+
+
+def spike_operations(op, spikes):
+    """Accumulates that the spikes which one op reads cause; an add and a BatchNorm have one synapse a spike."""
+    if isinstance(op, WeightedLayer):
+        return synaptic_operations(op, spikes)
+    return spikes.double().sum().item() if isinstance(op, (SpikeAdd, SpikeBatchNorm)) else 0.0
+
+
+def joules(mac, ac, costs):
+    """Energy of so many operations, in joules."""
+    return (mac * costs.mac + ac * costs.ac) * 1e-12
+
+
+def energy_table(operations, costs_by_name=None):
+    """Name of the arithmetic -> {"ann", "snn"} joules per sample and the constants, for `count_operations`."""
+    totals = {key: sum(each[key] for each in operations.values()) for key in ("ann_mac", "ann_ac", "snn_mac", "snn_ac")}
+    return {
+        name: {
+            "ann": joules(totals["ann_mac"], totals["ann_ac"], costs),
+            "snn": joules(totals["snn_mac"], totals["snn_ac"], costs),
+            "pj_per_ac": costs.ac,
+            "pj_per_mac": costs.mac,
+        }
+        for name, costs in (costs_by_name or COSTS_45_NM).items()
+    }
+
+
+def signed_bits(lowest, highest):
+    """Bits of a two's complement integer that holds every value from `lowest` to `highest`: 8 for -128 to 127."""
+    magnitude = max(-int(lowest) - 1 if lowest < 0 else 0, int(highest) if highest > 0 else 0)
+    return magnitude.bit_length() + 1
+
+
+def potential_bound(neuron, timesteps):
+    """The largest |u| that any input can cause in `timesteps` steps, None behind the first layer, which is float."""
+    if neuron.largest_current is None:
+        return None
+    return neuron.largest_current * timesteps + neuron.initial_potential.abs().max().item()

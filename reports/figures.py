@@ -1,0 +1,357 @@
+"""The figures of a report, one function each from plain results to a matplotlib Figure; no window is opened.
+
+Colours are those of seaborn's palette for colour-blind readers; markers, line styles and hatches tell the same in grey.
+"""
+
+import io
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+import seaborn as sns
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from reports.errors import PARTS
+
+COLOURS = sns.color_palette("colorblind")
+HATCHES = ("", "///", "...", "xxx", "---", "ooo", "\\\\\\")
+MOST_PANELS = 12
+PNG_DPI = 110
+RENDERING = {"font.size": 10, "svg.hashsalt": "report", "hatch.linewidth": 0.6}
+BINS = 60
+
+
+def draw_figures(result, samples):
+    """Name -> (Figure, caption), in the order of the report. result, samples: those of `analysis.Analysis`."""
+    worst = result["worst_layer"]["name"]
+    with matplotlib.rc_context(RENDERING):
+        figures = {
+            "accuracy": (draw_accuracy(result["accuracy"]), CAPTIONS["accuracy"]),
+            "alternatives": (draw_alternatives(result["alternatives"]), CAPTIONS["alternatives"]),
+            "error_parts": (draw_error_parts(result["layers"]), CAPTIONS["error_parts"]),
+            "firing_rate": (draw_firing_rates(result["layers"]), CAPTIONS["firing_rate"]),
+            "density": (draw_densities(samples["pairs"], result["layers"]), CAPTIONS["density"]),
+            "weights": (draw_weights(samples["weights"], worst), CAPTIONS["weights"]),
+            "neurons": (draw_neurons(samples["neurons"], result["layers"]), CAPTIONS["neurons"]),
+            "operations": (draw_operations(result["operations"]), CAPTIONS["operations"]),
+        }
+        if result["repaired"]:
+            figures["repaired_layers"] = draw_repairs(result["repaired"], result["operations"]), CAPTIONS["repaired"]
+        if result["sweep"]:
+            figures["sweep"] = draw_sweep(result["sweep"], result["analysis_images"]), CAPTIONS["sweep"]
+    return figures
+
+
+CAPTIONS = {
+    "accuracy": "Top-1 accuracy after every timestep, from one simulation; on the right the same, closer.",
+    "alternatives": "Other flags, each really converted and measured: error of the class scores against the float ANN, "
+    "as RMS in percent of their standard deviation over the images, and top-1.",
+    "error_parts": "Mean squared error of every layer of neurons against the float ANN, relative to its mean squared "
+    "activation, split into parts that add up to it (the diamond). A part to the left of zero cancels others.",
+    "firing_rate": "Spikes per neuron and timestep. Fewer spikes cost less energy; more say an activation more finely.",
+    "density": "What the spikes of T steps stand for against the activation of the float ANN; on the dotted line both "
+    "agree, above the dashed one a spike at every step is not enough.",
+    "weights": "Integer weights (bars) and the float weights they stand for (line), in steps of the integers.",
+    "neurons": "Membrane potential of two neurons before each reset, and the spikes of up to 24 neurons, for one "
+    "test image.",
+    "operations": "Operations per image: multiply-accumulates of the ANN, accumulates of the spiking network.",
+    "repaired": "Each layer repaired alone: with float weights in it, how large the error of the class scores stays. "
+    "The further left of the line, the more that layer's rounding costs.",
+    "sweep": "Top-1 accuracy by weight bits and timesteps, each converted, and each bit width finetuned, by itself.",
+}
+
+
+def render(figure, file_format):
+    """A figure as the bytes of a PNG or SVG file; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if file_format == "svg" else {"Software": None}
+    with matplotlib.rc_context(RENDERING):
+        if figure.get_layout_engine() is not None:  # once, not for every format
+            figure.get_layout_engine().execute(figure)
+            figure.set_layout_engine("none")
+        figure.savefig(buffer, format=file_format, dpi=PNG_DPI, metadata=metadata)
+    return buffer.getvalue()
+
+
+def new_figure(width, height, rows=1, columns=1, **options):
+    """A Figure and its axes, which seaborn's style applies to."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(True, color="0.9", linewidth=0.8)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def label(name, path):
+    """A layer as figures name it."""
+    return f"{name} ({path})" if path and path != name else name
+
+
+def rows_height(count):
+    """Inches for a figure with so many horizontal bars."""
+    return 1.5 + 0.32 * count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the whole network
+
+
+def draw_accuracy(accuracy):
+    """Accuracy over timesteps; accuracy: `analysis.accuracies_of`."""
+    steps, top1 = zip(*[(int(t), value) for t, value in accuracy["by_timestep"].items()])
+    figure, axes = new_figure(8, 3.8, columns=2, width_ratios=[3, 2])
+    for axis in axes[0]:
+        axis.axhline(accuracy["ann"]["top1"], color=COLOURS[0], linestyle="-", label="float ANN")
+        axis.axhline(accuracy["qnet"]["top1"], color=COLOURS[1], linestyle="--", label="quantised ANN")
+        axis.plot(steps, top1, color=COLOURS[2], linestyle="-.", marker="o", markersize=4, label="SNN")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_xlabel("timesteps (log2)")
+    axes[0, 0].set_ylabel("top-1 accuracy (%)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False)
+    zoom_in(axes[0, 1], steps, top1, [accuracy["ann"]["top1"], accuracy["qnet"]["top1"]])
+    return figure
+
+
+def zoom_in(axis, steps, top1, levels):
+    """Show the second half of the steps and what lies around the last accuracies."""
+    first = max(1, steps[-1] // 2)
+    values = [value for t, value in zip(steps, top1) if t >= first] + levels
+    margin = max(0.5, 0.15 * (max(values) - min(values)))
+    axis.set_ylim(min(values) - margin, max(values) + margin)
+    axis.set_xlim(first * 0.95, max(steps[-1] * 1.05, first + 1))
+    axis.xaxis.set_minor_formatter(lambda value, position: "")
+    axis.set_xticks(sorted({first, round((first * steps[-1]) ** 0.5), steps[-1]}))
+    axis.set_title("last steps", fontsize=10)
+
+
+def draw_alternatives(tried):
+    """Error of every alternative conversion, and its top-1 beside it."""
+    figure, axes = new_figure(8, rows_height(len(tried)))
+    axis, names = axes[0, 0], list(tried)[::-1]
+    draw_lollipops(axis, names, [tried[name]["error"] for name in names], tried["as asked for"]["error"])
+    axis.set_xlabel("error of the class scores (% of their standard deviation)")
+    for y, each in enumerate(tried[name] for name in names):
+        words = f"{each['error']:.1f} %, top-1 {each['top1']:.1f} %, {each['duration']['latency']} steps"
+        write_beside(axis, max(each["error"], tried["as asked for"]["error"]), y, words)
+    axis.set_xlim(0, 1.7 * max(each["error"] for each in tried.values()) + 0.1)
+    return figure
+
+
+def draw_repairs(repaired, operations):
+    """Error with each layer repaired alone."""
+    figure, axes = new_figure(8, rows_height(len(repaired)))
+    axis = axes[0, 0]
+    names = [name for name in repaired if name != "as asked for"][::-1]
+    before = repaired["as asked for"]["error"]
+    labels = [label(name, operations[name]["path"]) for name in names]
+    errors = [repaired[name]["error"] for name in names]
+    draw_lollipops(axis, labels, errors, before)
+    axis.set_xlabel("error of the class scores (% of their standard deviation)")
+    spread = max([abs(error - before) for error in errors] + [0.02 * before, 0.01])
+    axis.set_xlim(min(*errors, before) - 0.15 * spread, max(*errors, before) + 0.5 * spread)
+    for y, error in enumerate(errors):
+        write_beside(axis, max(error, before), y, f"{error:.2f} %")
+    return figure
+
+
+def write_beside(axis, x, y, words):
+    """Words to the right of a point."""
+    axis.annotate(words, (x, y), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
+
+
+def draw_lollipops(axis, labels, values, reference):
+    """A line from a reference to every value; what is below it has a filled end, what is above an open one."""
+    for y, value in enumerate(values):
+        better = value < reference
+        axis.plot([reference, value], [y, y], color="0.6", linewidth=2, zorder=1)
+        face = COLOURS[2] if better else "white"
+        axis.plot(value, y, marker="o" if better else "s", color=COLOURS[2 if better else 3], markerfacecolor=face)
+    axis.axvline(reference, color="0.2", linestyle="--", linewidth=1)
+    axis.set_yticks(range(len(labels)), labels)
+    axis.set_ylim(-0.7, len(labels) - 0.3)
+
+
+def draw_sweep(swept, images):
+    """Accuracy by weight bits and timesteps as a heat map."""
+    bits, steps = list(swept), list(next(iter(swept.values())))
+    values = np.array([[swept[b][t] for t in steps] for b in bits])
+    figure, axes = new_figure(1.8 + 0.9 * len(steps), 1.5 + 0.5 * len(bits))
+    axis = axes[0, 0]
+    axis.grid(False)
+    bar = {"label": f"top-1 accuracy (%), {images} images"}
+    sns.heatmap(
+        values, annot=True, fmt=".1f", cmap="cividis", ax=axis, xticklabels=steps, yticklabels=bits, cbar_kws=bar
+    )
+    axis.set(xlabel="timesteps", ylabel="weight bits")
+    axis.tick_params(axis="y", rotation=0)
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# layers
+
+
+def draw_error_parts(layers):
+    """The parts of every layer's squared error, stacked: positive ones to the right, negative ones to the left."""
+    figure, axes = new_figure(8, rows_height(len(layers)) + 0.8)
+    axis, names = axes[0, 0], list(layers)[::-1]
+    right, left = np.zeros(len(names)), np.zeros(len(names))
+    for (part, title), colour, hatch in zip(PARTS.items(), COLOURS, HATCHES):
+        values = 100 * np.array([layers[name]["parts_of_squared_error"][part] for name in names])
+        starts = np.where(values >= 0, right, left)
+        axis.barh(range(len(names)), values, left=starts, color=colour, hatch=hatch, edgecolor="white", label=title)
+        right, left = right + values.clip(min=0), left + values.clip(max=0)
+    totals = [100 * layers[name]["relative_squared_error"] for name in names]
+    axis.plot(totals, range(len(names)), "D", color="black", markersize=5, linestyle="", label="total")
+    axis.axvline(0, color="0.2", linewidth=1)
+    axis.set_yticks(range(len(names)), [label(name, layers[name]["path"]) for name in names])
+    axis.set_ylim(-0.7, len(names) - 0.3)
+    axis.set_xlabel("squared error (% of the mean squared activation)")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def draw_firing_rates(layers):
+    """Spikes per neuron and step of every layer."""
+    figure, axes = new_figure(8, rows_height(len(layers)))
+    axis, names = axes[0, 0], list(layers)[::-1]
+    rates = [layers[name]["firing_rate"] for name in names]
+    bars = axis.barh(range(len(names)), rates, color=COLOURS[0])
+    axis.bar_label(bars, [f"{rate:.3f}" for rate in rates], padding=3, fontsize=9)
+    axis.set_yticks(range(len(names)), [label(name, layers[name]["path"]) for name in names])
+    axis.set_xlabel("firing rate (spikes per neuron and timestep)")
+    axis.margins(x=0.12)
+    axis.set_ylim(-0.7, len(names) - 0.3)
+    return figure
+
+
+def chosen(names, important=None):
+    """At most MOST_PANELS names, evenly spaced, with the important one among them."""
+    names = list(names)
+    if len(names) <= MOST_PANELS:
+        return names
+    picked = {names[i] for i in np.linspace(0, len(names) - 1, MOST_PANELS - 1).round().astype(int)}
+    return [name for name in names if name in picked or name == important]
+
+
+def panels(count, height, **options):
+    """A figure of `count` small panels, three in a row; the axes of those that are not used are off."""
+    columns = min(3, count)
+    rows = -(-count // columns)
+    figure, axes = new_figure(8, 0.6 + height * rows, rows, columns, **options)
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, axes.flat[:count]
+
+
+def draw_densities(pairs, layers):
+    """Decoded rate against activation, as a density, for every layer (or some of them)."""
+    worst = max(layers, key=lambda name: layers[name]["relative_squared_error"])
+    names = chosen(pairs, worst)
+    figure, axes = panels(len(names), 2.5)
+    norm = LogNorm(1, max(2, len(pairs[worst][0])))
+    for axis, name in zip(axes, names):
+        activations, rates = (values.numpy() for values in pairs[name])
+        top = max(activations.max(), rates.max(), 1e-6)
+        edges = np.linspace(min(0, activations.min()), top, BINS)
+        shown = axis.hist2d(activations, rates, bins=[edges, edges], norm=norm, cmap="viridis_r", rasterized=True)
+        axis.plot([0, top], [0, top], color="black", linestyle=":", linewidth=1)
+        axis.axhline(layers[name]["lambda"][1], color=COLOURS[3], linestyle="--", linewidth=1)
+        axis.set_title(label(name, layers[name]["path"]), fontsize=9)
+    figure.colorbar(shown[3], ax=list(axes), label="neurons", aspect=40)
+    figure.supxlabel("activation of the float ANN (its own units)", fontsize=10)
+    figure.supylabel("decoded spikes (the same units)", fontsize=10)
+    return figure
+
+
+def draw_weights(weights, worst):
+    """Histograms of integer and float weights of every layer (or some of them)."""
+    names = chosen(weights, worst)
+    figure, axes = panels(len(names), 2.2)
+    for axis, name in zip(axes, names):
+        floats, integers = (values.numpy() for values in weights[name])
+        draw_weight_histogram(axis, floats, integers)
+        axis.set_title(name + (" (worst)" if name == worst else ""), fontsize=9)
+    axes[0].legend(fontsize=8)
+    figure.supxlabel("weight (integer steps)", fontsize=10)
+    figure.supylabel("share of the weights in a step (%)", fontsize=10)
+    return figure
+
+
+def draw_weight_histogram(axis, floats, integers):
+    """Shares per integer step: bars at the integers, a line for the floats with two bins a step."""
+    if np.array_equal(integers, integers.round()):
+        values, counts = np.unique(integers, return_counts=True)
+        axis.bar(values, 100 * counts / len(integers), width=0.8, color=COLOURS[0], label="integer")
+        reach = np.ceil(max(np.abs(floats).max(), np.abs(integers).max()) + 0.5)
+        edges = np.linspace(-reach, reach, int(4 * reach) + 1 if reach < 64 else 129)
+    else:  # 32 bits: what finetuning left of the weights
+        reach = max(np.abs(floats).max(), np.abs(integers).max())
+        edges = np.linspace(-reach, reach, BINS)
+        axis.hist(integers, edges, weights=np.full(len(integers), 100 / len(integers)), color=COLOURS[0], label="after")
+    step = edges[1] - edges[0] if reach >= 1 and np.array_equal(integers, integers.round()) else 1
+    shares, _ = np.histogram(floats, edges)
+    axis.stairs(100 * shares / len(floats) / step, edges, color=COLOURS[3], linewidth=1.2, label="float")
+
+
+def draw_neurons(neurons, layers):
+    """Membrane potentials of two neurons and the raster of all watched ones, a row for each layer."""
+    figure, axes = new_figure(8, 0.5 + 2.3 * len(neurons), len(neurons), 2, sharex="row", width_ratios=[3, 2])
+    for (left, right), (name, (potentials, spikes)) in zip(axes, neurons.items()):
+        steps = np.arange(1, len(potentials) + 1)
+        draw_potentials(left, steps, potentials.numpy(), spikes.numpy())
+        fired, which = np.nonzero(np.nan_to_num(spikes.numpy()))
+        right.plot(fired + 1, which + 1, "|", color="black", markersize=5)
+        right.set_ylim(0, spikes.shape[1] + 1)
+        right.set_ylabel("neuron")
+        left.set_ylabel("potential (Vthr)")
+        left.set_title(label(name, layers[name]["path"]), fontsize=9, loc="left")
+        right.set_xlim(0, len(steps) + 1)
+    for axis in axes[-1]:
+        axis.set_xlabel("timestep")
+    axes[0, 0].legend(fontsize=8, loc="best")
+    return figure
+
+
+def draw_potentials(axis, steps, potentials, spikes):
+    """A moderately and a very active neuron: u before each reset, marked where it fired."""
+    last = potentials.shape[1] - 1
+    styles = {last // 2: ("-", "o", COLOURS[0], "middle"), last: ("--", "s", COLOURS[1], "most active")}
+    for neuron, (line, marker, colour, title) in styles.items():
+        fired = np.nan_to_num(spikes[:, neuron]) > 0
+        axis.plot(steps, potentials[:, neuron], line, color=colour, linewidth=1.2, label=title)
+        axis.plot(steps[fired], potentials[fired, neuron], marker, color=colour, markersize=4)
+    axis.axhline(1, color="0.2", linestyle=":", linewidth=1.2, label="threshold")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# energy
+
+
+def draw_operations(operations):
+    """Operations per image of every layer, as ANN and spiking, on a logarithmic axis."""
+    busy = {name: each for name, each in operations.items() if totals(each)[0] or totals(each)[1]}
+    figure, axes = new_figure(8, rows_height(len(busy)) + 0.5)
+    axis, names = axes[0, 0], list(busy)[::-1]
+    ann, snn = zip(*[totals(busy[name]) for name in names])
+    y = np.arange(len(names))
+    axis.barh(y + 0.2, ann, 0.38, color=COLOURS[0], label="ANN: multiply-accumulates, adds")
+    axis.barh(y - 0.2, snn, 0.38, color=COLOURS[1], hatch="///", edgecolor="white", label="SNN: accumulates (MACs too)")
+    axis.set_xscale("log")
+    axis.set_xlim(left=10 ** np.floor(np.log10(max(1, min(filter(None, ann + snn))))))
+    axis.set_ylim(-0.7, len(names) - 0.3)
+    axis.set_yticks(y, [label(name, busy[name]["path"]) for name in names])
+    axis.set_xlabel("operations per image")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def totals(operations):
+    """All operations of a layer: (as ANN, spiking)."""
+    return operations["ann_mac"] + operations["ann_ac"], operations["snn_mac"] + operations["snn_ac"]
