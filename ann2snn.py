@@ -29,7 +29,7 @@ def main(args):
     from ann_parser import parse_ann_model
     from build_network import build_trained_net, check_net_name, input_size
     from dag_rewrites import prepare_conversion
-    from datasets import check_dataset_name, get_dataset
+    from datasets import DETECTION_DATASETS, check_dataset_name, get_dataset
     from quantization import equalize_channels, quantize_finetune
     from runtime.device import choose_device, seed_everything
     from runtime.files import check_different, check_writable, write_atomically, write_json
@@ -57,18 +57,24 @@ def main(args):
     net = parse_ann_model(raw_net, (images[0][0][None],))
     net = prepare_conversion(net, args.maxpool, args.signed)
     plan_conversion(net, args.ann_layers)
-    check_classifies(net, args.net_name, images)
+    criterion, measure, by_step = nn.CrossEntropyLoss(), evaluate, {"every_step": True}
+    if args.dataset in DETECTION_DATASETS:
+        from detection import DetectionLoss, check_detects, evaluate_detector
+
+        check_detects(net, args.net_name, images)
+        criterion, measure, by_step = DetectionLoss(args.image_size), evaluate_detector, {}
+    else:
+        check_classifies(net, args.net_name, images)
     check_limits(net, args)
 
-    criterion = nn.CrossEntropyLoss()
-    ann = evaluate(net, test_loader, device, criterion)
+    ann = measure(net, test_loader, device, criterion)
     clock.lap("validate_ann")
 
     if args.equalize:
         net = equalize_channels(net)
     qnet = quantize_finetune(net, train_loader, criterion, device, args)
     clock.lap("quantize_finetune")
-    quantised = evaluate(qnet, test_loader, device, criterion)
+    quantised = measure(qnet, test_loader, device, criterion)
     clock.lap("validate_qnet")
 
     snn = trans_ann2snn_weight(
@@ -89,7 +95,7 @@ def main(args):
     )
     snn.set_engine(args.engine, args.memory_budget)
     clock.lap("trans_ann2snn_weight")
-    spiking = evaluate(snn, test_loader, device, criterion, args.timesteps, every_step=True)
+    spiking = measure(snn, test_loader, device, criterion, args.timesteps, **by_step)
     clock.lap("validate_snn")
 
     print_results(args, ann, quantised, spiking)
@@ -151,14 +157,18 @@ class Stopwatch:
 
 
 def print_results(args, ann, quantised, spiking):
-    """The three accuracies."""
+    """The three accuracies, or mean average precisions."""
     from spike_dag import format_table
 
     weights = "float weights" if args.weight_bitwidth == 32 else f"{args.weight_bitwidth}-bit weights"
     print(f"{args.net_name} on {args.dataset}: {weights}, {args.timesteps} timesteps, reset by {args.reset_mode}")
-    rows = [("", "top-1 %", "loss")]
+    columns = {"mAP": "map", "mAP@0.5": "map50"} if "map" in ann else {"top-1 %": "top1"}
+    rows = [("", *columns, "loss")]
     results = {"ANN": ann, "quantised ANN": quantised, f"SNN, T={args.timesteps}": spiking}
-    rows += [(name, f"{result['top1']:.2f}", f"{result['loss']:.4f}") for name, result in results.items()]
+    for name, result in results.items():
+        digits = 4 if "map" in ann else 2
+        numbers = [f"{result[key]:.{digits}f}" for key in columns.values()]
+        rows.append((name, *numbers, f"{result['loss']:.4f}"))
     print(format_table(rows))
 
 
@@ -189,17 +199,27 @@ def collect_results(args, ann, quantised, spiking, duration, seconds):
     return {
         "net": args.net_name,
         **{key: getattr(args, key) for key in ("dataset", "weight_bitwidth", "timesteps", "reset_mode", "seed")},
-        **{f"{name}_top1": result["top1"] for name, result in accuracies.items()},
-        **{f"{name}_top5": result["top5"] for name, result in accuracies.items() if "top5" in result},
-        **{f"{name}_loss": result["loss"] for name, result in accuracies.items()},
+        **{
+            f"{name}_{key}": result[key]
+            for key in ("top1", "top5", "map", "map50", "loss")
+            for name, result in accuracies.items()
+            if key in result
+        },
         "samples": spiking["samples"],
-        "snn_top1_by_timestep": {str(t): top1 for t, top1 in enumerate(spiking["top1_by_timestep"], start=1)},
+        **by_timestep(spiking),
         "firing_rate": spiking["firing_rate"],
         "duration": duration,
         "seconds": seconds,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__},
         "flags": flags,
     }
+
+
+def by_timestep(spiking):
+    """The accuracy after every step, where it was measured."""
+    if "top1_by_timestep" not in spiking:
+        return {}
+    return {"snn_top1_by_timestep": {str(t): top1 for t, top1 in enumerate(spiking["top1_by_timestep"], start=1)}}
 
 
 if __name__ == "__main__":
