@@ -16,8 +16,8 @@ What `save_snn` has written is simulated again, bit for bit, by
 """
 
 import argparse
+import contextlib
 import sys
-from contextlib import contextmanager
 
 from runtime.cli import OneLineParser, run_script
 
@@ -96,8 +96,11 @@ class SNNTransformer:
 
         Arguments and output are those of the network. Gradients of before the last `optimizer.step()` are cleared, so
         that the loop needs no zero_grad; without a step in between they add up. BatchNorms of the stretch are folded
-        into its weights, and it has no dropout.
+        into its weights, and it has no dropout. Under `torch.no_grad()` the network runs in eval mode: this gathers the
+        status of a network that is not to be trained, and leaves it as it is.
         """
+        import torch
+
         if self.stretch is None:
             self.trace(inputs, named_inputs)
         if self.has_stepped:
@@ -105,7 +108,8 @@ class SNNTransformer:
             self.has_stepped = False
         self.status.keep(inputs, named_inputs)
         self.snn = None
-        return self.model(*inputs, **named_inputs)
+        with contextlib.nullcontext() if torch.is_grad_enabled() else in_eval_mode(self.net):
+            return self.model(*inputs, **named_inputs)
 
     def trace(self, args, kwargs):
         """Find the stretch in a run of the network, quantise it, and make the optimizer."""
@@ -302,7 +306,7 @@ def size_of(arguments):
     return (len(tensors[0]) if tensors and tensors[0].dim() else 1), memory
 
 
-@contextmanager
+@contextlib.contextmanager
 def in_eval_mode(net):
     """Within it, a module and all inside are in eval mode; afterwards in the mode that each had."""
     modes = {module: module.training for module in net.modules()}

@@ -121,7 +121,7 @@ class CallCounter:
     """Gives every call of a torch function its key: (the running module's path, its name, how many it made before)."""
 
     def __init__(self):
-        self.paths, self.made = [""], Counter()
+        self.paths, self.made, self.entered = [""], Counter(), set()
 
     def key(self, function):
         """The key of the next call."""
@@ -131,10 +131,14 @@ class CallCounter:
 
     @contextmanager
     def follow(self, net):
-        """Within it, `self.paths` is the stack of running modules."""
+        """Within it, `self.paths` is the stack of running modules, and `self.entered` all that ran."""
 
         def enter(path):
-            return lambda *_: self.paths.append(path)
+            def hook(*_):
+                self.paths.append(path)
+                self.entered.add(path)
+
+            return hook
 
         def leave(*_):
             self.paths.pop()
@@ -186,26 +190,17 @@ class Record(TorchFunctionMode):
     def __init__(self, net, layers):
         super().__init__()
         self.net, self.layers, self.counter = net, layers, CallCounter()
-        self.calls, self.writer, self.kept, self.ran, self.returned = [], {}, [], set(), set()
+        self.calls, self.writer, self.kept, self.returned = [], {}, [], set()
         self.constants = {id(tensor) for tensor in (*net.parameters(), *net.buffers())}
 
     def run(self, args, kwargs):
         """Run the network once. Raises ValueError for layers that do not run."""
-        hooks = [self.watch(path) for path in self.layers]
-        try:
-            with torch.no_grad(), self.counter.follow(self.net), self:
-                output = self.net(*args, **kwargs)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with torch.no_grad(), self.counter.follow(self.net), self:
+            output = self.net(*args, **kwargs)
         self.returned = {self.writer.get(id(tensor)) for tensor in tensors_in(output)}
-        idle = [path for path in self.layers if path not in self.ran]
-        if idle:
-            raise ValueError(f"the layer {idle[0]} does not run in the network's forward, leave it out")
-
-    def watch(self, path):
-        """Note whether the module at `path` runs."""
-        return self.net.get_submodule(path).register_forward_hook(lambda *_: self.ran.add(path))
+        for layer in self.layers:
+            if not any(is_inside(path, layer) for path in self.counter.entered):
+                raise ValueError(f"the layer {layer} does not run in the network's forward, leave it out")
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
