@@ -606,10 +606,10 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     section = text[text.index("## SNNTransformer") :]
     (code,) = re.findall(r"```python3\n(import torch\n.*?)```", section, re.DOTALL)
-    assert len(code.strip().splitlines()) <= 50
+    assert sum(1 for line in code.splitlines() if line.strip()) <= 45
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
     found = re.search(r"ANN ([\d.]+) %, with a spiking backbone ([\d.]+) %", capsys.readouterr().out)
     ann, spiking = map(float, found.groups())
-    assert ann > 93 and spiking > ann - 4
+    assert ann > 90 and spiking > ann - 3
     assert "identical" in saved_snn.replay(tmp_path / "saved")
