@@ -114,9 +114,9 @@ class SNNTransformer:
     def trace(self, args, kwargs):
         """Find the stretch in a run of the network, quantise it, and make the optimizer."""
         from dag_rewrites import prepare_conversion
-        from quantization import QuantSGD, init_quantize_net
+        from quantization import init_quantize_net
         from snn_weight_setter import plan_conversion
-        from stretch import SplicedNet, cut_out
+        from stretch import SplicedNet, StretchSGD, cut_out
 
         with in_eval_mode(self.net):
             stretch, dag = cut_out(self.net, self.layers, args, kwargs)
@@ -125,9 +125,7 @@ class SNNTransformer:
         init_quantize_net(dag, self.bits, self.per_channel)
         self.model = SplicedNet(self.net, stretch, dag)
         parameters = [p for p in [*self.net.parameters(), *dag.parameters()] if p.requires_grad]
-        self.sgd = QuantSGD(parameters, **self.sgd_options)
-        self.sgd.register_step_pre_hook(self.before_step)
-        self.sgd.register_step_post_hook(self.after_step)
+        self.sgd = StretchSGD(parameters, self.before_step, self.after_step, **self.sgd_options)
         self.stretch = stretch
 
     @property
@@ -135,13 +133,13 @@ class SNNTransformer:
         """The stretch as an ANN with quantised weights, a SpikeDAGModule."""
         return self.model.part
 
-    def before_step(self, *_):
+    def before_step(self):
         """The pull towards the integers."""
         from quantization import dampen
 
         dampen(self.dag, self.damping)
 
-    def after_step(self, *_):
+    def after_step(self):
         """The weights of the stretch, quantised again.
 
         Their scales are chosen anew after 1, 2, 4, 8, ... steps, so that they follow the weights, and the integers have

@@ -27,6 +27,7 @@ from ann_parser import (
     refuse_scripted_modules,
 )
 from dag_rewrites import fold_batch_norms
+from quantization import QuantSGD
 from snn_weight_setter import Groups
 
 RELU_NAMES = {resolve_name(f) for f in (*RELU_FUNCTIONS, *RELU_IN_PLACE_FUNCTIONS)} | {
@@ -498,3 +499,25 @@ def shape_of_result(function, leaves, spec):
     leaves = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in leaves]
     args, kwargs = tree_unflatten(leaves, spec)
     return args[0] if function in SAME_VALUE_FUNCTIONS else function(*args, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training it
+
+
+class StretchSGD(QuantSGD):
+    """QuantSGD that calls `before()` and `after()` around a step.
+
+    They are no hooks of torch.optim: those run a second time, around the plain SGD step inside of `QuantSGD.step`, once
+    a torch.optim.SGD was made anywhere in the process.
+    """
+
+    def __init__(self, parameters, before, after, **options):
+        super().__init__(parameters, **options)
+        self.before, self.after = before, after
+
+    def step(self, closure=None):
+        self.before()
+        loss = super().step(closure)
+        self.after()
+        return loss
