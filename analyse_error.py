@@ -26,7 +26,7 @@ def main(args):
     from torch import nn
 
     from build_network import input_size
-    from datasets import get_dataset
+    from datasets import DETECTION_DATASETS, get_dataset
     from pipeline import accuracy_table, check_command_line, convert, load_network
     from quantization import equalize_channels, quantize_finetune
     from reports.analysis import analyse, summary_rows, write_report
@@ -36,6 +36,8 @@ def main(args):
     from spike_finetune import finetune_on_spikes
     from validate import evaluate
 
+    if args.dataset in DETECTION_DATASETS:
+        raise ValueError(f"the analysis is for classifiers, --dataset {args.dataset} has boxes: choose another")
     check_command_line(args)
     folder = f"analysis/{safe_name(args.net_name)}" if args.out is None else args.out
     check_folder(folder)

@@ -23,16 +23,14 @@ def parse_args(argv=None):
 def main(args):
     # imported here, so that --help and a wrong command line answer at once
     import torch
-    from torch import nn
 
     from build_network import input_size
     from datasets import get_dataset
-    from pipeline import Stopwatch, accuracy_table, check_command_line, convert, load_network
+    from pipeline import Stopwatch, accuracy_table, check_command_line, choose_measure, convert, load_network
     from quantization import equalize_channels, quantize_finetune
     from runtime.device import choose_device, seed_everything
     from runtime.files import check_different, check_folder, check_writable, write_atomically, write_json
     from spike_finetune import finetune_on_spikes
-    from validate import evaluate
 
     # everything that can be wrong with the command line is found before the work begins
     check_command_line(args)
@@ -49,22 +47,22 @@ def main(args):
     net = load_network(args, train_loader.dataset)
     clock.lap("data")
 
-    criterion = nn.CrossEntropyLoss()
-    ann = evaluate(net, test_loader, device, criterion)
+    criterion, measure = choose_measure(args)
+    ann = measure(net, test_loader, device, criterion)
     clock.lap("validate_ann")
 
     if args.equalize:
         net = equalize_channels(net)
     qnet = quantize_finetune(net, train_loader, criterion, device, args)
     clock.lap("quantize_finetune")
-    quantised = evaluate(qnet, test_loader, device, criterion)
+    quantised = measure(qnet, test_loader, device, criterion)
     clock.lap("validate_qnet")
 
     snn = convert(qnet, train_val_loader, device, args)
     clock.lap("trans_ann2snn_weight")
     snn = finetune_on_spikes(snn, net, train_loader, train_val_loader, criterion, device, args)
     clock.lap("finetune_on_spikes")
-    spiking = evaluate(snn, test_loader, device, criterion, args.timesteps, every_step=True)
+    spiking = measure(snn, test_loader, device, criterion, args.timesteps, every_step=True)
     clock.lap("validate_snn")
 
     print(accuracy_table(args, ann, quantised, spiking))
@@ -111,17 +109,27 @@ def collect_results(args, ann, quantised, spiking, duration, seconds):
     return {
         "net": args.net_name,
         **{key: getattr(args, key) for key in ("dataset", "weight_bitwidth", "timesteps", "reset_mode", "seed")},
-        **{f"{name}_top1": result["top1"] for name, result in accuracies.items()},
-        **{f"{name}_top5": result["top5"] for name, result in accuracies.items() if "top5" in result},
-        **{f"{name}_loss": result["loss"] for name, result in accuracies.items()},
+        **{
+            f"{name}_{key}": result[key]
+            for key in ("top1", "top5", "map", "map50", "loss")
+            for name, result in accuracies.items()
+            if key in result
+        },
         "samples": spiking["samples"],
-        "snn_top1_by_timestep": {str(t): top1 for t, top1 in enumerate(spiking["top1_by_timestep"], start=1)},
+        **by_timestep(spiking),
         "firing_rate": spiking["firing_rate"],
         "duration": duration,
         "seconds": seconds,
         "versions": versions(),
         "flags": flags,
     }
+
+
+def by_timestep(spiking):
+    """The accuracy after every step, where it was measured."""
+    if "top1_by_timestep" not in spiking:
+        return {}
+    return {"snn_top1_by_timestep": {str(t): top1 for t, top1 in enumerate(spiking["top1_by_timestep"], start=1)}}
 
 
 if __name__ == "__main__":

@@ -243,6 +243,50 @@ def unet_small(in_channels, num_classes):
     return UNet(in_channels, num_classes)
 
 
+# A detector, for --dataset COCO.
+
+
+class DetectorBackbone(nn.Module):
+    """Strided convolutions down to a sixteenth, one transposed convolution back up, joined with what was there."""
+
+    def __init__(self, in_channels):
+        super().__init__()
+        self.down2 = nn.Sequential(*conv_bn(in_channels, 16, stride=2), nn.ReLU())
+        self.down4 = nn.Sequential(*conv_bn(16, 32, stride=2), nn.ReLU(), conv_bn_relu(32, 32))
+        self.down8 = nn.Sequential(*conv_bn(32, 48, stride=2), nn.ReLU(), conv_bn_relu(48, 48))
+        self.down16 = nn.Sequential(*conv_bn(48, 64, stride=2), nn.ReLU(), conv_bn_relu(64, 64))
+        self.up = nn.Sequential(nn.ConvTranspose2d(64, 32, 2, stride=2, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+        self.merge = conv_bn_relu(48 + 32, 64)
+
+    def forward(self, x):  # [B, in_channels, S, S]
+        fine = self.down8(self.down4(self.down2(x)))  # [B, 48, S/8, S/8]
+        coarse = self.down16(fine)  # [B, 64, S/16, S/16]
+        return self.merge(torch.cat([fine, self.up(coarse)], 1)), coarse  # [B, 64, S/8, S/8], [B, 64, S/16, S/16]
+
+
+class YoloTiny(nn.Module):
+    """A backbone and a head for each of its two scales: for each cell the box's 4 sides and a score for each class."""
+
+    def __init__(self, in_channels, num_classes):
+        super().__init__()
+        self.backbone = DetectorBackbone(in_channels)
+        self.fine_head = nn.Conv2d(64, 4 + num_classes, 1)
+        self.coarse_head = nn.Conv2d(64, 4 + num_classes, 1)
+        for head in (self.fine_head, self.coarse_head):
+            # scores begin at 0.01, so that the many empty cells do not outweigh the objects (Lin et al., ICCV 2017)
+            head.bias.data = torch.tensor([0.0] * 4 + [-4.6] * num_classes)
+
+    def forward(self, x):  # [B, in_channels, S, S]
+        fine, coarse = self.backbone(x)
+        return self.fine_head(fine), self.coarse_head(coarse)  # [B, 4 + classes, S/8, S/8] and the same at S/16
+
+
+@network(image_size=96)
+def yolo_tiny(in_channels, num_classes):
+    """A detector of one stage without anchors (as FCOS, Tian et al., ICCV 2019) and max poolings: `detection.py`."""
+    return YoloTiny(in_channels, num_classes)
+
+
 # The debug networks have weights set by hand to -1, 0 and 1, so that quantisation at any bit width but one is exact
 # and every spike can be worked out on paper. Their last layer only sums.
 

@@ -196,6 +196,7 @@ DATASETS = {
     "debug1": debug_channels,
     "debug2": debug_stripes,
 }
+DETECTION_DATASETS = ("COCO",)  # boxes instead of labels: `coco.coco_loaders`
 
 
 def get_dataset(args):
@@ -206,9 +207,13 @@ def get_dataset(args):
     Raises ValueError for an unknown name, and OSError or ValueError where the files are missing or unusable.
     """
     name, root = args.dataset, getattr(args, "dataset_root", "./data")
-    if name not in DATASETS and os.path.isdir(name):
+    if name not in (*DATASETS, *DETECTION_DATASETS) and os.path.isdir(name):
         name, root = "folder", name
     check_dataset_name(name)
+    if name in DETECTION_DATASETS:
+        from coco import coco_loaders
+
+        return coco_loaders(root, args)
     images = DATASETS[name](root, getattr(args, "image_size", 32))
 
     train, val = stratified_split(images.train_labels, getattr(args, "val_share", 0.1))
@@ -245,9 +250,10 @@ def get_dataset(args):
 
 def check_dataset_name(name):
     """Raise ValueError unless `name` is a data set or the path of an image folder."""
-    if name not in DATASETS and not os.path.isdir(name):
+    known = (*DATASETS, *DETECTION_DATASETS)
+    if name not in known and not os.path.isdir(name):
         raise ValueError(
-            f"unknown data set '{name}', choose one of {', '.join(DATASETS)}, or give the path of an image folder"
+            f"unknown data set '{name}', choose one of {', '.join(known)}, or give the path of an image folder"
         )
 
 

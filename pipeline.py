@@ -17,7 +17,8 @@ import torch
 from ann_parser import parse_ann_model
 from build_network import build_trained_net, check_net_name
 from dag_rewrites import prepare_conversion
-from datasets import check_dataset_name
+from datasets import DETECTION_DATASETS, check_dataset_name
+from detection import DetectionLoss, check_detects, evaluate_detector
 from hw_constraints import HARDWARE, check_hardware, hardware_table, violations
 from quantization import weights_in_words
 from snn_weight_setter import (
@@ -28,12 +29,18 @@ from snn_weight_setter import (
     trans_ann2snn_weight,
 )
 from spike_dag import format_table
+from validate import evaluate
+
+CLASSIFIER_FLAGS = ("report", "finetune_snn", "calibration_epochs")
 
 
 def check_command_line(args):
     """Raise ValueError for a network, a data set or a combination of flags that cannot work."""
     check_net_name(args.net_name)
     check_dataset_name(args.dataset)
+    for flag in CLASSIFIER_FLAGS:
+        if args.dataset in DETECTION_DATASETS and getattr(args, flag, None):
+            raise ValueError(f"--{flag} is for classifiers, leave it out for the detectors of --dataset {args.dataset}")
     if args.listen > args.timesteps:
         raise ValueError(f"--listen {args.listen} is over --timesteps {args.timesteps}, use 0 to {args.timesteps}")
 
@@ -42,7 +49,7 @@ def load_network(args, images):
     """The trained network as a SpikeDAGModule, ready to be quantised and converted; images: the training set.
 
     Raises OSError or ValueError for weights that do not fit, layers that cannot be converted, an output that is no row
-    of class scores, and limits of a chip asked for by name.
+    of class scores (for a detector, no maps of boxes), and limits of a chip asked for by name.
     """
     raw_net = build_trained_net(args.net_name, images.channels, images.num_classes, args.ann_weight, args.pretrained)
     net = parse_ann_model(raw_net, (images[0][0][None],))
@@ -50,9 +57,17 @@ def load_network(args, images):
     plan_conversion(net, args.ann_layers)
     hardware = HARDWARE[args.hardware or "v1.0"]
     args.weight_bitwidth = choose_bitwidths(net, args.weight_bitwidth, hardware, args.ann_layers)
-    check_classifies(net, args.net_name, images)
+    check_outputs = check_detects if args.dataset in DETECTION_DATASETS else check_classifies
+    check_outputs(net, args.net_name, images)
     check_limits(net, args)
     return net
+
+
+def choose_measure(args):
+    """`criterion, measure`: the loss, and `validate.evaluate` or what measures detectors, with its arguments."""
+    if args.dataset in DETECTION_DATASETS:
+        return DetectionLoss(args.image_size), evaluate_detector
+    return torch.nn.CrossEntropyLoss(), evaluate
 
 
 @torch.no_grad()
@@ -118,12 +133,16 @@ class Stopwatch:
 
 
 def accuracy_table(args, ann, quantised, spiking):
-    """The three accuracies, in words."""
+    """The three accuracies, or mean average precisions, in words."""
     weights = weights_in_words(args.weight_bitwidth)
     title = f"{args.net_name} on {args.dataset}: {weights}, {args.timesteps} timesteps, reset by {args.reset_mode}"
-    rows = [("", "top-1 %", "loss")]
+    columns = {"mAP": "map", "mAP@0.5": "map50"} if "map" in ann else {"top-1 %": "top1"}
+    digits = 4 if "map" in ann else 2
+    rows = [("", *columns, "loss")]
     results = {"ANN": ann, "quantised ANN": quantised, f"SNN, T={args.timesteps}": spiking}
-    rows += [(name, f"{result['top1']:.2f}", f"{result['loss']:.4f}") for name, result in results.items()]
+    for name, result in results.items():
+        numbers = [f"{result[key]:.{digits}f}" for key in columns.values()]
+        rows.append((name, *numbers, f"{result['loss']:.4f}"))
     return f"{title}\n{format_table(rows)}"
 
 

@@ -33,6 +33,7 @@ from quantization import (
     set_bitwidths,
 )
 from spike_correction import correct_spikes
+from spike_dag import as_inputs
 from spike_layers import (
     RESET_MODES,
     ConcatOp,
@@ -87,7 +88,8 @@ def trans_ann2snn_weight(
 ):
     """The spiking network of a quantised one; `qnet` is not changed.
 
-    loader: images without random augmentation, of which the first `calibration_samples` are used, without labels.
+    loader: images without random augmentation, of which the first `calibration_samples` are used, without labels; for
+    a network with several inputs, a tuple of them in the place of the images.
     timesteps: T, steps per image. weight_bitwidth: 1 to 8, one number or one for each layer with weights, or 32 for
     float weights (thresholds then are floats too).
     reset_mode: "subtraction" (u -= Vthr) or "zero" (u = 0). initial_potential: u before the first step as a share of
@@ -134,7 +136,7 @@ def trans_ann2snn_weight(
         return positive_tops(values, channels, count, quantile if threshold == "quantile" else 1.0)
 
     statistics = calibrate(snn, loader, device, calibration_samples, choose_scales, granularity)
-    shapes = node_shapes(snn, next(iter(loader))[0][:1].to(device))
+    shapes = node_shapes(snn, *as_inputs(next(iter(loader))[0], device, 1))
     setter = SpikeSetter(snn, plan, statistics, shapes, timesteps, per_channel, reset_mode, initial_potential)
     setter.convert()
     snn.timesteps = timesteps
@@ -438,9 +440,9 @@ def calibrate(dag, loader, device, samples, choose_scales, granularity="layer"):
 
 
 @torch.no_grad()
-def node_shapes(dag, inputs):
+def node_shapes(dag, *inputs):
     """Node -> the shape of one sample, without the batch."""
-    values = dict(zip(dag.inputs_nodes, [inputs]))
+    values = dict(zip(dag.inputs_nodes, inputs))
     for entry in dag.ops.values():
         values[entry["out_nodes"][0]] = entry["op"](*[values[node] for node in entry["in_nodes"]])
     return {node: tuple(value.shape[1:]) for node, value in values.items()}
@@ -451,9 +453,9 @@ def run_samples(dag, loader, device, samples):
     """Forward the first `samples` images. Raises ValueError where there are none."""
     done = 0
     for inputs, *_ in tqdm(loader, "calibrate", leave=False, delay=1):
-        inputs = inputs[: samples - done].to(device)
-        dag(inputs)
-        done += len(inputs)
+        inputs = as_inputs(inputs, device, samples - done)
+        dag(*inputs)
+        done += len(inputs[0])
         if done >= samples:
             break
     if not done:

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from dag_rewrites import is_trained, only_reader, writer
-from spike_dag import as_spiking, one_thread_per_operator, run_ops
+from spike_dag import as_inputs, as_spiking, one_thread_per_operator, run_ops
 from spike_layers import SignedReLU, SpikeAdd, SpikeBatchNorm
 from spike_tensor import Memory
 
@@ -43,7 +43,7 @@ class CorrectionImages:
 
     def __init__(self, snn, qnet, chunks):
         self.snn, self.qnet, self.timesteps = snn, qnet, snn.timesteps
-        self.activations = [dict.fromkeys(snn.inputs_nodes, images) for images in chunks]
+        self.activations = [dict(zip(snn.inputs_nodes, inputs)) for inputs in chunks]
         self.values = [dict(known) for known in self.activations]
 
     def correct(self, name, pool, with_bias):
@@ -120,12 +120,13 @@ def calibration_images(loader, device, samples, qnet, timesteps):
     """The first `samples` images of `loader`, or as many as `MOST_BYTES` allow, in chunks for a thread each."""
     chunks, seen, most = [], 0, min(samples, MOST_IMAGES)
     for images, *_ in loader:
-        images = images.to(device)
-        bytes_per_image = timesteps * qnet.largest_sample((images,))
+        inputs = as_inputs(images, device)
+        bytes_per_image = timesteps * qnet.largest_sample(inputs)
         most = min(most, max(16, MOST_BYTES // bytes_per_image))
-        images = images[: most - seen]
-        chunks += images.split(max(1, CHUNK_BYTES // (4 * bytes_per_image)))
-        seen += len(images)
+        inputs = as_inputs(inputs, device, most - seen)
+        per_chunk = max(1, CHUNK_BYTES // (4 * bytes_per_image))
+        chunks += zip(*(x.split(per_chunk) for x in inputs))
+        seen += len(inputs[0])
         if seen >= most:
             break
     return chunks

@@ -371,6 +371,12 @@ def load_dag(path):
 torch.serialization.add_safe_globals([from_dict])
 
 
+def as_inputs(inputs, device, most=None):
+    """One tensor, or a tuple of them for a network with several inputs, as a tuple: `most` samples on `device`."""
+    inputs = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    return tuple(x[:most].to(device) for x in inputs)
+
+
 def one_or_all(outputs):
     """The output, or a tuple where there are more."""
     return outputs[0] if len(outputs) == 1 else tuple(outputs)

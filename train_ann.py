@@ -37,10 +37,10 @@ def main(args):
     from torch import nn
 
     from build_network import build_trained_net, check_runs, get_net_by_name, input_size, load_weights
-    from datasets import DATASETS, check_dataset_name, get_dataset
+    from datasets import DATASETS, DETECTION_DATASETS, check_dataset_name, get_dataset
     from runtime.device import choose_device, seed_everything
     from runtime.files import check_writable, write_atomically
-    from validate import evaluate, validate_ann
+    from validate import evaluate
 
     save_file = args.save_file or f"checkpoint/{args.net_name}_ann.pth"
     args.image_size = input_size(args.net_name)
@@ -61,14 +61,20 @@ def main(args):
         teacher = build_trained_net(teacher_name, images.channels, images.num_classes, teacher_file).eval()
         teacher.to(device, memory_format=torch.channels_last)
 
-    criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
+    criterion, measure, measured = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing), evaluate, top1_in_words
+    if args.dataset in DETECTION_DATASETS:
+        from detection import DetectionLoss, check_detects, evaluate_detector
+
+        check_detects(net, args.net_name, images)
+        criterion, measure, measured = DetectionLoss(args.image_size), evaluate_detector, map_in_words
     optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum, weight_decay=args.wd, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, args.epochs * len(train_loader), pct_start=0.2, cycle_momentum=False
     )
 
     def save(path):
-        dataset = args.dataset if args.dataset in DATASETS else "folder"  # no path of this machine
+        known = (*DATASETS, *DETECTION_DATASETS)
+        dataset = args.dataset if args.dataset in known else "folder"  # no path of this machine
         details = {"net": args.net_name, "dataset": dataset, "seed": args.seed, "epochs": epoch + 1}
         torch.save({"state_dict": net.state_dict(), **details}, path)
 
@@ -77,13 +83,24 @@ def main(args):
         loss = train_epoch(net, train_loader, criterion, optimizer, schedule, device, args.bf16, name, teacher)
         line = f"epoch {epoch + 1}/{args.epochs}  training loss {loss:.4f}"
         if len(val_loader.dataset):
-            line += f"  validation top-1 {validate_ann(net, val_loader, device, criterion)[0]:.2f} %"
+            line += f"  validation {measured(measure(net, val_loader, device, criterion))}"
         print(line, file=sys.stderr)
         write_atomically(save_file, save)
 
-    result = evaluate(net, test_loader, device, nn.CrossEntropyLoss())
-    print(f"test top-1 {result['top1']:.2f} % of {result['samples']} images, loss {result['loss']:.4f}")
+    plain_criterion = nn.CrossEntropyLoss() if measure is evaluate else criterion
+    result = measure(net, test_loader, device, plain_criterion)
+    print(f"test {measured(result)} of {result['samples']} images, loss {result['loss']:.4f}")
     print(f"saved {save_file}")
+
+
+def top1_in_words(result):
+    """The accuracy of a classifier."""
+    return f"top-1 {result['top1']:.2f} %"
+
+
+def map_in_words(result):
+    """The mean average precision of a detector."""
+    return f"mAP {result['map']:.3f}, mAP@0.5 {result['map50']:.3f}"
 
 
 def train_epoch(net, loader, criterion, optimizer, schedule, device, bf16, name, teacher=None):

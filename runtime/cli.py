@@ -91,7 +91,7 @@ def add_data_flags(parser, dataset="digits"):
     parser.add_argument(
         "--dataset",
         default=dataset,
-        help="digits, MNIST, CIFAR10, CIFAR100, folder, debug0..debug2, or the path of an image folder (%(default)s)",
+        help="digits, MNIST, CIFAR10, CIFAR100, COCO, folder, debug0..2, or the path of an image folder (%(default)s)",
     )
     parser.add_argument("--dataset_root", default="./data", help="folder the data sets are in (%(default)s)")
     parser.add_argument("--num_workers", type=whole_number(0, 64), default=0, help="number of workers for dataset")

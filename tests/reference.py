@@ -7,13 +7,14 @@ real-valued image causes (the first layer's current, in float32) is given to it.
 import numpy as np
 
 
-def simulate(snn, first_currents, timesteps):
+def simulate(snn, first_currents, timesteps, constants=None):
     """Spikes of every layer: op name -> uint8 [T, B, ...].
 
     first_currents: op name -> float32 [B, ...], the constant current of every layer that reads the image. Layer after
-    layer: what a layer sends in its T firing steps is what the next one reads in its T steps of input.
+    layer: what a layer sends in its T firing steps is what the next one reads in its T steps of input. constants: node
+    -> float32 [B, ...], real values that flow into a neuron as they are.
     """
-    values, trains = {}, {}
+    values, trains = {node: [value] * timesteps for node, value in (constants or {}).items()}, {}
     for op in snn.to_dict()["ops"]:
         if not op["spiking"]:
             continue
@@ -85,7 +86,8 @@ def compute(op, inputs):
     if op["type"] == "SpikeAdd":
         weights = [tensors.get(f"branch_weight{i}", np.int64(1)) for i in range(2)]
         kind = np.float32 if any(value.dtype == np.float32 for value in inputs) else np.int64
-        return sum((value * weight.astype(np.int64)).astype(kind) for value, weight in zip(inputs, weights))
+        whole = [w if x.dtype == np.float32 else w.astype(np.int64) for x, w in zip(inputs, weights)]
+        return sum((value * weight).astype(kind) for value, weight in zip(inputs, whole))
     if op["type"] == "ConcatOp":
         return np.concatenate(inputs, op["config"]["dim"])
     if op["type"] == "ViewOp":

@@ -1,0 +1,273 @@
+"""Data sets in the COCO format: images, boxes and categories for detection.
+
+`coco_loaders(root, args)` returns `test_loader, val_loader, train_loader, train_val_loader`, as `datasets.get_dataset`
+does, of files laid out as downloaded:
+
+    root/annotations/instances_train2017.json, instances_val2017.json
+    root/train2017/*.jpg, root/val2017/*.jpg         (the validation images are the test set)
+
+A batch is `images [B, 3, S, S], targets [B, M, 5]`: images are letterboxed to squares; a target is the class and the
+box (left, top, right, bottom) in pixels of the square, with class -1 where an image has fewer boxes than another.
+"""
+
+import contextlib
+import io
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+SPLITS = {"train": "train2017", "test": "val2017"}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's detectors use them
+GREY = 114  # of the bars beside a letterboxed image, about the mean of natural images
+LARGEST_SET_IN_MEMORY = 2**30  # bytes of uint8 pixels; larger sets are decoded batch by batch
+NO_OBJECT = -1
+
+
+@dataclass(frozen=True)
+class Letterbox:
+    """How an image of `width` x `height` pixels is fitted into a square of `size`: scaled, then centred."""
+
+    width: int
+    height: int
+    size: int
+
+    @property
+    def inner(self):
+        """Width and height of the scaled image, at least one pixel each."""
+        scale = self.size / max(self.width, self.height)
+        return max(1, round(self.width * scale)), max(1, round(self.height * scale))
+
+    @property
+    def offset(self):
+        """Pixels of the bars on the left and on top."""
+        width, height = self.inner
+        return (self.size - width) // 2, (self.size - height) // 2
+
+    def scale_and_shift(self):
+        """[4] each: boxes in the square are `boxes * scale + shift`."""
+        (width, height), (left, top) = self.inner, self.offset
+        scale = torch.tensor([width / self.width, height / self.height] * 2)
+        return scale, torch.tensor([left, top] * 2, dtype=torch.float32)
+
+    def to_square(self, boxes):
+        """Boxes [N, 4] (left, top, right, bottom) of the image, in pixels of the square."""
+        scale, shift = self.scale_and_shift()
+        return boxes * scale + shift
+
+    def to_image(self, boxes):
+        """The inverse, cut off at the image's edges."""
+        scale, shift = self.scale_and_shift()
+        edges = torch.tensor([self.width, self.height] * 2, dtype=torch.float32)
+        return ((boxes - shift) / scale).clamp_min(0).minimum(edges)
+
+    def draw(self, image):
+        """A PIL image as uint8 [3, size, size]."""
+        from PIL import Image
+
+        square = Image.new("RGB", (self.size, self.size), (GREY,) * 3)
+        square.paste(image.convert("RGB").resize(self.inner, Image.Resampling.BILINEAR), self.offset)
+        return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+
+
+class CocoSplit:
+    """The images of one split: `coco` (pycocotools), `ids` in order, `categories` (COCO's ids, sorted) and `classes`.
+
+    COCO numbers its 80 categories from 1 to 90; class k of the network is the category `categories[k]`.
+    """
+
+    def __init__(self, root, split, image_size):
+        self.folder = os.path.join(root, SPLITS[split])
+        self.file = os.path.join(root, "annotations", f"instances_{SPLITS[split]}.json")
+        self.image_size = image_size
+        self.images = open_split(self.folder, self.file)
+        self.coco, self.ids = self.images.coco, self.images.ids
+        self.categories = sorted(self.coco.getCatIds())
+        self.classes = tuple(category["name"] for category in self.coco.loadCats(self.categories))
+        if not self.ids or not self.categories:
+            raise ValueError(f"{self.file} lists no {'images' if not self.ids else 'categories'}, use another file")
+        self.targets = [self.read_targets(image_id) for image_id in self.ids]
+        self.pixels = None
+
+    def __len__(self):
+        return len(self.ids)
+
+    def letterbox(self, index):
+        """How image `index` is fitted into the square."""
+        image = self.coco.imgs[self.ids[index]]
+        return Letterbox(image["width"], image["height"], self.image_size)
+
+    def read_targets(self, image_id):
+        """float32 [N, 5]: class, left, top, right, bottom in the image's pixels; crowds and empty boxes left out."""
+        entries = self.coco.loadAnns(self.coco.getAnnIds(image_id, iscrowd=False))
+        rows = [[self.categories.index(entry["category_id"]), *entry["bbox"]] for entry in entries]
+        targets = torch.tensor(rows, dtype=torch.float32).view(-1, 5)
+        targets = targets[(targets[:, 3:] > 0).all(1)]
+        targets[:, 3:] += targets[:, 1:3]  # COCO's boxes are left, top, width, height
+        return targets
+
+    def decode_all(self):
+        """Keep the pixels of all images in memory where there is room."""
+        if len(self) * 3 * self.image_size**2 <= LARGEST_SET_IN_MEMORY:
+            with ThreadPoolExecutor() as pool:
+                self.pixels = torch.stack(list(pool.map(self.decode, range(len(self)))))
+        return self
+
+    def decode(self, index):
+        """uint8 [3, S, S] of one image."""
+        name = self.coco.imgs[self.ids[index]]["file_name"]
+        try:
+            return self.letterbox(index).draw(self.images._load_image(self.ids[index]))
+        except (OSError, ValueError, SyntaxError) as error:  # all of them Pillow's
+            raise OSError(
+                f"cannot read the image {os.path.join(self.folder, name)} ({type(error).__name__}), it is missing or "
+                "damaged, copy it again"
+            ) from error
+
+
+def open_split(folder, file):
+    """torchvision's CocoDetection. Raises OSError or ValueError where files are missing or damaged."""
+    try:
+        import pycocotools  # noqa: F401, torchvision imports it only when the data set is made
+        from torchvision.datasets import CocoDetection
+    except ImportError as error:
+        raise ValueError("--dataset COCO needs pycocotools, which is missing: pip install pycocotools") from error
+    if not os.path.isfile(file):
+        raise FileNotFoundError(
+            f"no annotations {file}, put COCO's train2017/, val2017/ and annotations/ below --dataset_root"
+        )
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"no image folder {folder}, put COCO's images there, or name another --dataset_root")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports on stdout
+            images = CocoDetection(folder, file)
+        check_entries(images.coco)
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        raise ValueError(
+            f"the annotations {file} are damaged, or no COCO file ({type(error).__name__}: {error}), copy them again"
+        ) from error
+    return images
+
+
+def check_entries(coco):
+    """Raise ValueError or LookupError where images, categories or boxes lack what is read of them."""
+    for image in coco.dataset["images"]:
+        if not (image["file_name"] and image["width"] > 0 and image["height"] > 0):
+            raise ValueError(f"image {image['id']} has no file name or no size")
+    names = {category["id"]: category["name"] for category in coco.dataset["categories"]}
+    for entry in coco.dataset["annotations"]:
+        is_box = len(entry["bbox"]) == 4 and all(isinstance(number, (int, float)) for number in entry["bbox"])
+        if not is_box or entry["category_id"] not in names or entry["image_id"] not in coco.imgs:
+            raise ValueError(f"annotation {entry['id']} has no box of 4 numbers, no known category or no known image")
+        if not {"iscrowd", "area"} <= set(entry):
+            raise ValueError(f"annotation {entry['id']} has no iscrowd or no area")
+
+
+class CocoImages(Dataset):
+    """Normalised images of a split at `indices`, and their boxes; a whole batch is fetched at once.
+
+    `dataset[i]` is `(image [3, S, S], targets [M, 5])`. augment: half of the images are mirrored, and all are shifted
+    by up to an eighth of their side.
+    """
+
+    def __init__(self, split, indices, augment=False):
+        self.split, self.indices, self.augment = split, list(indices), augment
+        self.classes, self.num_classes, self.channels = split.classes, len(split.classes), 3
+        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) * 255 for values in (MEAN, STD))
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, index):
+        images, targets = self.__getitems__([index])
+        return images[0], targets[0]
+
+    def __getitems__(self, indices):
+        chosen = [self.indices[i] for i in indices]
+        split = self.split
+        pixels = [split.decode(i) if split.pixels is None else split.pixels[i] for i in chosen]
+        targets = [in_square(split.letterbox(i), split.targets[i]) for i in chosen]
+        if self.augment:
+            pixels, targets = zip(*map(mirror_and_shift, pixels, targets))
+        return (torch.stack(list(pixels)) - self.mean) / self.std, pad_targets(targets)
+
+
+def in_square(letterbox, targets):
+    """Targets [N, 5] of an image, in pixels of the square."""
+    return torch.cat([targets[:, :1], letterbox.to_square(targets[:, 1:])], 1)
+
+
+def pad_targets(targets):
+    """A list of [N_i, 5] as one [B, M, 5], at least one row each, with class -1 where there is no object."""
+    most = max(1, *map(len, targets))
+    padded = torch.full((len(targets), most, 5), float(NO_OBJECT))
+    for row, boxes in zip(padded, targets):
+        row[: len(boxes)] = boxes
+    return padded
+
+
+def mirror_and_shift(pixels, targets):
+    """uint8 [3, S, S] and [N, 5], mirrored in half of all cases, and shifted by a random offset of up to S / 8."""
+    size = pixels.shape[-1]
+    if torch.rand(()) < 0.5:
+        pixels, targets = pixels.flip(-1), targets.clone()
+        targets[:, [1, 3]] = size - targets[:, [3, 1]]
+    return shift(pixels, targets, *torch.randint(-(size // 8), size // 8 + 1, (2,)).tolist())
+
+
+def shift(pixels, targets, right, down):
+    """An image and its boxes, moved; grey comes in, and boxes that leave for more than half go."""
+    size = pixels.shape[-1]
+    canvas = torch.full_like(pixels, GREY)
+    to = [slice(max(n, 0), size + min(n, 0)) for n in (down, right)]
+    of = [slice(max(-n, 0), size - max(n, 0)) for n in (down, right)]
+    canvas[:, to[0], to[1]] = pixels[:, of[0], of[1]]
+    moved = targets[:, 1:] + torch.tensor([right, down] * 2)
+    cut = moved.clamp(0, size)
+    stays = area(cut) > 0.5 * area(moved)
+    return canvas, torch.cat([targets[:, :1], cut], 1)[stays]
+
+
+def area(boxes):
+    """Pixels of boxes [N, 4]: [N]."""
+    return (boxes[:, 2:] - boxes[:, :2]).prod(1)
+
+
+def as_it_is(batch):
+    """`collate_fn` for a data set whose `__getitems__` returns whole batches."""
+    return batch
+
+
+def coco_loaders(root, args):
+    """`test_loader, val_loader, train_loader, train_val_loader` of the COCO files below `root`.
+
+    Of `args` it reads, with defaults, image_size 96, batch_size 128, test_batch_size 100, num_workers 0, val_share 0.1
+    and seed 0. Raises OSError or ValueError where files are missing or damaged, or the splits differ in categories.
+    """
+    size = getattr(args, "image_size", 96)
+    train, test = (CocoSplit(root, split, size) for split in ("train", "test"))
+    if train.categories != test.categories:
+        raise ValueError(f"{train.file} and {test.file} list different categories, use files of the same release")
+    train, test = train.decode_all(), test.decode_all()
+    generator = torch.Generator().manual_seed(getattr(args, "seed", 0))
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
+    cut = round(getattr(args, "val_share", 0.1) * len(train))
+    if cut == len(train):
+        raise ValueError(f"--val_share {args.val_share} leaves no image to train on, make it smaller")
+    shuffled = torch.randperm(len(train), generator=generator).tolist()
+
+    def loader(dataset, batch_size, shuffle=False):
+        workers = getattr(args, "num_workers", 0)
+        options = {"num_workers": workers, "persistent_workers": workers > 0, "generator": generator}
+        return DataLoader(dataset, batch_size, shuffle=shuffle, collate_fn=as_it_is, **options)
+
+    batch_size, test_batch_size = getattr(args, "batch_size", 128), getattr(args, "test_batch_size", 100)
+    return (
+        loader(CocoImages(test, range(len(test))), test_batch_size),
+        loader(CocoImages(train, sorted(order[:cut])), test_batch_size),
+        loader(CocoImages(train, sorted(order[cut:]), augment=True), batch_size, shuffle=True),
+        loader(CocoImages(train, shuffled), batch_size),
+    )

@@ -1,0 +1,370 @@
+"""A converted stretch as a folder for the next stage of a tool chain, with test vectors, and their replay.
+
+    write_saved_snn(folder, snn, inputs, details)      # manifest.json and .npy files
+    replay(folder)                                     # simulates the vectors again, bit for bit
+
+manifest.json names every op with its shapes, integer weights, Vthr and scales; tensors of more than one element lie in
+.npy files beside it, each with its sha256. The vectors are the inputs, what is known before the first spike (the
+constant currents of the first layers, float32), every layer's spikes, and the outputs. Everything behind the constant
+currents is integer arithmetic, or one float32 operation an element, and the same on every machine; the currents
+themselves are sums of floats, which a replay compares to within `CURRENT_TOLERANCE` of the largest.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+
+import numpy as np
+import torch
+
+from snn_weight_setter import node_shapes
+from spike_dag import from_dict, one_thread_per_operator, run_ops
+from spike_tensor import Current, Memory, SpikeTensor
+
+FORMAT = "ann2snn-stretch-1"
+MANIFEST = "manifest.json"
+CURRENT_TOLERANCE = 1e-5  # of float32 sums in another order
+
+
+class Mismatch(Exception):
+    """A replay that gives other spikes or outputs than the vectors."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Simulation, every value kept
+
+
+@torch.no_grad()
+def simulate_nodes(snn, known):
+    """Node -> its value over all timesteps, from `known`: those values are not computed."""
+    values = dict(known)
+    entries = [entry for entry in snn.ops.values() if entry["out_nodes"][0] not in known]
+    with one_thread_per_operator:
+        run_ops(entries, values, snn.timesteps, Memory(snn.timesteps))
+    return values
+
+
+def make_vectors(snn, inputs):
+    """The test vectors of inputs [B, ...], as arrays: {"constants", "spikes", "outputs"}: node -> array.
+
+    constants: float32 [B, ...], the inputs and all that they cause before the first spike. spikes: uint8 [T, B, ...] of
+    every layer that fires. outputs: float32 [B, ...].
+    """
+    values = simulate_nodes(snn, dict(zip(snn.inputs_nodes, inputs)))
+    firing = {entry["out_nodes"][0] for entry in snn.ops.values() if entry["op"].neuron is not None}
+    behind = set(snn.outputs_nodes) | nodes_from_spikes(snn)
+    constants = {node: value for node, value in values.items() if node not in behind or node in snn.inputs_nodes}
+    return {
+        "constants": {node: tensor_of(value).numpy() for node, value in constants.items()},
+        "spikes": {node: steps_of(values[node], snn.timesteps) for node in values if node in firing},
+        "outputs": {node: activation_of(values[node]).numpy() for node in snn.outputs_nodes},
+    }
+
+
+def nodes_from_spikes(snn):
+    """Nodes that depend on spikes, and those of spikes themselves."""
+    nodes = set()
+    for entry in snn.ops.values():
+        if entry["op"].neuron is not None or not nodes.isdisjoint(entry["in_nodes"]):
+            nodes.update(entry["out_nodes"])
+    return nodes
+
+
+def tensor_of(value):
+    """An activation, or a current that is the same at every step: [B, ...]."""
+    return value.data if isinstance(value, Current) else value
+
+
+def steps_of(spikes, timesteps):
+    """uint8 [T, B, ...] of a spike train."""
+    return spikes.data.unflatten(0, (timesteps, -1)).to(torch.uint8).numpy()
+
+
+def activation_of(value):
+    """[B, ...]: what spikes stand for, or the activation itself."""
+    return value.to_float() if isinstance(value, SpikeTensor) else value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_saved_snn(folder, snn, inputs, details):
+    """Write `folder` whole, or leave it as it was; an earlier result in it is replaced.
+
+    inputs: a tuple of tensors [B, ...], one for each input of the stretch. details: further entries of the manifest, as
+    plain data. Raises OSError where the folder cannot be written, or holds something else.
+    """
+    check_target(folder)
+    snn = snn.cpu()
+    inputs = tuple(x.detach().cpu().float() for x in inputs)
+    temporary = f"{os.path.abspath(folder)}.{os.getpid()}.tmp"
+    os.makedirs(temporary)
+    try:
+        write_contents(temporary, snn, inputs, details)
+        put_in_place(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_target(folder):
+    """Raise OSError unless `folder` is new, empty, or an earlier result, in a folder that exists."""
+    parent = os.path.dirname(os.path.abspath(folder))
+    if not os.path.isdir(parent):
+        raise OSError(f"cannot write {folder}, there is no folder {parent}, create it first")
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise OSError(f"cannot write {folder}, it is a file, name a folder")
+    if os.path.isdir(folder) and os.listdir(folder) and not os.path.isfile(os.path.join(folder, MANIFEST)):
+        raise OSError(f"cannot write {folder}, the folder holds other files, name a new or empty one")
+    if not os.access(parent, os.W_OK):
+        raise OSError(f"cannot write {folder}, the folder {parent} refuses new files")
+
+
+def put_in_place(temporary, folder):
+    """Rename the whole new folder to `folder`; the old one goes last."""
+    old = f"{temporary}.old"
+    if os.path.isdir(folder):
+        os.rename(folder, old)
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        if os.path.isdir(old):
+            os.rename(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_contents(folder, snn, inputs, details):
+    """The .npy files, then the manifest."""
+    files = FileWriter(folder)
+    shapes = node_shapes(snn, *(x[:1] for x in inputs))
+    vectors = make_vectors(snn, inputs)
+    manifest = {
+        "format": FORMAT,
+        "timesteps": snn.timesteps,
+        **details,
+        "inputs": [{"node": node, "shape": list(shapes[node])} for node in snn.inputs_nodes],
+        "outputs": [{"node": node, "shape": list(shapes[node])} for node in snn.outputs_nodes],
+        "ops": [describe_op(op, shapes, files) for op in hardware_dict(snn)["ops"]],
+        "vectors": {
+            "constants": {node: files.add(f"vectors/{node}", x) for node, x in vectors["constants"].items()},
+            "spikes": {node: files.add(f"vectors/{node}", x, packed=True) for node, x in vectors["spikes"].items()},
+            "outputs": {node: files.add(f"vectors/{node}.decoded", x) for node, x in vectors["outputs"].items()},
+        },
+    }
+    manifest["sha256"] = hash_of(manifest)
+    with open(os.path.join(folder, MANIFEST), "w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1)
+        file.write("\n")
+
+
+def hardware_dict(snn):
+    """`SpikeDAGModule.to_dict()` without the float weights of layers that read spikes: theirs are integers alone."""
+    data, from_spikes = snn.to_dict(), nodes_from_spikes(snn)
+    for op in data["ops"]:
+        if op["spiking"] and op["in_nodes"][0] in from_spikes and "weight_q" in op["tensors"]:
+            unused = ("weight", "bias", "weight_scale")
+            op["tensors"] = {name: tensor for name, tensor in op["tensors"].items() if name not in unused}
+        if op["neuron"] is not None:
+            op["neuron"] = {key: value for key, value in op["neuron"].items() if key != "spike_type"}
+    return data
+
+
+def describe_op(op, shapes, files):
+    """An op's entry in the manifest, its tensors in files."""
+    shape = {"in_shapes": [list(shapes[n]) for n in op["in_nodes"]], "out_shape": list(shapes[op["out_nodes"][0]])}
+    return {key: files.encode(value, f"weights/{op['name']}") for key, value in op.items()} | shape
+
+
+class FileWriter:
+    """Turns values into plain data; tensors of more than one element become .npy files below `folder`."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def encode(self, value, name):
+        """Nested plain data for JSON."""
+        if isinstance(value, dict):
+            return {key: self.encode(item, f"{name}.{key}") for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.encode(item, f"{name}.{i}") for i, item in enumerate(value)]
+        if not isinstance(value, torch.Tensor):
+            return value
+        array = value.detach().cpu().numpy()
+        return {"dtype": str(array.dtype), "value": array.item()} if not array.ndim else self.add(name, array)
+
+    def add(self, name, array, packed=False):
+        """Write an array, spikes as bits (numpy.packbits); returns its entry in the manifest."""
+        path = os.path.join(self.folder, f"{name}.npy")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        np.save(path, np.packbits(array) if packed else np.ascontiguousarray(array), allow_pickle=False)
+        entry = {"file": f"{name}.npy", "dtype": str(array.dtype), "shape": list(array.shape)}
+        return {**entry, **({"packed_bits": True} if packed else {}), "sha256": file_hash(path)}
+
+
+def file_hash(path):
+    """sha256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def hash_of(manifest):
+    """sha256 of a manifest without its own."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_manifest(folder):
+    """The manifest of a folder. Raises OSError or ValueError where it is missing, damaged, or of another kind."""
+    path = os.path.join(folder, MANIFEST)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no {path}, name a folder that SNNTransformer.save_snn has written")
+    try:
+        with open(path, encoding="utf-8") as file:
+            manifest = json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}), save the network again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{path} is no manifest of format {FORMAT}, save the network again")
+    if manifest.get("sha256") != hash_of(manifest):
+        raise ValueError(f"{path} is damaged, its sha256 is another, save the network again")
+    return manifest
+
+
+def read_array(folder, entry):
+    """The array of a manifest's entry. Raises OSError or ValueError where its file is missing or damaged."""
+    path = os.path.join(folder, entry["file"])
+    if os.path.isabs(entry["file"]) or ".." in entry["file"].split("/"):
+        raise ValueError(f"{folder}/{MANIFEST} names the file {entry['file']} outside of the folder, do not trust it")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} is missing, save the network again")
+    if file_hash(path) != entry["sha256"]:
+        raise ValueError(f"{path} is damaged, its sha256 is another, save the network again")
+    array = np.load(path, allow_pickle=False)
+    if entry.get("packed_bits"):
+        array = np.unpackbits(array, count=int(np.prod(entry["shape"]))).reshape(entry["shape"])
+    return array
+
+
+def decode(value, folder):
+    """The inverse of `FileWriter.encode`: lists become tuples."""
+    if isinstance(value, list):
+        return tuple(decode(item, folder) for item in value)
+    if not isinstance(value, dict):
+        return value
+    if "sha256" in value:
+        return torch.from_numpy(read_array(folder, value))
+    if set(value) == {"dtype", "value"}:
+        return torch.tensor(value["value"], dtype=getattr(torch, value["dtype"]))
+    return {key: decode(item, folder) for key, item in value.items()}
+
+
+def load_saved_snn(folder, manifest=None):
+    """The spiking network in a folder, as a SpikeDAGModule. Raises OSError or ValueError as `read_manifest`."""
+    manifest = read_manifest(folder) if manifest is None else manifest
+    ops = [with_float_weights(decode(op, folder)) for op in manifest["ops"]]
+    return from_dict(
+        {
+            "format": "ann2snn-dag-1",
+            "inputs_nodes": tuple(entry["node"] for entry in manifest["inputs"]),
+            "outputs_nodes": tuple(entry["node"] for entry in manifest["outputs"]),
+            "timesteps": manifest["timesteps"],
+            "training": False,
+            "ops": ops,
+        }
+    )
+
+
+def with_float_weights(op):
+    """An op with the parameters that its module has; a layer that reads spikes does not use them."""
+    tensors = op["tensors"]
+    for name in ("weight", "bias"):
+        if f"{name}_q" in tensors and name not in tensors and op["type"] != "SpikeAvgPool2d":
+            tensors[name] = tensors[f"{name}_q"].float()
+    if op["type"] == "SpikeAvgPool2d" and "weight_q" in tensors:
+        tensors.setdefault("weight", tensors["weight_q"].float())
+    return op
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Replay
+
+
+def replay(folder):
+    """Simulate the test vectors of a folder again; a line of what was compared.
+
+    Raises Mismatch where a spike or an output is another, OSError or ValueError where the folder is damaged.
+    """
+    manifest = read_manifest(folder)
+    try:
+        snn, vectors = load_saved_snn(folder, manifest), read_vectors(folder, manifest)
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:  # of entries that are no such thing
+        raise ValueError(
+            f"{folder}/{MANIFEST} is damaged ({type(error).__name__}: {error}), save the network again"
+        ) from error
+    return replay_vectors(snn, vectors)
+
+
+def read_vectors(folder, manifest):
+    """The test vectors, as `make_vectors` returns them."""
+    kinds = {kind: manifest["vectors"][kind] for kind in ("constants", "spikes", "outputs")}
+    return {kind: {n: read_array(folder, entry) for n, entry in nodes.items()} for kind, nodes in kinds.items()}
+
+
+def replay_vectors(snn, vectors):
+    """Simulate once more and compare; a line of what was compared. Raises Mismatch."""
+    compare_currents(snn, vectors["constants"])
+    values = simulate_nodes(snn, known_values(snn, vectors["constants"]))
+    for node, expected in vectors["spikes"].items():
+        compare(node, steps_of(values[node], snn.timesteps), expected)
+    for node, expected in vectors["outputs"].items():
+        compare_output(node, values[node], expected)
+    inputs, layers = len(vectors["constants"][snn.inputs_nodes[0]]), len(vectors["spikes"])
+    spikes = sum(int(x.sum()) for x in vectors["spikes"].values())
+    outputs = sum(x.size for x in vectors["outputs"].values())
+    return (
+        f"identical: {spikes} spikes of {layers} layers, {outputs} output values ({inputs} inputs, T={snn.timesteps})"
+    )
+
+
+def known_values(snn, constants):
+    """The constants as the simulator holds them: activations, and currents of spiking ops."""
+    spiking = {entry["out_nodes"][0] for entry in snn.ops.values() if entry["op"].spiking}
+    tensors = {node: torch.from_numpy(array) for node, array in constants.items()}
+    return {n: Current(x, snn.timesteps, constant=True) if n in spiking else x for n, x in tensors.items()}
+
+
+def compare_currents(snn, constants):
+    """Raise Mismatch where the constants do not follow from the inputs, but for rounding."""
+    inputs = {node: torch.from_numpy(constants[node]) for node in snn.inputs_nodes}
+    values = dict(inputs)
+    with torch.no_grad(), one_thread_per_operator:
+        run_ops([e for e in snn.ops.values() if e["out_nodes"][0] in constants], values, snn.timesteps)
+    for node, expected in constants.items():
+        error = np.abs(tensor_of(values[node]).numpy() - expected).max(initial=0)
+        if not error <= CURRENT_TOLERANCE * np.abs(expected).max(initial=1):
+            raise Mismatch(f"{node}: the inputs cause currents that differ by {error:.2g} from the vectors")
+
+
+def compare_output(node, value, expected):
+    """Raise Mismatch unless an output is the same: decoded spikes bit for bit, what stays ANN but for rounding."""
+    actual = activation_of(value).numpy()
+    is_float = not isinstance(value, SpikeTensor) and actual.shape == expected.shape
+    if is_float and np.abs(actual - expected).max(initial=0) <= CURRENT_TOLERANCE * np.abs(expected).max(initial=1):
+        return
+    compare(node, actual, expected)
+
+
+def compare(node, actual, expected):
+    """Raise Mismatch unless two arrays are the same, bit for bit."""
+    if actual.shape != expected.shape:
+        raise Mismatch(f"{node} has the shape {list(actual.shape)}, the vectors {list(expected.shape)}")
+    different = actual != expected
+    if different.any():
+        first = "".join(f"[{i}]" for i in np.argwhere(different)[0])
+        raise Mismatch(f"{node}: {int(different.sum())} of {different.size} values differ, the first at {first}")

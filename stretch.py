@@ -1,0 +1,523 @@
+"""A stretch of a network: found by the names of its layers, traced, and replaced while the rest runs as it is.
+
+    stretch, dag = cut_out(net, ["layer1", "layer2.0"], (inputs,), {})
+    outputs = SplicedNet(net, stretch, dag)(inputs)     # net(inputs), with `dag` computing the stretch
+
+Only the stretch has to be traceable; what stands before, beside and behind it may be any Python code. A call of a torch
+function is known again by the module that makes it and by how many calls that module has made before.
+"""
+
+from collections import Counter, defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from ann_parser import (
+    RELU_FUNCTIONS,
+    RELU_IN_PLACE_FUNCTIONS,
+    SAME_VALUE_FUNCTIONS,
+    SHAPE_QUESTIONS,
+    Trace,
+    as_tuple,
+    check_finite_weights,
+    refuse_scripted_modules,
+)
+from dag_rewrites import fold_batch_norms
+from quantization import QuantSGD
+from snn_weight_setter import Groups
+
+RELU_NAMES = {resolve_name(f) for f in (*RELU_FUNCTIONS, *RELU_IN_PLACE_FUNCTIONS)} | {
+    f"torch.nn.functional.{name}" for name in ("relu", "relu6", "hardtanh")
+}
+
+
+@dataclass
+class StretchCall:
+    """A call of a torch function that belongs to the stretch.
+
+    inputs: position among the call's arguments, nested ones counted -> number of the stretch's input that stands there.
+    output: number of the stretch's output that the call returns, None for a value that only the stretch reads.
+    """
+
+    inputs: dict
+    output: int | None = None
+
+
+@dataclass
+class Stretch:
+    """calls: key of a call (`CallCounter`) -> StretchCall. layers: the module paths that were asked for."""
+
+    layers: tuple
+    calls: dict = field(default_factory=dict)
+    num_inputs: int = 0
+    num_outputs: int = 0
+
+    def __str__(self):
+        return layers_in_words(self.layers)
+
+
+def layers_in_words(layers):
+    """The first and the last name of a list."""
+    first, last = layers[0] or "the whole network", layers[-1] or "the whole network"
+    return first if first == last else f"{first} to {last}"
+
+
+def cut_out(net, layers, args, kwargs):
+    """`Stretch, SpikeDAGModule` of the layers at the module paths `layers`, from one run of `net(*args, **kwargs)`.
+
+    net: in eval mode; it is run, but not changed. What belongs to the stretch: everything that runs inside of a named
+    module; operations that the forward of a module around them makes between them (an add, a concatenation, a
+    functional ReLU), and its ReLUs directly behind. Raises ValueError where the layers do not run, or are no contiguous
+    stretch, with the names in the gap, and NotImplementedError for a function in it that cannot be traced.
+    """
+    for layer in layers:
+        refuse_scripted_modules(net.get_submodule(layer))
+    check_finite_weights(net)
+    record = Record(net, layers)
+    record.run(args, kwargs)
+    members = find_members(record)
+    stretch = describe(record, members)
+    trace = StretchTrace(net, stretch)
+    trace.run(args, kwargs)
+    return stretch, trace.finish()
+
+
+def module_paths(net, layers):
+    """The module path of every layer, a name or a module of `net`. Raises ValueError for what the network lacks."""
+    layers = [layers] if isinstance(layers, (str, nn.Module)) else list(layers)
+    if not layers:
+        raise ValueError("the list of layers to transfer is empty, name at least one module of the network")
+    paths = {module: path for path, module in net.named_modules()}
+    by_name = {path: paths[module] for path, module in net.named_modules(remove_duplicate=False) if path}
+    return tuple(dict.fromkeys(module_path(layer, paths, by_name) for layer in layers))
+
+
+def module_path(layer, paths, by_name):
+    """The path of one layer."""
+    if isinstance(layer, nn.Module) and layer in paths:
+        return paths[layer]
+    if isinstance(layer, nn.Module):
+        raise ValueError(f"the layer {type(layer).__name__} is no module of the network, pass one of its own")
+    if layer not in by_name:
+        known = ", ".join(list(by_name)[:12]) + (", ..." if len(by_name) > 12 else "")
+        raise ValueError(f"the network has no layer {layer}, it has {known}")
+    return by_name[layer]
+
+
+def is_inside(path, layer):
+    """Whether a module path is that of `layer`, or lies in it."""
+    return not layer or path == layer or path.startswith(layer + ".")
+
+
+def tensors_in(value):
+    """All tensors in nested lists, tuples and dicts."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+class CallCounter:
+    """Gives every call of a torch function its key: (the running module's path, its name, how many it made before)."""
+
+    def __init__(self):
+        self.paths, self.made, self.entered = [""], Counter(), set()
+
+    def key(self, function):
+        """The key of the next call."""
+        called = self.paths[-1], function_name(function)
+        self.made[called] += 1
+        return *called, self.made[called] - 1
+
+    @contextmanager
+    def follow(self, net):
+        """Within it, `self.paths` is the stack of running modules, and `self.entered` all that ran."""
+
+        def enter(path):
+            def hook(*_):
+                self.paths.append(path)
+                self.entered.add(path)
+
+            return hook
+
+        def leave(*_):
+            self.paths.pop()
+
+        modules = list(net.named_modules())
+        handles = [module.register_forward_pre_hook(enter(path)) for path, module in modules]
+        handles += [module.register_forward_hook(leave) for _, module in modules]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def function_name(function):
+    """A torch function's name, for messages and comparisons."""
+    return resolve_name(function) or getattr(function, "__name__", str(function))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which calls belong to the stretch
+
+
+@dataclass
+class Call:
+    """One call that reads activations. reads: position among its arguments -> (id of the tensor, index of its writer).
+
+    changed: the writers of the tensors that it changes in place. A writer is None for what came from elsewhere.
+    """
+
+    key: tuple
+    reads: dict
+    changed: set
+
+    def __str__(self):
+        return f"{self.key[1]} in {self.key[0] or 'the forward of the network'}"
+
+    def writers(self):
+        """Indices of the calls that wrote what it reads."""
+        return {writer for _, writer in self.reads.values()}
+
+
+class Record(TorchFunctionMode):
+    """One run of a network, as the list of calls that read activations, and who wrote what they read.
+
+    An activation is what is not computed from the network's parameters and buffers alone.
+    """
+
+    def __init__(self, net, layers):
+        super().__init__()
+        self.net, self.layers, self.counter = net, layers, CallCounter()
+        self.calls, self.writer, self.kept, self.returned = [], {}, [], set()
+        self.constants = {id(tensor) for tensor in (*net.parameters(), *net.buffers())}
+
+    def run(self, args, kwargs):
+        """Run the network once. Raises ValueError for layers that do not run."""
+        with torch.no_grad(), self.counter.follow(self.net), self:
+            output = self.net(*args, **kwargs)
+        self.returned = {self.writer.get(id(tensor)) for tensor in tensors_in(output)}
+        for layer in self.layers:
+            if not any(is_inside(path, layer) for path in self.counter.entered):
+                raise ValueError(f"the layer {layer} does not run in the network's forward, leave it out")
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in SHAPE_QUESTIONS:
+            return function(*args, **kwargs)
+        key, leaves = self.counter.key(function), tree_leaves((args, kwargs))
+        reads = {i: x for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)}
+        active = {i: (id(x), self.writer.get(id(x))) for i, x in reads.items() if id(x) not in self.constants}
+        result = function(*args, **kwargs)
+        written = tensors_in(result)
+        if key[1].endswith(("_", "__setitem__")) and args and isinstance(args[0], torch.Tensor):
+            written.append(args[0])
+        self.kept += [*reads.values(), *written]  # alive, so that no id is used twice
+        if active:
+            ids = {id(x) for x in written}
+            changed = {writer for seen, writer in active.values() if seen in ids}
+            self.writer.update(dict.fromkeys(ids, len(self.calls)))
+            self.calls.append(Call(key, active, changed))
+        elif reads or self.is_selected(key):
+            self.constants.update(map(id, written))
+        return result
+
+    def is_selected(self, key):
+        """Whether a call is made inside of a named module."""
+        return any(is_inside(key[0], layer) for layer in self.layers)
+
+    def is_around(self, path):
+        """Whether a module has a named one inside."""
+        return any(path != layer and is_inside(layer, path) for layer in self.layers)
+
+    def readers(self):
+        """Index of a call -> indices of the calls that read its result."""
+        readers = defaultdict(list)
+        for index, call in enumerate(self.calls):
+            for writer in call.writers():
+                readers[writer].append(index)
+        return readers
+
+
+def find_members(record):
+    """Indices of the calls of the stretch, in order. Raises ValueError for a gap, which it names."""
+    calls = record.calls
+    named = {index for index, call in enumerate(calls) if record.is_selected(call.key)}
+    if not named:
+        raise ValueError(f"{layers_in_words(record.layers)} computes nothing that can be converted, name other layers")
+    members = named | between(record, named)
+    gap = [gap_name(record, call.key[0]) for call in map(calls.__getitem__, sorted(members))]
+    gap = [name for name in dict.fromkeys(gap) if name is not None]
+    if gap:
+        raise ValueError(
+            f"the layers {', '.join(record.layers)} are no contiguous stretch: {', '.join(gap)} "
+            f"{'lies' if len(gap) == 1 else 'lie'} between them, name {'it' if len(gap) == 1 else 'them'} too"
+        )
+    members |= relus_behind(record, members)
+    check_connected(record, members)
+    return sorted(members)
+
+
+def between(record, named):
+    """Calls that read, directly or not, what a named call wrote, and that a named call reads, directly or not."""
+    behind, before, readers = set(), set(), record.readers()
+    for index, call in enumerate(record.calls):
+        if call.writers() & (named | behind):
+            behind.add(index)
+    for index in reversed(range(len(record.calls))):
+        if any(reader in named or reader in before for reader in readers[index]):
+            before.add(index)
+    return (behind & before) - named
+
+
+def gap_name(record, path):
+    """The outermost module at `path` that is not asked for; None inside of the named ones, and around them."""
+    if any(is_inside(path, layer) for layer in record.layers) or record.is_around(path):
+        return None
+    parts = path.split(".")
+    prefixes = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+    return next(prefix for prefix in prefixes if not record.is_around(prefix))
+
+
+def relus_behind(record, members):
+    """ReLUs that a forward around the named layers calls, and that alone read what the stretch sends."""
+    readers, found = record.readers(), set()
+    for index in members:
+        behind = readers[index]
+        if len(behind) != 1 or behind[0] in members or index in record.returned:
+            continue
+        call = record.calls[behind[0]]
+        if call.key[1] in RELU_NAMES and record.is_around(call.key[0]):
+            found.add(behind[0])
+    return found
+
+
+def check_connected(record, members):
+    """Raise ValueError where a part of the stretch neither reads nor writes what the rest of it does."""
+    groups = Groups()
+    for index in members:
+        for tensor, writer in record.calls[index].reads.values():
+            groups.join(index, writer if writer in members else ("input", tensor))
+    parts = groups.members()
+    if len(parts) > 1:
+        ends = [next(record.calls[i].key[0] for i in part if isinstance(i, int)) for part in parts[:2]]
+        raise ValueError(f"{ends[0]} and {ends[1]} are not connected, convert them with a transformer each")
+
+
+def describe(record, members):
+    """The Stretch of the calls `members`, with numbers for its inputs and outputs."""
+    stretch, numbers, readers, last_input = Stretch(record.layers), {}, record.readers(), 0
+    for index in members:
+        call, inputs = record.calls[index], {}
+        for position, (tensor, writer) in call.reads.items():
+            if writer not in members:
+                inputs[position] = numbers.setdefault(tensor, len(numbers))
+                last_input = index
+        stretch.calls[call.key] = StretchCall(inputs)
+    stretch.num_inputs = len(numbers)
+    for index in members:
+        outside = [reader for reader in readers[index] if reader not in members]
+        if outside or index in record.returned:
+            check_output(record, members, index, outside, last_input)
+            stretch.calls[record.calls[index].key].output = stretch.num_outputs
+            stretch.num_outputs += 1
+    if not stretch.num_outputs:
+        raise ValueError(f"nothing behind {stretch} reads what it computes, name other layers")
+    return stretch
+
+
+def check_output(record, members, index, outside, last_input):
+    """Raise ValueError where an output of the stretch cannot be replaced."""
+    call = record.calls[index]
+    if outside and outside[0] < last_input:
+        reader = record.calls[outside[0]]
+        raise ValueError(
+            f"{reader} reads what {call.key[0]} sends before the stretch has all of its inputs: end the stretch there, "
+            "or begin it behind"
+        )
+    if not call.changed <= set(members):  # whoever holds the input would see the output in it
+        raise ValueError(f"{call} changes the stretch's input in place, use inplace=False there")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stretch as a graph
+
+
+class StretchTrace(Trace):
+    """A run of a network in which only the calls of a stretch are recorded."""
+
+    def __init__(self, net, stretch):
+        super().__init__(net)
+        self.stretch, self.counter = stretch, CallCounter()
+        self.paths = self.counter.paths
+        self.inputs, self.outputs = {}, {}  # number -> (node, value)
+
+    def run(self, args, kwargs):
+        """Record the stretch in a run of the network."""
+        with torch.no_grad(), self.counter.follow(self.model), self:
+            self.model(*args, **kwargs)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        call = None if function in SHAPE_QUESTIONS else self.stretch.calls.get(self.counter.key(function))
+        if call is None:
+            return function(*args, **kwargs)
+        leaves = tree_leaves((args, kwargs))
+        for position, number in call.inputs.items():
+            self.add_input(number, leaves[position])
+        result = super().__torch_function__(function, types, args, kwargs)
+        if call.output is not None:
+            self.outputs[call.output] = self.output_node(result), result.clone()
+        return result
+
+    def add_input(self, number, tensor):
+        """The stretch reads `tensor` from outside."""
+        if number not in self.inputs:
+            node = f"input{number + 1}_out1"
+            self.dag.add_input(node)
+            self.remember(tensor, node)
+            self.inputs[number] = node, tensor.clone()
+
+    def finish(self):
+        """The graph, which computes what the stretch did. Raises ValueError where it does not."""
+        dag = self.dag
+        dag.outputs_nodes = tuple(node for node, _ in values_in_order(self.outputs))
+        fold_batch_norms(dag)
+        dag.lint()
+        with torch.no_grad():
+            outputs = as_tuple(dag(*[value for _, value in values_in_order(self.inputs)]))
+        for actual, (_, expected) in zip(outputs, values_in_order(self.outputs), strict=True):
+            error, largest = (actual - expected).abs().max().item(), expected.abs().max().item()
+            if not error <= 1e-4 * max(1.0, largest):
+                raise ValueError(
+                    f"the graph of {self.stretch} differs from the network by {error:.2g}: does it change a view in "
+                    "place, or draw random numbers? Write these parts without in-place operations"
+                )
+        return dag
+
+
+def values_in_order(by_number):
+    """The values of a dict with the keys 0, 1, 2, ..."""
+    return [by_number[number] for number in range(len(by_number))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network with another stretch
+
+
+class SplicedNet(nn.Module):
+    """`net`, whose stretch `part` computes: arguments and outputs are those of `net`, whatever they are.
+
+    The layers of `net` that are replaced are in eval mode, whatever mode the rest is in.
+    """
+
+    def __init__(self, net, stretch, part):
+        super().__init__()
+        self.net, self.stretch, self.part = net, stretch, part
+        self.freeze_replaced()
+
+    def freeze_replaced(self):
+        """BatchNorms that are replaced count no batches."""
+        for layer in self.stretch.layers:
+            self.net.get_submodule(layer).eval()
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.freeze_replaced()
+        return self
+
+    def forward(self, *args, **kwargs):
+        return run_spliced(self.net, self.stretch, self.part, args, kwargs)
+
+
+def run_spliced(net, stretch, part, args, kwargs):
+    """`net(*args, **kwargs)`, with `part(*inputs)` computing the outputs of the stretch."""
+    splice = Splice(stretch, part)
+    with splice.counter.follow(net), splice:
+        output = net(*args, **kwargs)
+    if splice.outputs is None:
+        raise ValueError(f"the network did not run {stretch}, which it ran when it was traced")
+    return output
+
+
+class Splice(TorchFunctionMode):
+    """Replaces the calls of a stretch in a run of the network.
+
+    The last call that brings an input makes `part` compute all outputs. What only the stretch reads is a tensor on the
+    meta device: it has a shape but no values, so that nothing outside can read it unnoticed.
+    """
+
+    def __init__(self, stretch, part):
+        super().__init__()
+        self.stretch, self.part, self.counter = stretch, part, CallCounter()
+        self.inputs, self.outputs, self.early = {}, None, {}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in SHAPE_QUESTIONS:
+            return function(*args, **kwargs)
+        key = self.counter.key(function)
+        leaves, spec = tree_flatten((args, kwargs))
+        call = self.stretch.calls.get(key)
+        if call is None:
+            self.check_outside(key, leaves)
+            return function(*args, **kwargs)
+        self.inputs.update({number: leaves[position] for position, number in call.inputs.items()})
+        shape = shape_of_result(function, leaves, spec)
+        if self.outputs is None and len(self.inputs) == self.stretch.num_inputs:
+            self.compute()
+        return shape if call.output is None else self.output(call.output, shape)
+
+    def check_outside(self, key, leaves):
+        """Raise ValueError where a call that was outside of the stretch now reads from its inside."""
+        if any(isinstance(x, torch.Tensor) and x.device.type == "meta" for x in leaves):
+            raise ValueError(
+                f"{key[1]} in {key[0] or 'the forward of the network'} reads a value from inside of {self.stretch}, "
+                "which it did not when the network was traced: the path must not change, or name this layer too"
+            )
+
+    def compute(self):
+        """All outputs, from all inputs."""
+        outputs = as_tuple(self.part(*values_in_order(self.inputs)))
+        for number, placeholder in self.early.items():
+            placeholder.copy_(outputs[number])  # the network holds the placeholder
+        self.outputs = [self.early.get(number, value) for number, value in enumerate(outputs)]
+
+    def output(self, number, shape):
+        """An output, or the tensor that will hold it once all inputs are there."""
+        if self.outputs is not None:
+            return self.outputs[number]
+        self.early[number] = torch.empty_like(shape, device=self.inputs[0].device)
+        return self.early[number]
+
+
+@torch.no_grad()
+def shape_of_result(function, leaves, spec):
+    """What a call would return, as a tensor without values."""
+    leaves = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in leaves]
+    args, kwargs = tree_unflatten(leaves, spec)
+    return args[0] if function in SAME_VALUE_FUNCTIONS else function(*args, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training it
+
+
+class StretchSGD(QuantSGD):
+    """QuantSGD that calls `before()` and `after()` around a step.
+
+    They are no hooks of torch.optim: those run a second time, around the plain SGD step inside of `QuantSGD.step`, once
+    a torch.optim.SGD was made anywhere in the process.
+    """
+
+    def __init__(self, parameters, before, after, **options):
+        super().__init__(parameters, **options)
+        self.before, self.after = before, after
+
+    def step(self, closure=None):
+        self.before()
+        loss = super().step(closure)
+        self.after()
+        return loss

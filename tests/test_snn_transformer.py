@@ -1,0 +1,616 @@
+"""SNNTransformer: the four steps on networks with and without parts that cannot be traced, and what it writes."""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import simulate
+from torch import nn
+
+import saved_snn
+import snn_transformer
+from build_network import get_net_by_name
+from runtime.cli import run_script
+from saved_snn import load_saved_snn, make_vectors, read_manifest
+from snn_transformer import SNNTransformer
+from spike_dag import SpikeDAGModule
+
+ROOT = Path(__file__).parents[1]
+STRETCHES = {
+    "beginning": ["0", "1", "2", "3"],
+    "one block": ["4"],
+    "block that shrinks": ["6"],
+    "middle": ["5", "6", "7"],
+    "end": ["11", "12", "13", "14"],
+    "half a block": ["3.conv1", "3.relu1"],
+    "across blocks": ["3.conv2", "3.relu2", "4.conv1", "4.relu1"],
+}
+
+
+class Detector(nn.Module):
+    """A backbone inside of what no tracer follows: dicts, a mask, a path that depends on values and on the mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.SiLU())
+        self.conv1 = nn.Conv2d(8, 8, 3, padding=1)
+        self.norm1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.conv3 = nn.Conv2d(16, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, images, options, *, mask=None):
+        x = self.stem(images["pixels"])  # [B, 8, H, W]
+        if self.training:
+            x = x + 0.0 * x.sum()  # another number of calls of the same function in the parent's forward
+        a = F.relu(self.norm1(self.conv1(x)))
+        b = F.relu(self.conv2(a))
+        c = F.relu(self.conv3(torch.cat([a, b], 1)))
+        if mask is not None:
+            c = c * mask
+        features = torch.sigmoid(c).mean([2, 3]) * self.scale
+        best = features.max().item()
+        result = {"logits": self.head(features), "maps": [c, a.flatten(2)], "best": best if best > 0.5 else None}
+        return (result, options) if options.get("both") else result
+
+
+DETECTOR_STRETCH = ["conv1", "norm1", "conv2", "conv3"]
+
+
+def inputs_of_detector(samples=4):
+    pixels = torch.randn(samples, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return {"pixels": pixels}, {"both": True}
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    torch.manual_seed(0)
+    return with_statistics(get_net_by_name("resnet20", 3, 10)), torch.randn(3, 3, 8, 8)
+
+
+def with_statistics(net):
+    """BatchNorms whose statistics and weights are no identity."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.2, 0.3)
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return net.eval()
+
+
+def with_status(net, layers, *args, **options):
+    """A transformer that has seen one batch, without training on it."""
+    transformer = SNNTransformer(net, layers, **{"timesteps": 4, **options})
+    with torch.no_grad():
+        transformer.inference_get_status(*args)
+    return transformer
+
+
+def watch(net, paths):
+    """path -> (inputs, output) of modules, filled when `net` runs."""
+    seen = {}
+    for path in paths:
+        net.get_submodule(path).register_forward_hook(
+            lambda module, inputs, output, path=path: seen.update({path: (inputs, output)})
+        )
+    return seen
+
+
+def assert_reference_agrees(snn, vectors):
+    """The NumPy reference computes every spike of the vectors from their constants."""
+    out = {name: entry["out_nodes"][0] for name, entry in snn.ops.items()}
+    constants = vectors["constants"]
+    spiking = {name for name, entry in snn.ops.items() if entry["op"].spiking and out[name] in constants}
+    analog = {node: value for node, value in constants.items() if node not in {out[name] for name in spiking}}
+    trains = simulate(snn, {name: constants[out[name]] for name in spiking}, snn.timesteps, analog)
+    assert list(trains) == snn.spiking_layers() and {out[name] for name in trains} == set(vectors["spikes"])
+    for name, train in trains.items():
+        assert np.array_equal(train, vectors["spikes"][out[name]]), name
+    assert all(train.any() for train in trains.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stretches
+
+
+@pytest.mark.parametrize("name", STRETCHES)
+def test_every_spike_of_a_stretch_of_resnet20(resnet, name):
+    net, images = resnet
+    transformer = with_status(net, STRETCHES[name], images, reset_mode="zero" if name == "middle" else "subtraction")
+    ann_snn = transformer.generate_ann_snn()
+    assert_reference_agrees(transformer.snn, make_vectors(transformer.snn, transformer.stretch_inputs()[0]))
+    with torch.no_grad():
+        output = ann_snn(images)
+    assert output.shape == (3, 10) and not torch.equal(output, net(images))
+
+
+def test_many_steps_of_float_weights_are_the_network(resnet):
+    net, images = resnet
+    options = {"weight_bitwidth": 32, "threshold": "max", "correction": "none"}
+    errors = []
+    with torch.no_grad():
+        for timesteps in (2, 256):
+            transformer = with_status(net, ["5", "6"], images, timesteps=timesteps, listen=timesteps, **options)
+            errors.append((transformer.generate_ann_snn()(images) - net(images)).abs().max().item())
+    assert errors[1] < 0.01 * net(images).abs().max() < errors[0]
+
+
+def test_what_stands_before_and_behind_is_bit_identical(resnet):
+    net, images = copy.deepcopy(resnet[0]), resnet[1]
+    ann_snn = with_status(net, ["5", "6"], images).generate_ann_snn()
+    expected, actual = watch(net, ["4", "7"]), watch(ann_snn.net, ["4", "7"])
+    with torch.no_grad():
+        net(images)
+        behind = expected["7"][1]
+        output = ann_snn(images)
+        assert torch.equal(actual["4"][1], expected["4"][1])
+        assert torch.equal(actual["7"][0][0], ann_snn.part(actual["4"][1]))
+        assert torch.equal(output, net[7:](actual["7"][0][0]))
+    assert not torch.equal(actual["7"][1], behind)
+
+
+def test_modules_and_names_mean_the_same(resnet):
+    net, images = resnet
+    outputs = []
+    for layers in (["5", "6"], [net[5], net[6]], (net[5], "6")):
+        torch.manual_seed(0)
+        outputs.append(with_status(net, layers, images).generate_ann_snn()(images))
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize(
+    "layers, message",
+    [
+        (["3", "5"], "the layers 3, 5 are no contiguous stretch: 4 lies between them, name it too"),
+        (["0", "3", "6"], "the layers 0, 3, 6 are no contiguous stretch: 1, 2, 4, 5 lie between them, name them too"),
+        (["3.conv1", "3.conv2"], "3.relu1 lies between them"),
+        (["3.conv1.0", "3.relu1"], "3.conv1.1 lies between them"),
+        (["layer9"], "the network has no layer layer9, it has 0, 1, 2, 3"),
+        ([], "the list of layers to transfer is empty"),
+        ([nn.ReLU()], "the layer ReLU is no module of the network"),
+        (["3.conv1"], "nothing can spike"),
+        (["4.shortcut"], "4.shortcut computes nothing that can be converted"),
+    ],
+)
+def test_what_is_no_stretch_is_refused_by_name(resnet, layers, message):
+    net, images = resnet
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SNNTransformer(net, layers, example_inputs=images)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+class Odd(nn.Module):
+    """One forward after the other that a stretch cannot be cut out of."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()) for _ in range(3))
+        self.inplace = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 3, 1), nn.ReLU())
+        self.path = path
+
+    def forward(self, x):
+        return getattr(self, self.path)(x)
+
+    def towers(self, x):
+        return self.a(x) + self.b(x * 2)
+
+    def early(self, x):
+        a = self.a(x)
+        square = a.square()
+        return self.c(a + self.b(torch.tanh(x))), square
+
+    def changed(self, x):
+        y = x * 2
+        return self.inplace(y) + y
+
+    def sinus(self, x):
+        return self.a(torch.sin(self.b(x)))
+
+
+@pytest.mark.parametrize(
+    "path, layers, message",
+    [
+        ("towers", ["a", "b"], "a.0 and b.0 are not connected"),
+        ("towers", ["a", "c"], "the layer c does not run in the network's forward"),
+        ("early", ["a", "b", "c"], "torch.Tensor.square in the forward of the network reads what a.1 sends before"),
+        ("changed", ["inplace"], "relu in inplace.0 changes the stretch's input in place"),
+        ("sinus", ["a", "b"], "torch.sin in the network's forward cannot be converted"),
+    ],
+)
+def test_what_cannot_be_cut_out_is_refused(path, layers, message):
+    with pytest.raises((ValueError, NotImplementedError), match=re.escape(message)):
+        SNNTransformer(Odd(path), layers, example_inputs=torch.randn(2, 3, 4, 4))
+
+
+def test_parts_that_cannot_be_traced():
+    net = with_statistics(Detector())
+    arguments = inputs_of_detector()
+    transformer = with_status(net, DETECTOR_STRETCH, *arguments)
+    assert [type(entry["op"]).__name__ for entry in transformer.dag.ops.values()] == [
+        *("SpikeConvBN", "SpikeReLU", "SpikeConv2d", "SpikeReLU", "ConcatOp", "SpikeConv2d", "SpikeReLU")
+    ]
+    ann_snn = transformer.generate_ann_snn()
+    mask = torch.zeros(4, 8, 8, 8)
+    mask[:, :, :4] = 1
+    with torch.no_grad():
+        result, options = ann_snn(*arguments, mask=mask)
+        x = net.stem(arguments[0]["pixels"])
+        maps = ann_snn.part(x)
+    assert options is arguments[1] and set(result) == {"logits", "maps", "best"}
+    a, c = maps  # in the order in which they are computed
+    assert torch.equal(result["maps"][0], c * mask) and torch.equal(result["maps"][1], a.flatten(2))
+    features = torch.sigmoid(c * mask).mean([2, 3]) * net.scale
+    assert torch.equal(result["logits"], net.head(features))
+    assert_reference_agrees(transformer.snn, make_vectors(transformer.snn, (x,)))
+
+
+def test_an_output_before_the_last_input():
+    """The stretch sends `a` before the input of `c` is known; it is read only afterwards."""
+
+    class Late(Odd):
+        def late(self, x):
+            a, y = self.a(x), torch.tanh(x)
+            return [self.c(a + self.b(y)), a]
+
+    torch.manual_seed(0)
+    net, x = Late("late"), torch.randn(2, 3, 4, 4)
+    transformer = with_status(net, ["a", "b", "c"], x, weight_bitwidth=32)
+    assert (transformer.stretch.num_inputs, transformer.stretch.num_outputs) == (2, 2)
+    outputs = transformer.inference_get_status(x)
+    assert all(torch.allclose(actual, expected, atol=1e-6) for actual, expected in zip(outputs, net(x)))
+    sum(y.sum() for y in outputs).backward()
+    sum(y.sum() for y in net(x)).backward()
+    grads = [entry["op"].weight.grad for entry in transformer.dag.ops.values() if hasattr(entry["op"], "weight")]
+    for actual, expected in zip(grads, (net.a[0], net.b[0], net.c[0]), strict=True):
+        assert torch.allclose(actual, expected.weight.grad, atol=1e-5)
+
+
+def test_another_path_than_when_it_was_traced_is_refused():
+    class Switch(Odd):
+        def switch(self, x):
+            y = self.a[0](x)
+            return self.a[1](y) if self.first else torch.sin(y)
+
+    net = Switch("switch")
+    net.first = True
+    transformer = with_status(net, ["a"], torch.randn(2, 3, 4, 4))
+    transformer.net.first = False
+    with pytest.raises(ValueError, match="sin in the forward of the network reads a value from inside of a"):
+        transformer.inference_get_status(torch.randn(2, 3, 4, 4))
+    transformer.net.path = "towers"
+    transformer.net.a = nn.Identity()
+    with pytest.raises(ValueError, match="the network did not run a, which it ran when it was traced"):
+        transformer.inference_get_status(torch.randn(2, 3, 4, 4))
+    assert torch.overrides._len_torch_function_stack() == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def snapshot(net):
+    return {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+
+def test_training_quantises_the_stretch_and_leaves_the_network():
+    torch.manual_seed(0)
+    net = with_statistics(Detector())
+    before, modes = snapshot(net), [module.training for module in net.modules()]
+    transformer = SNNTransformer(net, DETECTOR_STRETCH, weight_bitwidth=3, lr=0.1, momentum=0.0)
+    first = None
+    for step in range(4):
+        result, _ = transformer.inference_get_status(*inputs_of_detector())
+        loss = result["logits"].square().mean()
+        loss.backward()
+        transformer.optimizer.step()
+        first = loss.item() if step == 0 else first
+        for layer in transformer.dag.weighted_layers().values():
+            integers = layer.weight * layer.weight_scale
+            assert torch.allclose(integers, integers.round(), atol=1e-4) and integers.abs().max() <= 3.001
+            assert not torch.equal(layer.weight, layer.weight.weight_back)
+    assert loss < 0.9 * first
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert [module.training for module in net.modules()] == modes
+    trained = transformer.net.state_dict()
+    assert not torch.equal(trained["head.weight"], before["head.weight"])
+    assert not torch.equal(trained["stem.0.weight"], before["stem.0.weight"])
+    assert torch.equal(trained["conv1.weight"], before["conv1.weight"])  # in `dag` now
+    assert trained["stem.1.num_batches_tracked"] == 4 and trained["norm1.num_batches_tracked"] == 0
+
+
+def test_the_first_step_is_plain_sgd_on_the_shadow_weights():
+    torch.optim.SGD([torch.zeros(1)], 0.1)  # makes torch call the hooks of step() in super().step() as well
+    torch.manual_seed(0)
+    net, x = (
+        nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(8, 1)),
+        torch.rand(3, 1, 2, 2),
+    )
+    options = {"lr": 0.5, "momentum": 0.0, "weight_decay": 0.0, "damping": 0.0}
+    transformer = SNNTransformer(net, ["0", "1"], example_inputs=x, weight_bitwidth=2, **options)
+    quantised = copy.deepcopy(net)
+    quantised[0].weight.data = transformer.dag.conv1.weight.detach().clone()
+    assert quantised[0].weight.unique().numel() <= 3
+    for each in (transformer.inference_get_status(x), quantised(x)):
+        each.square().mean().backward()
+    transformer.optimizer.step()
+    shadow = transformer.dag.conv1.weight.weight_back
+    assert torch.allclose(shadow, net[0].weight - 0.5 * quantised[0].weight.grad)
+    assert torch.allclose(transformer.net[3].weight, net[3].weight - 0.5 * quantised[3].weight.grad)
+
+
+def test_gradients_are_cleared_after_a_step_and_add_up_without():
+    net, x = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8, 1)), torch.rand(3, 1, 2, 2)
+    transformer = SNNTransformer(net, ["0", "1"], example_inputs=x, lr=0.0)
+    grads = []
+    for stepping in (False, False, True, False):
+        transformer.inference_get_status(x).sum().backward()
+        grads.append(transformer.net[3].weight.grad.clone())
+        if stepping:
+            transformer.optimizer.step()
+    assert torch.allclose(grads[1], 2 * grads[0]) and torch.allclose(grads[2], 3 * grads[0])
+    assert torch.allclose(grads[3], grads[0])
+    transformer.optimizer.zero_grad()
+    assert transformer.net[3].weight.grad is None
+
+
+def test_modules_that_alone_are_in_eval_mode_stay_frozen():
+    net = Detector().train()
+    net.stem.eval()
+    transformer = SNNTransformer(net, DETECTOR_STRETCH)
+    transformer.inference_get_status(*inputs_of_detector())
+    assert transformer.net.training and not transformer.net.stem[1].training
+    assert transformer.net.state_dict()["stem.1.num_batches_tracked"] == 0
+
+
+def test_calibration_sees_the_newest_inputs_in_eval_mode():
+    net = Detector()
+    transformer = SNNTransformer(net, DETECTOR_STRETCH, calibration_samples=5)
+    for scale in (1.0, 2.0, 3.0):
+        images, options = inputs_of_detector()
+        transformer.inference_get_status({"pixels": images["pixels"] * scale}, options)
+        images["pixels"].zero_()  # the user's buffer, used again
+    kept = transformer.stretch_inputs()
+    with torch.no_grad():
+        expected = copy.deepcopy(transformer.net).eval().stem(inputs_of_detector()[0]["pixels"] * 3.0)
+    assert len(kept) == 2 and torch.allclose(kept[1][0], expected, atol=1e-6)
+    assert transformer.net.stem.training
+
+
+def test_memory_of_the_status_is_bounded(monkeypatch):
+    monkeypatch.setattr(snn_transformer, "MOST_STATUS_BYTES", 3000)
+    status = snn_transformer.Status(1000)
+    for value in range(5):
+        status.keep((torch.full((2, 100), float(value)),), {})  # 800 bytes
+    assert [args[0][0, 0].item() for args, _ in status.calls] == [2.0, 3.0, 4.0]
+
+
+def test_a_generated_network_does_not_follow_later_training():
+    net, x = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8, 1)), torch.rand(3, 1, 2, 2)
+    transformer = with_status(net, ["0", "1"], x, lr=1.0)
+    ann_snn = transformer.generate_ann_snn()
+    with torch.no_grad():
+        first = ann_snn(x)
+    transformer.inference_get_status(x).sum().backward()
+    transformer.optimizer.step()
+    with torch.no_grad():
+        assert torch.equal(ann_snn(x), first) and torch.equal(copy.deepcopy(ann_snn)(x), first)
+        assert not torch.equal(transformer.generate_ann_snn()(x), first)
+    assert isinstance(ann_snn, nn.Module) and not ann_snn.training
+
+
+def test_options_reach_the_conversion():
+    net, x = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8, 1)), torch.rand(3, 1, 2, 2)
+    transformer = with_status(net, ["0", "1"], x, timesteps=6, listen=2, reset_mode="zero", initial_potential=0.25)
+    transformer.generate_ann_snn()
+    (neuron,) = transformer.snn.neurons().values()
+    assert (neuron.listen, neuron.reset_mode, transformer.snn.timesteps) == (2, "zero", 6)
+    with pytest.raises(TypeError, match="has no option bits"):
+        SNNTransformer(net, ["0", "1"], bits=3)
+    with pytest.raises(ValueError, match="weight bit width 9"):
+        SNNTransformer(net, ["0", "1"], weight_bitwidth=9)
+    with pytest.raises(ValueError, match="listen 9: use 0 to 4"):
+        with_status(net, ["0", "1"], x, listen=9).generate_ann_snn()
+
+
+def test_steps_in_the_wrong_order_say_what_to_do(tmp_path):
+    transformer = SNNTransformer(Detector(), DETECTOR_STRETCH)
+    with pytest.raises(ValueError, match="call inference_get_status first"):
+        _ = transformer.optimizer
+    for step in (transformer.generate_ann_snn, lambda: transformer.save_snn(tmp_path / "saved")):
+        with pytest.raises(ValueError, match="nothing to calibrate on, call inference_get_status"):
+            step()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is saved
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder written by save_snn, of a stretch with two inputs, one of which is added as it is."""
+    torch.manual_seed(0)
+    net = with_statistics(get_net_by_name("resnet20", 3, 10))[:6]
+    transformer = with_status(net, ["3.conv2", "3.relu2", "4"], torch.randn(5, 3, 8, 8), timesteps=5)
+    folder = tmp_path_factory.mktemp("saved") / "stretch"
+    transformer.save_snn(folder, samples=3)
+    return folder, transformer
+
+
+def replay(folder):
+    """Exit status of the replay in this process."""
+    with pytest.raises(SystemExit) as end:
+        run_script(snn_transformer.main, snn_transformer.parse_args(["replay", str(folder)]))
+    return end.value.code
+
+
+def copy_of_folder(folder, tmp_path):
+    subprocess.run(["cp", "-r", str(folder), str(tmp_path / "copy")], check=True)
+    return tmp_path / "copy"
+
+
+def change_manifest(folder, change):
+    """Apply `change(manifest)`, and make the sha256 fit."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    manifest["sha256"] = saved_snn.hash_of(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_fresh_process_replays_every_bit(saved):
+    command = [sys.executable, "snn_transformer.py", "replay", str(saved[0])]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert re.fullmatch(r"identical: \d+ spikes of 3 layers, 3072 output values \(3 inputs, T=5\)\n", run.stdout)
+
+
+def test_the_reference_replays_the_files(saved):
+    folder, transformer = saved
+    manifest = read_manifest(folder)
+    snn = load_saved_snn(folder, manifest)
+    assert isinstance(snn, SpikeDAGModule)
+    assert_reference_agrees(snn, saved_snn.read_vectors(folder, manifest))
+    inputs = tuple(x[:3] for x in transformer.stretch_inputs()[0])
+    with torch.no_grad():
+        assert torch.equal(snn(*inputs), transformer.snn(*inputs))
+
+
+def test_the_manifest_holds_what_a_chip_needs(saved):
+    folder, transformer = saved
+    manifest = read_manifest(folder)
+    assert (manifest["timesteps"], manifest["weight_bitwidth"], manifest["reset_mode"]) == (5, 4, "subtraction")
+    assert [entry["shape"] for entry in manifest["inputs"]] == [[16, 8, 8]] * 2
+    ops = {op["name"]: op for op in manifest["ops"]}
+    assert list(ops) == list(transformer.snn.ops) and ops["conv2"]["path"] == "4.conv1.0"
+    weight = np.load(folder / ops["conv2"]["tensors"]["weight_q"]["file"])
+    assert weight.dtype == np.int8 and np.array_equal(weight, transformer.snn.conv2.weight_q.numpy())
+    assert set(ops["conv2"]["tensors"]) == {
+        "weight_q",
+        "bias_q",
+        "unit",
+    }  # integers; floats only where the input is real
+    assert {"weight", "weight_q"} <= set(ops["conv1"]["tensors"])
+    Vthr = ops["relu2"]["neuron"]["Vthr"]
+    assert Vthr == {"dtype": "int32", "value": transformer.snn.relu2.neuron.Vthr.item()}
+    assert ops["relu2"]["out_shape"] == [16, 8, 8]
+
+
+def flip_last_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "weight": (lambda f: flip_last_bit(f / "weights/conv2.weight_q.npy"), "weight_q.npy is damaged, its"),
+    "vector": (lambda f: flip_last_bit(f / "vectors/relu1_out1.npy"), "relu1_out1.npy is damaged, its sha256"),
+    "missing file": (lambda f: (f / "vectors/relu1_out1.npy").unlink(), "relu1_out1.npy is missing"),
+    "missing manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json, name a folder that"),
+    "truncated": (lambda f: (f / "manifest.json").write_text('{"format": '), "manifest.json is damaged"),
+    "another number": (
+        lambda f: (f / "manifest.json").write_text((f / "manifest.json").read_text().replace('steps": 5', 'steps": 6')),
+        "manifest.json is damaged, its sha256 is another",
+    ),
+    "other format": (lambda f: change_manifest(f, lambda m: m.update(format="x")), "is no manifest of format"),
+    "lacks": (lambda f: change_manifest(f, lambda m: m.pop("ops")), "is damaged (KeyError: 'ops')"),
+    "outside": (
+        lambda f: change_manifest(f, lambda m: m["vectors"]["outputs"]["relu3_out1"].update(file="../../x.npy")),
+        "names the file ../../x.npy outside of the folder",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_one_line_and_status_2(saved, tmp_path, capsys, name):
+    damage, message = DAMAGES[name]
+    folder = copy_of_folder(saved[0], tmp_path)
+    damage(folder)
+    assert replay(folder) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda ops: ops["relu2"]["neuron"]["Vthr"].update(value=1), "relu2_out1: "),
+        (lambda ops: ops["relu3"]["neuron"].update(reset_mode="zero"), "relu3_out1: "),
+        (lambda ops: ops["conv1"]["tensors"]["unit"].update(value=1e-3), "conv1_out1: the inputs cause currents"),
+    ],
+)
+def test_other_spikes_are_one_line_and_status_1(saved, tmp_path, capsys, change, message):
+    folder = copy_of_folder(saved[0], tmp_path)
+    change_manifest(folder, lambda manifest: change({op["name"]: op for op in manifest["ops"]}))
+    assert replay(folder) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"error: {message}") and err.count("\n") == 1
+
+
+def test_an_earlier_result_is_replaced_and_nothing_else(saved, tmp_path, monkeypatch):
+    transformer = saved[1]
+    target = tmp_path / "stretch"
+    transformer.save_snn(target, samples=1)
+    (target / "weights" / "old.npy").write_bytes(b"old")
+    transformer.save_snn(target, samples=2)
+    assert not (target / "weights" / "old.npy").exists() and "2 inputs" in saved_snn.replay(target)
+    with monkeypatch.context() as patch:
+        patch.setattr(saved_snn, "hash_of", lambda manifest: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            transformer.save_snn(target, samples=3)
+    assert "2 inputs" in saved_snn.replay(target) and [path.name for path in tmp_path.iterdir()] == ["stretch"]
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("years of work")
+    (tmp_path / "file").write_text("")
+    for name, message in (
+        ("thesis", "holds other files"),
+        ("file", "it is a file"),
+        ("nowhere/saved", "there is no folder"),
+    ):
+        with pytest.raises(OSError, match=message):
+            transformer.save_snn(tmp_path / name)
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter1.txt"]
+
+
+def test_everything_with_a_neuron_can_be_saved(tmp_path):
+    """Poolings, transposed and grouped layers, max pooling, concatenations, linear layers: back from their files."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)),
+        nn.Sequential(nn.ConvTranspose2d(4, 4, 2, stride=2, groups=2), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False), nn.ReLU6()),
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 3)),
+    )
+    x = torch.randn(6, 2, 8, 8)
+    transformer = with_status(net, ["0", "1", "2", "3"], x, maxpool="gate", per_channel=True)
+    transformer.save_snn(tmp_path / "saved")
+    assert "4 inputs" in saved_snn.replay(tmp_path / "saved")
+    snn = load_saved_snn(tmp_path / "saved")
+    assert_reference_agrees(snn, make_vectors(snn, (x,)))
+    with torch.no_grad():
+        assert torch.equal(snn(x), transformer.snn(x))
+
+
+def test_help_loads_no_torch():
+    code = "import snn_transformer, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("## SNNTransformer") :]
+    (code,) = re.findall(r"```python3\n(import torch\n.*?)```", section, re.DOTALL)
+    assert sum(1 for line in code.splitlines() if line.strip()) <= 50
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    found = re.search(r"ANN ([\d.]+) %, with a spiking backbone ([\d.]+) %", capsys.readouterr().out)
+    ann, spiking = map(float, found.groups())
+    assert ann > 90 and spiking > ann - 3
+    assert "identical" in saved_snn.replay(tmp_path / "saved")
