@@ -1,0 +1,170 @@
+"""What conversions lose and what they cost: networks x weight bits x timesteps x methods, as a table and JSON.
+
+    python3 benchmarks/accuracy.py --networks resnet20:checkpoint/resnet20_cifar10_ann.pth --dataset /path/to/cifar10 \\
+        --bits 8 --timesteps 4 8 16 --methods "mse: --threshold mse" "listen: --threshold mse --listen T" \\
+        --test_images 2000 --results accuracy.json
+
+A method is a name and flags of ann2snn.py; T in them is the number of timesteps. Without `--methods`, those of
+`METHODS`. Each conversion is measured on evenly spaced test images, beside its price: timesteps between images and to
+the answer, spikes and synaptic operations per image. With several `--seeds` the mean and the spread are printed.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from runtime.cli import OneLineParser, add_conversion_flags, bitwidths, run_script, whole_number
+
+METHODS = {
+    "quantile": "-e 0",
+    "mse": "-e 0 --threshold mse",
+    "channel": "-e 0 --threshold mse --granularity channel --weight_granularity channel",
+    "calibrated": "-e 0 --threshold mse --granularity channel --weight_granularity channel --calibration_epochs 5",
+    "listen": "-e 0 --threshold mse --granularity channel --weight_granularity channel --listen T",
+}
+OBSERVED = 20  # images whose synaptic operations are counted
+
+
+def parse_args(argv=None):
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", required=True, metavar="NAME:FILE", help="names and trained weights")
+    parser.add_argument("--bits", nargs="+", type=bitwidths, default=[8], help="weight bit widths (8)")
+    parser.add_argument("--timesteps", nargs="+", type=whole_number(1), default=[4, 8, 16, 32], help="T (4 8 16 32)")
+    parser.add_argument("--methods", nargs="+", default=None, metavar="NAME: FLAGS", help="flags of ann2snn.py by name")
+    parser.add_argument("--seeds", nargs="+", type=whole_number(0), default=[0], help="seeds (0)")
+    parser.add_argument("--dataset", default="digits", help="as ann2snn.py's (%(default)s)")
+    parser.add_argument("--test_images", type=whole_number(1), default=None, help="how many to measure on (all)")
+    parser.add_argument("--results", metavar="FILE.json", help="write all numbers as JSON")
+    parser.add_argument("--debug", action=argparse.BooleanOptionalAction, default=False, help="show tracebacks")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    from runtime.files import check_writable, write_json
+    from spike_dag import format_table
+
+    check_writable(args.results)
+    methods = METHODS if args.methods is None else dict(named_flags(text) for text in args.methods)
+    rows = [("network", "bits", "method", "T", "ANN %", "SNN %", "points", "interval", "latency", "spikes", "synops")]
+    found, loaders = [], {}
+    for network in args.networks:
+        for bits in args.bits:
+            for method, flags in methods.items():
+                for timesteps in args.timesteps:
+                    runs = [measure(args, network, bits, flags, timesteps, seed, loaders) for seed in args.seeds]
+                    found += [{"network": network, "bits": bits, "method": method, **run} for run in runs]
+                    rows.append((network.split(":")[0], bits, method, timesteps, *summary(runs)))
+                    print(*rows[-1], file=sys.stderr)
+                    if args.results:
+                        write_json(args.results, {"dataset": args.dataset, "methods": methods, "runs": found})
+    print(format_table(rows))
+
+
+def named_flags(text):
+    """`name, flags` of "name: flags". Raises ValueError for other text."""
+    name, colon, flags = text.partition(":")
+    if not colon:
+        raise ValueError(f"method '{text}' has no name, write it as \"name: flags\"")
+    return name.strip(), flags
+
+
+def conversion_args(network, bits, flags, timesteps, seed, dataset):
+    """The flags of one conversion, as ann2snn.py parses them."""
+    parser = OneLineParser(prog="a method of benchmarks/accuracy.py")
+    add_conversion_flags(parser)
+    name, colon, file = network.rpartition(":")
+    if not colon:
+        raise ValueError(f"network '{network}' has no weights, write it as NAME:FILE")
+    given = [word.replace("T", str(timesteps)) if word == "T" else word for word in flags.split()]
+    given += ["--timesteps", str(timesteps), "--seed", str(seed), "--dataset", dataset, "--ann_weight", file]
+    widths = bits if isinstance(bits, (int, str)) else ",".join(map(str, bits))
+    found = parser.parse_args([*given, "--weight_bitwidth", str(widths)])
+    found.net_name = name
+    return found
+
+
+def measure(args, network, bits, flags, timesteps, seed, loaders):
+    """One conversion: accuracies in percent, its price, and seconds."""
+    import torch
+
+    from build_network import input_size
+    from datasets import get_dataset
+    from pipeline import check_command_line, choose_measure, convert, load_network
+    from quantization import quantize_finetune
+    from runtime.device import choose_device, seed_everything
+    from spike_finetune import finetune_on_spikes
+
+    flags = conversion_args(network, bits, flags, timesteps, seed, args.dataset)
+    check_command_line(flags)
+    device = choose_device(flags.device)
+    flags.image_size = input_size(flags.net_name)
+    if (flags.image_size, seed) not in loaders:
+        seed_everything(seed)
+        loaders[flags.image_size, seed] = get_dataset(flags)
+    test_loader, _, train_loader, train_val_loader = loaders[flags.image_size, seed]
+    seed_everything(seed)
+    net, start = load_network(flags, train_loader.dataset), time.perf_counter()
+    criterion, evaluate = choose_measure(flags)
+    qnet = quantize_finetune(net, train_loader, criterion, device, flags)
+    snn = convert(qnet, train_val_loader, device, flags)
+    snn = finetune_on_spikes(snn, net, train_loader, train_val_loader, criterion, device, flags)
+    seconds = time.perf_counter() - start
+    images, targets = evenly_spaced(test_loader, args.test_images)
+    batches = list(zip(images.split(100), targets.split(100)))
+    spiking = evaluate(snn, batches, device, criterion, timesteps)
+    steps = snn.duration()
+    return {
+        "T": timesteps,
+        "seed": seed,
+        "ann_top1": evaluate(net, batches, device, criterion)["top1"],
+        "qnet_top1": evaluate(qnet, batches, device, criterion)["top1"],
+        "snn_top1": spiking["top1"],
+        "samples": len(images),
+        "interval": steps["interval"],
+        "latency": steps["latency"],
+        **price(snn, images[:: max(1, len(images) // OBSERVED)].to(device), torch),
+        "conversion_seconds": seconds,
+    }
+
+
+def evenly_spaced(loader, most):
+    """`most` images [N, C, H, W] and labels of a loader, spread over all of it; all of them without `most`."""
+    import torch
+
+    images, targets = (torch.cat(parts) for parts in zip(*loader))
+    kept = torch.linspace(0, len(images) - 1, min(most or len(images), len(images))).long()
+    return images[kept], targets[kept]
+
+
+def price(snn, images, torch):
+    """Spikes and synaptic operations per image."""
+    from reports.energy import count_operations
+    from reports.observe import observe
+    from snn_weight_setter import node_shapes
+
+    seen = observe(snn, images)
+    ann = {"spikes": 0.0, "synops": 0.0}
+    counts = {node: count.mean(0) for node, count in seen.counts.items()}
+    fired = {entry["out_nodes"][0] for entry in snn.ops.values() if entry["op"].neuron is not None}
+    ann["spikes"] = sum(count.sum().item() for node, count in counts.items() if node in fired)
+    operations = count_operations(snn, node_shapes(snn, images[:1]), counts, snn.timesteps)
+    ann["synops"] = sum(each["synops"] for each in operations.values())
+    return ann
+
+
+def summary(runs):
+    """The columns of a row: means over the seeds, the accuracy with its spread."""
+    mean = {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
+    points = [run["snn_top1"] - run["ann_top1"] for run in runs]
+    spread = f" +- {statistics.stdev(points):.2f}" if len(runs) > 1 else ""
+    prices = (f"{mean['spikes'] / 1e3:.1f}k", f"{mean['synops'] / 1e6:.2f}M")
+    accuracies = f"{mean['ann_top1']:.2f}", f"{mean['snn_top1']:.2f}", f"{statistics.mean(points):+.2f}{spread}"
+    return (*accuracies, int(mean["interval"]), int(mean["latency"]), *prices)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())
