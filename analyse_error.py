@@ -27,7 +27,7 @@ def main(args):
 
     from build_network import input_size
     from datasets import DETECTION_DATASETS, get_dataset
-    from pipeline import accuracy_table, check_command_line, convert, load_network
+    from pipeline import accuracy_table, check_command_line, convert, load_network, with_levels
     from quantization import equalize_channels, quantize_finetune
     from reports.analysis import analyse, summary_rows, write_report
     from runtime.device import choose_device, seed_everything
@@ -51,7 +51,7 @@ def main(args):
     ann = evaluate(net, test_loader, device, criterion)
     if args.equalize:
         net = equalize_channels(net)
-    qnet = quantize_finetune(net, train_loader, criterion, device, args)
+    qnet = quantize_finetune(with_levels(net, train_val_loader, device, args), train_loader, criterion, device, args)
     quantised = evaluate(qnet, test_loader, device, criterion)
     snn = convert(qnet, train_val_loader, device, args)
     snn = finetune_on_spikes(snn, net, train_loader, train_val_loader, criterion, device, args)

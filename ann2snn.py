@@ -26,7 +26,15 @@ def main(args):
 
     from build_network import input_size
     from datasets import get_dataset
-    from pipeline import Stopwatch, accuracy_table, check_command_line, choose_measure, convert, load_network
+    from pipeline import (
+        Stopwatch,
+        accuracy_table,
+        check_command_line,
+        choose_measure,
+        convert,
+        load_network,
+        with_levels,
+    )
     from quantization import equalize_channels, quantize_finetune
     from runtime.device import choose_device, seed_everything
     from runtime.files import check_different, check_folder, check_writable, write_atomically, write_json
@@ -53,7 +61,7 @@ def main(args):
 
     if args.equalize:
         net = equalize_channels(net)
-    qnet = quantize_finetune(net, train_loader, criterion, device, args)
+    qnet = quantize_finetune(with_levels(net, train_val_loader, device, args), train_loader, criterion, device, args)
     clock.lap("quantize_finetune")
     quantised = measure(qnet, test_loader, device, criterion)
     clock.lap("validate_qnet")

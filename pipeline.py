@@ -14,6 +14,7 @@ import time
 import numpy
 import torch
 
+from activation_levels import quantize_activations
 from ann_parser import parse_ann_model
 from build_network import build_trained_net, check_net_name
 from dag_rewrites import prepare_conversion
@@ -96,6 +97,13 @@ def check_limits(net, args):
         weights = weights_in_words(args.weight_bitwidth)
         limits = f"Hardware {hardware.name} with {weights} ({names}), see hw_constraints.py"
         print(f"warning: {count} {limits}", file=sys.stderr)
+
+
+def with_levels(net, loader, device, args):
+    """The network that `quantize_finetune` is to train: with `--activation_levels` its activations have levels."""
+    if args.activation_levels is None:
+        return net
+    return quantize_activations(net, loader, device, args.activation_levels, args.ann_layers, args.calibration_samples)
 
 
 def convert(qnet, loader, device, args, **changes):

@@ -136,6 +136,7 @@ def trans_ann2snn_weight(
         return positive_tops(values, channels, count, quantile if threshold == "quantile" else 1.0)
 
     statistics = calibrate(snn, loader, device, calibration_samples, choose_scales, granularity)
+    use_learnt_scales(snn, statistics)
     shapes = node_shapes(snn, *as_inputs(next(iter(loader))[0], device, 1))
     setter = SpikeSetter(snn, plan, statistics, shapes, timesteps, per_channel, reset_mode, initial_potential)
     setter.convert()
@@ -437,6 +438,18 @@ def calibrate(dag, loader, device, samples, choose_scales, granularity="layer"):
             max_i, square_o = input_pool[name].values().max().item(), outputs.double().square().mean().item()
             statistics[name] = LayerStatistics(max_i, max_o.item(), scales, square_o)
         return statistics
+
+
+def use_learnt_scales(snn, statistics):
+    """Where activations were quantised in finetuning, lambda_out is what was learnt; the spikes need no levels.
+
+    Each op keeps its own, also where a concatenation joins them.
+    """
+    for name, entry in snn.ops.items():
+        if entry["op"].levels is not None:
+            learnt = entry["op"].levels.scale.detach().abs()
+            statistics[name].max_o, statistics[name].scales = learnt.item(), learnt.reshape(1)
+            entry["op"].levels = None
 
 
 @torch.no_grad()
@@ -989,6 +1002,7 @@ class SpikeSetter:
     def set_neuron(self, name, op, out, unit, largest):
         """Vthr = lambda_out / unit, as an integer of at least 1, and the lambda_out that the rounded one stands for."""
         target = self.targets[out].to(unit.device)
+        target = target.squeeze() if target.numel() == 1 else target
         if not target.max() > 0:  # no calibration image excites this layer: aim at the scale of its input
             target = unit.max() * max(largest or 1, 1)
         Vthr = target / unit

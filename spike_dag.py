@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import spike_tensor
-from spike_layers import OP_TYPES, IFNeuron, WeightedLayer
+from spike_layers import OP_TYPES, ClipFloorShift, IFNeuron, WeightedLayer
 from spike_tensor import Current, Memory, SpikeTensor, decode
 
 FORMAT = "ann2snn-dag-1"
@@ -295,6 +295,7 @@ class SpikeDAGModule(nn.Module):
                 "out_nodes": entry["out_nodes"],
                 "path": entry["path"],
                 "spiking": entry["op"].spiking,
+                "levels": None if entry["op"].levels is None else entry["op"].levels.levels,
                 "weight_bits": getattr(entry["op"], "weight_bits", None),
                 "neuron": entry["op"].neuron.config() if entry["op"].neuron is not None else None,
                 "tensors": {k: v.detach() for k, v in entry["op"].state_dict().items() if not k.startswith("neuron.")},
@@ -344,6 +345,8 @@ def rebuild_op(entry):
         op.set_integers(*integers, tensors["unit"]) if "unit" in tensors else op.set_integers(*integers)
     if "weight_scale" in tensors:
         op.set_weight_scale(tensors["weight_scale"])
+    if entry.get("levels") is not None:
+        op.levels = ClipFloorShift(entry["levels"], tensors["levels.scale"])
     op.load_state_dict(tensors, assign=True)
     op.spiking = entry["spiking"]
     if isinstance(op, WeightedLayer):

@@ -128,17 +128,45 @@ class IFNeuron(nn.Module):
         return f"Vthr={threshold}, reset_mode={self.reset_mode}"
 
 
+class ClipFloorShift(nn.Module):
+    """scale / levels * clip(floor(x levels / scale + 1/2), 0, levels): what `levels` timesteps of spikes can say.
+
+    Quantisation clip-floor-shift (Bu et al., ICLR 2022) with a learnt scale, lambda: the gradient passes the floor as
+    if it were not there, and that of the scale is LSQ's (Esser et al., Learned Step Size Quantization, ICLR 2020).
+    """
+
+    def __init__(self, levels, scale):
+        super().__init__()
+        self.levels = levels
+        self.scale = nn.Parameter(scale)
+
+    def forward(self, x):
+        scale = self.scale.abs().clamp_min(1e-6)
+        steps = (x / scale).clamp(0, 1) * self.levels
+        whole = steps + ((steps + 0.5).floor() - steps).detach()
+        return whole * (scale / self.levels)
+
+    def extra_repr(self):
+        return f"levels={self.levels}"
+
+
 class SpikeLayer(nn.Module):
     """What every op of a SpikeDAGModule has.
 
     spiking: the op works on spikes or currents, not on activations; set by the conversion.
     neuron: the IFNeuron that fires behind this op, or None.
+    levels: the ClipFloorShift that quantises what this op, which is to fire, returns in the ANN, or None.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.spiking = False
         self.neuron = None
+        self.levels = None
+
+    def quantise(self, activation):
+        """The activation, in levels where they are set."""
+        return activation if self.levels is None else self.levels(activation)
 
     def fire(self, current, memory=None):
         """The neuron's spikes, or the current itself where no neuron stands here."""
@@ -219,7 +247,7 @@ class WeightedLayer(SpikeLayer):
             return self.fire(Current(self.current_of(x.data), x.timesteps), memory)
         if isinstance(x, Current):  # the real-valued image
             return self.fire(x.like(self.operate(x.data, self.weight, self.bias) / self.unit), memory)
-        return self.operate(x, self.weight, self.bias)
+        return self.quantise(self.operate(x, self.weight, self.bias))
 
     def current_of(self, spikes):
         """What spikes [T*B, ...] cause: integers, exact in the type they come in."""
@@ -477,7 +505,7 @@ class SpikeReLU(SpikeLayer):
             return self.fire(x, memory)
         if isinstance(x, SpikeTensor):
             return x
-        return F.relu(x) if self.ceiling is None else x.clamp(0, self.ceiling)
+        return self.quantise(F.relu(x) if self.ceiling is None else x.clamp(0, self.ceiling))
 
 
 class SignedReLU(SpikeLayer):
@@ -489,7 +517,7 @@ class SignedReLU(SpikeLayer):
     def forward(self, x, memory=None):
         if isinstance(x, Current):
             return self.fire(x.like(self.both_signs(x.total())), memory)
-        return F.relu(self.both_signs(x))
+        return self.quantise(F.relu(self.both_signs(x)))
 
     @staticmethod
     def both_signs(x):
@@ -569,7 +597,7 @@ class SpikeAdd(SpikeLayer):
 
     def forward(self, x, y, memory=None):
         if isinstance(x, torch.Tensor):
-            return x + y
+            return self.quantise(x + y)
         if isinstance(x, SpikeTensor) and isinstance(y, Current):
             return self.fire(self.join(y, self.branch_weight1, x, self.branch_weight0), memory)
         return self.fire(self.join(x, self.branch_weight0, y, self.branch_weight1), memory)

@@ -93,7 +93,7 @@ def measure(args, network, bits, flags, timesteps, seed, loaders):
 
     from build_network import input_size
     from datasets import get_dataset
-    from pipeline import check_command_line, choose_measure, convert, load_network
+    from pipeline import check_command_line, choose_measure, convert, load_network, with_levels
     from quantization import quantize_finetune
     from runtime.device import choose_device, seed_everything
     from spike_finetune import finetune_on_spikes
@@ -109,7 +109,8 @@ def measure(args, network, bits, flags, timesteps, seed, loaders):
     seed_everything(seed)
     net, start = load_network(flags, train_loader.dataset), time.perf_counter()
     criterion, evaluate = choose_measure(flags)
-    qnet = quantize_finetune(net, train_loader, criterion, device, flags)
+    leveled = with_levels(net, train_val_loader, device, flags)
+    qnet = quantize_finetune(leveled, train_loader, criterion, device, flags)
     snn = convert(qnet, train_val_loader, device, flags)
     snn = finetune_on_spikes(snn, net, train_loader, train_val_loader, criterion, device, flags)
     seconds = time.perf_counter() - start

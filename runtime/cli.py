@@ -182,6 +182,13 @@ def add_conversion_flags(parser):
         help="pull of the weights towards integers, reached in the last finetune epoch (%(default)s)",
     )
     parser.add_argument(
+        "--activation_levels",
+        type=whole_number(1),
+        default=None,
+        metavar="L",
+        help="finetune with activations of L levels, as T = L timesteps have, and learn lambda (float activations)",
+    )
+    parser.add_argument(
         "--finetune_snn",
         type=whole_number(0),
         default=0,

@@ -1,0 +1,39 @@
+"""Activations of T + 1 levels in the ANN, so that finetuning sees what T timesteps of spikes can say.
+
+    net = quantize_activations(net, loader, device, levels)
+    qnet = quantize_finetune(net, ...)         # trains weights and lambdas together
+    snn = trans_ann2snn_weight(qnet, ...)      # aims at these lambdas
+
+A neuron that gets the sum of T steps of current, u[0] = Vthr / 2 included, sends clip(floor(a T / lambda + 1/2), 0, T)
+spikes if they arrive evenly; so the ANN's ReLU becomes lambda / L * clip(floor(a L / lambda + 1/2), 0, L)
+(quantisation clip-floor-shift; Bu et al., Optimal ANN-SNN Conversion, ICLR 2022).
+"""
+
+import copy
+
+import torch
+
+from snn_weight_setter import calibrate, least_error_scales, plan_conversion
+from spike_layers import ClipFloorShift
+
+
+def quantize_activations(net, loader, device, levels, ann_layers=(), calibration_samples=1000):
+    """A copy of `net` in which every op that is to fire returns activations of `levels` steps up to a lambda.
+
+    The lambdas start at the least squared error on the first `calibration_samples` images of `loader` and are learnt
+    with the weights. Raises ValueError for fewer than 1 level, and for what cannot be converted (`plan_conversion`).
+    """
+    if levels < 1:
+        raise ValueError(f"activation levels {levels}: use 1 or more")
+    net = copy.deepcopy(net).to(device).eval()
+
+    def choose_scales(values, channels, count):
+        return least_error_scales(values, channels, count, levels)
+
+    statistics = calibrate(net, loader, device, calibration_samples, choose_scales)
+    for name in plan_conversion(net, ann_layers).firing:
+        op, scale = net.ops[name]["op"], statistics[name].max_o
+        scale = min(scale, getattr(op, "ceiling", None) or float("inf"))
+        if scale > 0:  # a layer that is never active stays as it is
+            op.levels = ClipFloorShift(levels, torch.tensor(scale)).to(device)
+    return net

@@ -1,0 +1,77 @@
+"""Activations of few levels: numbers by hand, and the spiking network that equals them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_layers import MODELS, small_model
+from test_spike_finetune import CHOICES, prepared
+from torch import nn
+
+import ann2snn
+from activation_levels import quantize_activations
+from quantization import quantize_finetune
+from runtime.cli import run_script
+from snn_weight_setter import trans_ann2snn_weight
+from spike_dag import from_dict, load_dag
+from spike_layers import ClipFloorShift
+
+
+def test_levels_and_gradients_by_hand():
+    """lambda = 2 in 4 levels of 0.5, with the shift of half a level; LSQ's gradient of lambda."""
+    levels = ClipFloorShift(4, torch.tensor(2.0))
+    x = torch.tensor([-1.0, 0.2, 0.25, 0.6, 3.0], requires_grad=True)
+    y = levels(x)
+    assert y.tolist() == [0, 0, 0.5, 0.5, 2]
+    for value, of_x, of_scale in zip(y, [0, 1, 1, 1, 0], [0, -0.1, 0.125, -0.05, 1]):
+        grads = torch.autograd.grad(value, (x, levels.scale), retain_graph=True)
+        assert grads[0].sum().item() == pytest.approx(of_x) and grads[1].item() == pytest.approx(of_scale, abs=1e-6)
+
+
+@pytest.mark.parametrize("T", [1, 4, 16])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_network_that_listens_is_the_network_of_levels(name, T):
+    """Float weights, every step of input heard before the first spike: the same outputs, up to float32."""
+    net, images = small_model(name)
+    ann = quantize_activations(prepared(net, images), [(images,)], "cpu", T)
+    assert sum(entry["op"].levels is not None for entry in ann.ops.values()) >= 3
+    snn = trans_ann2snn_weight(ann, [(images,)], "cpu", T, 32, listen=T, correction="none", **CHOICES)
+    assert all(entry["op"].levels is None for entry in snn.ops.values())
+    with torch.no_grad():
+        expected, float_outputs = ann(images), prepared(net, images)(images)
+        assert torch.allclose(snn(images), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+        assert not torch.allclose(expected, float_outputs, rtol=1e-3)
+
+
+def test_lambdas_are_learnt_and_converted():
+    net, images = small_model("shortcuts")
+    ann = quantize_activations(prepared(net, images), [(images,)], "cpu", 4)
+    before = {name: entry["op"].levels.scale.item() for name, entry in ann.ops.items() if entry["op"].levels}
+    flags = SimpleNamespace(
+        weight_bitwidth=8, finetune_epochs=4, finetune_lr=0.05, finetune_wd=1e-4, finetune_momentum=0.9
+    )
+    loader = [(images, torch.arange(len(images)) % 3)]
+    qnet = quantize_finetune(ann, loader, nn.CrossEntropyLoss(), "cpu", flags)
+    after = {name: qnet.ops[name]["op"].levels.scale.item() for name in before}
+    assert all(after[name] != before[name] for name in before)
+    assert {name: ann.ops[name]["op"].levels.scale.item() for name in before} == before  # the input is not changed
+    again = from_dict(qnet.to_dict())
+    assert torch.equal(again(images), qnet(images))
+    snn = trans_ann2snn_weight(qnet, loader, "cpu", 4, 8)
+    for name, neuron in snn.neurons().items():
+        step = neuron.scale_factor / neuron.Vthr  # lambda is what the rounded Vthr stands for
+        assert ((neuron.scale_factor - after[name]).abs() <= 0.51 * step).all()
+
+
+def test_fewer_levels_than_one_are_refused():
+    net, images = small_model("shortcuts")
+    with pytest.raises(ValueError, match="activation levels 0: use 1 or more"):
+        quantize_activations(prepared(net, images), [(images,)], "cpu", 0)
+
+
+def test_command_line(tmp_path, capsys):
+    argv = f"example_net --ann_weight checkpoint/example_net_ann.pth -e 2 --timesteps 4 --save_file {tmp_path}/snn.pth"
+    run_script(ann2snn.main, ann2snn.parse_args([*argv.split(), "--activation_levels", "4"]))
+    printed = capsys.readouterr().out
+    assert float(printed.split("SNN, T=4")[1].split()[0]) > 93
+    assert all(entry["op"].levels is None for entry in load_dag(tmp_path / "snn.pth").ops.values())
