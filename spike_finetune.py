@@ -27,7 +27,7 @@ LARGEST_INTEGER = 2**20  # of biases: sums of them stay exact in float32
 TEMPERATURE = 2.0  # softens what the teacher's outputs say
 
 
-def finetune_spikes(snn, loader, device, epochs, *, lr=0.001, criterion=None, teacher=None, features=1.0):
+def finetune_spikes(snn, loader, device, epochs, *, lr=0.0005, criterion=None, teacher=None, features=1.0):
     """A copy of a converted network whose weights and biases are finetuned for `epochs` passes over `loader`.
 
     criterion: loss of the outputs against the labels of `loader`, or None. teacher: the ANN, whose outputs and (times

@@ -205,7 +205,7 @@ def add_conversion_flags(parser):
     parser.add_argument(
         "--finetune_snn_lr",
         type=real_number(0),
-        default=0.001,
+        default=0.0005,
         help="learning rate of --finetune_snn and --calibration_epochs (%(default)s)",
     )
     parser.add_argument(
