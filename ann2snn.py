@@ -5,6 +5,7 @@
 """
 
 import argparse
+import os
 
 from runtime.cli import OneLineParser, add_analysis_flags, add_conversion_flags, run_script
 
@@ -45,7 +46,8 @@ def main(args):
     check_writable(args.save_file)
     check_writable(args.results)
     check_folder(args.report)
-    check_different(args.save_file, args.results)
+    pages = [os.path.join(args.report, page) for page in ("report.html", "report.json")] if args.report else []
+    check_different(args.save_file, args.results, args.report, *pages)
     device = choose_device(args.device)
     seed_everything(args.seed)
     args.image_size = input_size(args.net_name)
@@ -79,16 +81,16 @@ def main(args):
     print(
         f"timesteps: {steps['firing']} of firing, {steps['interval']} between images, {steps['latency']} to the answer"
     )
-    if args.report:
-        from reports.analysis import analyse, write_report
-
-        loaders, accuracies = (test_loader, train_loader, train_val_loader), (ann, quantised, spiking)
-        write_report(args.report, analyse(args, net, qnet, snn, loaders, device, accuracies))
-        print(f"Save the report in {args.report}")
     write_atomically(args.save_file, lambda path: torch.save(snn.cpu(), path))
     print(f"Save the SNN in {args.save_file}")
     if args.results:
         write_json(args.results, collect_results(args, ann, quantised, spiking, steps, clock.seconds))
+    if args.report:
+        from reports.analysis import analyse, write_report
+
+        loaders, accuracies = (test_loader, train_loader, train_val_loader), (ann, quantised, spiking)
+        write_report(args.report, analyse(args, net, qnet, snn.to(device), loaders, device, accuracies))
+        print(f"Save the report in {args.report}")
 
 
 def print_layers(snn, firing_rate):

@@ -407,7 +407,7 @@ def load_weights(net, path):
     truncated, that does not fit the network, or that holds NaN or infinite weights; `net` then stays as it was.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"no checkpoint {path}, train one with train_ann.py or give another --ann_weight")
+        raise FileNotFoundError(f"no checkpoint {path}, train one with train_ann.py or name another file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever damaged bytes lead it to, an OSError without a name too

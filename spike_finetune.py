@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 from quantization import FLOAT_BITS, QuantAdam, quantize_layer, round_to_integers
@@ -24,6 +25,7 @@ from spike_layers import ConcatOp, SpikeAdd, SpikeAvgPool2d, SpikeBatchNorm, Spi
 from spike_tensor import Memory, SpikeTensor
 
 LARGEST_INTEGER = 2**20  # of biases: sums of them stay exact in float32
+BATCH = 32  # calibration images a step
 TEMPERATURE = 2.0  # softens what the teacher's outputs say
 
 
@@ -52,6 +54,8 @@ def finetune_spikes(snn, loader, device, epochs, *, lr=0.0005, criterion=None, t
             optimizer.step()
             schedule.step()
             set_integers(layers)
+    if not all(torch.isfinite(p).all() for p in parameters):
+        raise ValueError(f"finetuning on spikes diverged in epoch {epochs}, lower its learning rate")
     bound_currents(snn)
     for parameter in parameters:
         vars(parameter).pop("weight_back", None)
@@ -71,10 +75,10 @@ def finetune_on_spikes(snn, ann, train_loader, calibration_loader, criterion, de
 
 
 def first_images(loader, samples):
-    """The first `samples` images of a loader, in its batches."""
+    """The first `samples` images of a loader, in small batches: many steps on few images."""
     batches, seen = [], 0
     for inputs, targets in loader:
-        batches.append((inputs[: samples - seen], targets[: samples - seen]))
+        batches += zip(inputs[: samples - seen].split(BATCH), targets[: samples - seen].split(BATCH))
         seen += len(inputs)
         if seen >= samples:
             break
@@ -161,6 +165,8 @@ def shadow_weights(snn):
             layer.set_weight_scale(quantize_layer(layer, layer.weight, layer.weight_bits)[1])
         layer.weight.weight_back = layer.weight.detach().clone()
         if layer.spiking and layer.bias_q is not None:
+            if layer.bias is None:  # a correction gave it one
+                layer.bias = nn.Parameter(torch.zeros(layer.output_channels, device=layer.weight.device))
             layer.bias.copy_(layer.bias_q * layer.per_output_unit())  # with what a correction added to it
     set_integers(layers)
     return layers

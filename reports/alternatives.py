@@ -5,6 +5,7 @@ conversion "as asked for" that is done again on them.
 """
 
 import copy
+import sys
 
 import torch
 from tqdm import tqdm
@@ -16,6 +17,7 @@ from spike_correction import correct_spikes
 from spike_tensor import SpikeTensor
 
 MOST_TIMESTEPS = 65536
+NOT_ON_SPIKES = "not finetuned on spikes"
 
 
 def score_error(outputs, others, expected):
@@ -112,8 +114,7 @@ def input_scales(snn, image):
 def alternatives(args, net, qnet):
     """Flags -> (network to convert, arguments of `convert`, what was not done), of conversions other than `args`."""
     bits, T = args.weight_bitwidth, args.timesteps
-    on_spikes = args.finetune_snn or args.calibration_epochs
-    asked_for = qnet, {}, "not finetuned on spikes" if on_spikes else ""
+    asked_for = qnet, {}, NOT_ON_SPIKES if args.finetune_snn or args.calibration_epochs else ""
     found = {}
     if bits != FLOAT_BITS:
         found[f"--weight_bitwidth {FLOAT_BITS}"] = net, {"weight_bitwidth": FLOAT_BITS}, "not finetuned"
@@ -132,6 +133,9 @@ def alternatives(args, net, qnet):
         found["--granularity channel"] = qnet, {"granularity": "channel"}, ""
     if args.correction == "none":
         found["--correction potential"] = qnet, {"correction": "potential"}, ""
+    if args.finetune_snn or args.calibration_epochs:
+        later = {flags: ", ".join(filter(None, (note, NOT_ON_SPIKES))) for flags, (*_, note) in found.items()}
+        found = {flags: (*found[flags][:2], note) for flags, note in later.items()}
     return {"as asked for": asked_for, **found}
 
 
@@ -155,7 +159,10 @@ def try_alternatives(args, net, qnet, loader, device, images, targets, expected)
     """Flags -> `measure` and the duration in steps of every alternative conversion, least error first."""
     results = {}
     for flags, (network, changes, note) in tqdm(alternatives(args, net, qnet).items(), "alternatives", leave=False):
-        snn = convert(network, loader, device, args, **{"calibration_samples": args.analysis_images, **changes})
+        options = {"calibration_samples": args.analysis_images, **changes}
+        snn = try_to_convert(flags, network, loader, device, args, **options)
+        if snn is None:
+            continue
         duration = snn.duration()
         results[flags] = {**measure(snn, images, targets, expected), "duration": duration, "note": note}
     return dict(sorted(results.items(), key=lambda item: item[1]["error"]))
@@ -174,14 +181,17 @@ def sweep(args, net, train_loader, loader, device, images, targets, bit_widths, 
         qnet = quantize_finetune(net, train_loader, criterion, device, with_bits)
         results[bits] = {}
         for T in timesteps:
-            snn = convert(
-                qnet,
-                loader,
-                device,
-                with_bits,
-                timesteps=T,
-                listen=min(args.listen, T),
-                calibration_samples=args.analysis_images,
-            )
-            results[bits][T] = measure(snn, images, targets, expected)["top1"]
+            options = {"timesteps": T, "listen": min(args.listen, T), "calibration_samples": args.analysis_images}
+            flags = f"--weight_bitwidth {bits} --timesteps {T}"
+            snn = try_to_convert(flags, qnet, loader, device, with_bits, **options)
+            results[bits][T] = None if snn is None else measure(snn, images, targets, expected)["top1"]
     return results
+
+
+def try_to_convert(flags, network, loader, device, args, **options):
+    """As `pipeline.convert`; None, and a line that says why, where the network cannot be converted in this way."""
+    try:
+        return convert(network, loader, device, args, **options)
+    except ValueError as error:
+        print(f"warning: {flags} is not tried, {error}", file=sys.stderr)
+        return None

@@ -63,7 +63,11 @@ def analyse(args, net, qnet, snn, loaders, device, accuracies):
     result["worst_layer"] = worst_layer(result, snn)
     result["verdict"] = verdict(result)
     neurons = watch_neurons(snn, images[:1], choose_layers(snn, result["worst_layer"]["name"]))
-    samples = {"pairs": looked.pairs, "weights": weight_samples(net, qnet), "neurons": neurons}
+    samples = {
+        "pairs": looked.pairs,
+        "weights": weight_samples(net, snn if on_spikes(result) else qnet),
+        "neurons": neurons,
+    }
     return Analysis(result, samples)
 
 
@@ -272,20 +276,31 @@ def worst_layer(result, snn):
 
 def verdict(result):
     """Three sentences: what dominates the loss, which layer, and which flags regain most."""
-    return [verdict_on_loss(result), verdict_on_layer(result), verdict_on_flags(result)]
+    sentences = [verdict_on_layer(result), verdict_on_flags(result)]
+    before = "Before finetuning on spikes: " if on_spikes(result) else ""
+    return [verdict_on_loss(result), *(before + sentence for sentence in sentences)]
 
 
 def verdict_on_loss(result):
     """What the weights and what the spikes cost."""
     top1 = {name: result["accuracy"][name]["top1"] for name in ("ann", "qnet", "snn")}
     error = result["output_error"]
-    dominant = "the weights dominate" if error["weights"] >= error["spikes"] else "the conversion to spikes dominates"
+    spikes = "the conversion and finetuning on spikes" if on_spikes(result) else "the conversion"
+    dominant = "the weights dominate" if error["weights"] >= error["spikes"] else f"{spikes} dominate"
+    dominant += "" if dominant.endswith("weights dominate") or on_spikes(result) else "s"
+    if max(error["weights"], error["spikes"]) < 0.05:
+        dominant = "neither moves"
     return (
-        f"Of {top1['ann']:.2f} % top-1 of the float ANN the quantised ANN keeps {top1['qnet']:.2f} % and the spiking "
-        f"network {top1['snn']:.2f} % ({top1['snn'] - top1['ann']:+.2f} points on {result['samples']} test images); "
+        f"The float ANN has {top1['ann']:.2f} % top-1, the quantised ANN {top1['qnet']:.2f} % and the spiking network "
+        f"{top1['snn']:.2f} % ({top1['snn'] - top1['ann']:+.2f} points on {result['samples']} test images); "
         f"{dominant} the error: quantised and finetuned weights move the class scores by {error['weights']:.1f} % of "
-        f"their standard deviation, the conversion moves them by {error['spikes']:.1f} %."
+        f"their standard deviation, {spikes} by {error['spikes']:.1f} %."
     )
+
+
+def on_spikes(result):
+    """Whether the network was finetuned on its spikes, which repaired and alternative conversions are not."""
+    return bool(result["flags"].get("finetune_snn") or result["flags"].get("calibration_epochs"))
 
 
 def verdict_on_layer(result):
@@ -358,5 +373,6 @@ def summary_rows(result):
     for name, layer in result["layers"].items():
         largest = max(PARTS, key=lambda part: layer["rms_of_parts"][part])
         error = 100 * layer["relative_squared_error"] ** 0.5
-        rows.append((name, layer["path"], f"{layer['firing_rate']:.4f}", f"{error:.1f}", PARTS[largest]))
+        in_words = PARTS[largest] if layer["rms_of_parts"][largest] else "-"
+        rows.append((name, layer["path"], f"{layer['firing_rate']:.4f}", f"{error:.1f}", in_words))
     return rows

@@ -11,7 +11,8 @@ the way from one to the other one thing changes at a time, and every change is a
     inherited    the same count where the quantised ANN's layer reads what the spikes before it stand for, minus that:
                  errors of earlier layers' spikes
     integers     the count from the current that really came, minus that: weights rounded once more, where branches
-                 share a neuron, and biases rounded to the neuron's integers
+                 share a neuron, biases rounded to the neuron's integers or corrected (`--correction bias`), and what
+                 finetuning on spikes moved
     correction   the same with the initial potential as it was corrected (`spike_correction`), minus that
     arrival      uneven arrival: the spikes that were really sent, minus that. Without listening, a spike is sent too
                  early that later negative currents do not bear out, or too late to be sent at all. With reset to zero,
@@ -25,7 +26,7 @@ PARTS = {
     "clipping": "clipping",
     "rounding": "activation quantisation",
     "inherited": "inherited from earlier layers",
-    "integers": "integers of shared neurons",
+    "integers": "integers of the neurons",
     "correction": "correction of potentials",
     "arrival": "uneven arrival of spikes",
 }

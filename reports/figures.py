@@ -89,7 +89,8 @@ def new_figure(width, height, rows=1, columns=1, **options):
 
 def label(name, path):
     """A layer as figures name it."""
-    return f"{name} ({path})" if path and path != name else name
+    text = f"{name} ({path})" if path and path != name else name
+    return text.replace("$", r"\$")  # no mathematics
 
 
 def rows_height(count):
@@ -180,7 +181,7 @@ def draw_lollipops(axis, labels, values, reference):
 def draw_sweep(swept, images):
     """Accuracy by weight bits and timesteps as a heat map."""
     bits, steps = list(swept), list(next(iter(swept.values())))
-    values = np.array([[swept[b][t] for t in steps] for b in bits])
+    values = np.array([[swept[b][t] for t in steps] for b in bits], dtype=float)  # None, not converted: NaN, empty
     figure, axes = new_figure(1.8 + 0.9 * len(steps), 1.5 + 0.5 * len(bits))
     axis = axes[0, 0]
     axis.grid(False)
@@ -277,7 +278,7 @@ def draw_weights(weights, worst):
     for axis, name in zip(axes, names):
         floats, integers = (values.numpy() for values in weights[name])
         draw_weight_histogram(axis, floats, integers)
-        axis.set_title(name + (" (worst)" if name == worst else ""), fontsize=9)
+        axis.set_title(label(name, "") + (" (worst)" if name == worst else ""), fontsize=9)
     axes[0].legend(fontsize=8)
     figure.supxlabel("weight (integer steps)", fontsize=10)
     figure.supylabel("share of the weights in a step (%)", fontsize=10)

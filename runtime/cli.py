@@ -54,7 +54,7 @@ def bitwidths(text):
     if text == "auto":
         return text
     widths = tuple(map(whole_number(1, 8, also=(32,)), text.split(",")))
-    return widths[0] if len(widths) == 1 else widths
+    return widths[0] if len(widths) == 1 or set(widths) == {32} else widths
 
 
 def real_number(least, most=float("inf")):
@@ -204,7 +204,7 @@ def add_conversion_flags(parser):
     )
     parser.add_argument(
         "--finetune_snn_lr",
-        type=real_number(0),
+        type=real_number(0, 1),
         default=0.0005,
         help="learning rate of --finetune_snn and --calibration_epochs (%(default)s)",
     )

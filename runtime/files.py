@@ -84,20 +84,19 @@ def write_json(path, value):
 def write_folder(path, files):
     """Write `files`, name -> bytes, into the folder `path`; what else is in it stays.
 
-    All are written into a folder beside it first, then moved in one by one, so that none is ever half-written.
+    All are written into a folder inside of it first, then moved up one by one, so that none is ever half-written.
     """
     check_folder(path)
     path = os.path.realpath(path)
     for name in files:
         if os.path.isdir(os.path.join(path, name)):
             raise OSError(f"cannot write {os.path.join(path, name)}, it is a folder, move it away")
-    temporary = temporary_beside(path)
+    temporary = temporary_beside(os.path.join(path, "new"))  # inside: `path` may be a mount of its own
     try:
         os.makedirs(temporary)
         for name, contents in files.items():
             with open(os.path.join(temporary, name), "wb") as file:
                 file.write(contents)
-        os.makedirs(path, exist_ok=True)
         for name in files:
             os.replace(os.path.join(temporary, name), os.path.join(path, name))
     finally:

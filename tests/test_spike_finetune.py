@@ -224,3 +224,16 @@ def test_command_line(tmp_path, capsys):
         with pytest.raises(SystemExit) as end:
             run_script(ann2snn.main, ann2snn.parse_args([*argv, "--weight_bitwidth", wrong]))
         assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_finetuning_a_layer_whose_bias_is_a_correction(tmp_path):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False), nn.ReLU(), nn.Flatten()]
+    net, images = nn.Sequential(*layers, nn.Linear(36, 3)), torch.rand(8, 2, 7, 7)
+    snn = convert(net, images, 8, 4, correction="bias")
+    assert snn.ops["conv2"]["op"].bias is None and snn.ops["conv2"]["op"].bias_q is not None
+    loader = [(images, torch.zeros(len(images), dtype=torch.long))]
+    tuned = finetune_spikes(snn, loader, "cpu", 2, teacher=prepared(net, images))
+    assert_every_spike_is_reproduced(tuned, images[:3], 8)
+    torch.save(tuned, tmp_path / "snn.pth")
+    assert torch.equal(load_dag(tmp_path / "snn.pth")(images), tuned(images))
