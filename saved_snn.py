@@ -24,6 +24,7 @@ from spike_tensor import Current, Memory, SpikeTensor
 
 FORMAT = "ann2snn-stretch-1"
 MANIFEST = "manifest.json"
+ARRAY_FOLDERS = ("weights", "vectors")
 CURRENT_TOLERANCE = 1e-5  # of float32 sums in another order
 
 
@@ -97,9 +98,10 @@ def write_saved_snn(folder, snn, inputs, details):
     plain data. Raises OSError where the folder cannot be written, or holds something else.
     """
     check_target(folder)
+    folder = os.path.realpath(folder)  # a link stays, the folder that it names is replaced
     snn = snn.cpu()
     inputs = tuple(x.detach().cpu().float() for x in inputs)
-    temporary = f"{os.path.abspath(folder)}.{os.getpid()}.tmp"
+    temporary = f"{folder}.{os.getpid()}.tmp"
     os.makedirs(temporary)
     try:
         write_contents(temporary, snn, inputs, details)
@@ -110,15 +112,33 @@ def write_saved_snn(folder, snn, inputs, details):
 
 def check_target(folder):
     """Raise OSError unless `folder` is new, empty, or an earlier result, in a folder that exists."""
-    parent = os.path.dirname(os.path.abspath(folder))
+    parent = os.path.dirname(os.path.realpath(folder))
     if not os.path.isdir(parent):
         raise OSError(f"cannot write {folder}, there is no folder {parent}, create it first")
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise OSError(f"cannot write {folder}, it is a file, name a folder")
-    if os.path.isdir(folder) and os.listdir(folder) and not os.path.isfile(os.path.join(folder, MANIFEST)):
+    if os.path.isdir(folder) and os.listdir(folder) and not is_earlier_result(folder):
         raise OSError(f"cannot write {folder}, the folder holds other files, name a new or empty one")
     if not os.access(parent, os.W_OK):
         raise OSError(f"cannot write {folder}, the folder {parent} refuses new files")
+
+
+def is_earlier_result(folder):
+    """Whether a folder has a manifest of this format, and nothing beside it but .npy files as `FileWriter` names them.
+
+    Its contents are deleted when it is replaced, so a folder that merely looks like one is left alone.
+    """
+    if not set(os.listdir(folder)) <= {MANIFEST, *ARRAY_FOLDERS}:
+        return False
+    try:
+        with open(os.path.join(folder, MANIFEST), encoding="utf-8") as file:
+            manifest = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return False
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        return False
+    arrays = [os.path.join(folder, name) for name in ARRAY_FOLDERS if os.path.lexists(os.path.join(folder, name))]
+    return all(os.path.isdir(path) and all(name.endswith(".npy") for name in os.listdir(path)) for path in arrays)
 
 
 def put_in_place(temporary, folder):

@@ -579,6 +579,27 @@ def test_an_earlier_result_is_replaced_and_nothing_else(saved, tmp_path, monkeyp
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter1.txt"]
 
 
+@pytest.mark.parametrize("format", ["x", saved_snn.FORMAT])
+def test_a_folder_with_another_manifest_is_left_alone(saved, tmp_path, format):
+    target = tmp_path / "extension"
+    (target / "weights").mkdir(parents=True)
+    (target / "manifest.json").write_text(json.dumps({"format": format}))
+    if format == saved_snn.FORMAT:
+        (target / "weights" / "notes.txt").write_text("years of work")
+    before = sorted(target.rglob("*"))
+    with pytest.raises(OSError, match="the folder holds other files"):
+        saved[1].save_snn(target)
+    assert sorted(target.rglob("*")) == before
+
+
+def test_a_link_to_a_folder_stays_a_link(saved, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    saved[1].save_snn(tmp_path / "link", samples=1)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "manifest.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
 def test_everything_with_a_neuron_can_be_saved(tmp_path):
     """Poolings, transposed and grouped layers, max pooling, concatenations, linear layers: back from their files."""
     torch.manual_seed(0)
