@@ -237,6 +237,12 @@ def test_missing_files_are_named(small, tmp_path):
         ),
         (lambda d: d["annotations"][1].update(image_id=11), "no known image"),
         (lambda d: d["annotations"][1].pop("iscrowd"), "annotation 2 has no iscrowd"),
+        (lambda d: d["annotations"][1].update(area=None), "annotation 2 has an iscrowd that is not 0 or 1, or an area"),
+        (lambda d: d["annotations"][1].update(bbox=[1, 2, 3, float("inf")]), "annotation 2 has no box of 4 numbers"),
+        (lambda d: d["images"][0].update(file_name=5), "image 10 has no file name or no size"),
+        (lambda d: d["images"][0].update(width=float("inf")), "image 10 has no file name or no size"),
+        (lambda d: d["images"].append({**d["images"][0], "id": 1.5}), "the image id 1.5 is no whole number"),
+        (lambda d: d["categories"].append({"id": 1.5, "name": "x"}), "the category id 1.5 is no whole number"),
     ],
 )
 def test_damaged_annotations_are_named(small, change, message):
@@ -355,6 +361,14 @@ def test_perfect_boxes_have_a_map_of_1(name, request):
     assert result["samples"] == len(loader.dataset) and 0 <= result["loss"] < 0.05
     worse = evaluate_detector(Oracle(loader, classes, shift=4.0), loader, "cpu", DetectionLoss(96))
     assert worse["map"] < 0.8 * result["map"]
+
+
+@pytest.mark.parametrize("ids", [range(4), [5] * 4], ids=["from 0", "equal"])
+def test_perfect_boxes_have_a_map_of_1_whatever_the_ids(small, ids):
+    change_json(small, "val2017", lambda d: [e.update(id=i) for e, i in zip(d["annotations"], ids, strict=True)])
+    loader = loaders(small)[TEST]
+    result = evaluate_detector(Oracle(loader, 2), loader, "cpu", DetectionLoss(96))
+    assert (result["map"], result["map50"]) == (pytest.approx(1.0), pytest.approx(1.0))
 
 
 def test_map_by_hand(small):
