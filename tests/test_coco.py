@@ -449,6 +449,31 @@ def test_what_does_not_fit_is_one_line(shapes, tmp_path, capsys, line, message):
     assert not (tmp_path / "snn.pth").exists()
 
 
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (
+            "example_net --dataset COCO --dataset_root {shapes}",
+            "example_net returns (1, 3) for one image, a detector has",
+        ),
+        (
+            "yolo_tiny --dataset digits",
+            "yolo_tiny returns (1, 14, 12, 12), (1, 14, 6, 6) for one image, it has to return",
+        ),
+        ("example_net --dataset digits --teacher yolo_tiny:{teacher}", "yolo_tiny returns (1, 14, 4, 4), (1, 14"),
+        ("yolo_tiny --dataset COCO --dataset_root {tmp} --teacher x:y", "--teacher is for classifiers, leave it out"),
+        ("yolo_tiny --dataset COCO --dataset_root {tmp} --label_smoothing 0.1", "--label_smoothing is for classifiers"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(shapes, tmp_path, capsys, line, message):
+    teacher = tmp_path / "teacher.pth"
+    torch.save(get_net_by_name("yolo_tiny", 1, 10).state_dict(), teacher)
+    line = line.format(shapes=shapes, tmp=tmp_path, teacher=teacher) + f" --epochs 1 --save_file {tmp_path}/ann.pth"
+    status, out, errors = run(train_ann.main, train_ann.parse_args, line, capsys)
+    assert status == 2 and out == "" and len(errors) == 1 and message in errors[0]
+    assert not (tmp_path / "ann.pth").exists()
+
+
 def test_drawn_shapes_are_the_same_for_a_seed_and_overwrite_nothing(shapes, tmp_path, capsys):
     draw_shapes.main(draw_shapes.parse_args([f"{tmp_path}/again", "--train", "24", "--val", "8"]))
     files = sorted(path.relative_to(shapes) for path in shapes.rglob("*") if path.is_file())
