@@ -300,6 +300,7 @@ def record_batch_norm(
     factor = (running_var.detach().double() + eps).rsqrt() * (1.0 if weight is None else weight.detach().double())
     shift = (0.0 if bias is None else bias.detach().double()) - running_mean.detach().double() * factor
     op.weight, op.bias = nn.Parameter(factor.to(input.dtype)), nn.Parameter(shift.to(input.dtype))
+    op.frozen = frozen_names(weight, bias)
     output = function(input, running_mean, running_var, weight, bias, False, momentum, eps)
     return trace.record("batch_norm", op, [input], output)
 
@@ -309,6 +310,18 @@ def copy_weights(op, weight, bias):
     op.weight = nn.Parameter(weight.detach().clone())
     if bias is not None:
         op.bias = nn.Parameter(bias.detach().clone())
+    op.frozen = frozen_names(weight, bias)
+
+
+def frozen_names(weight, bias):
+    """Which of "weight" and "bias" are parameters that shall not be trained, or are none at all.
+
+    While a network is traced without gradients, only a parameter still tells: what is computed from one does not.
+    """
+    named = {"weight": weight, "bias": bias}
+    return frozenset(
+        name for name, x in named.items() if x is None or (isinstance(x, nn.Parameter) and not x.requires_grad)
+    )
 
 
 def record_relu(trace, function, input, inplace=False, ceiling=None):

@@ -12,6 +12,7 @@ box (left, top, right, bottom) in pixels of the square, with class -1 where an i
 
 import contextlib
 import io
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -144,7 +145,8 @@ def open_split(folder, file):
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports on stdout
             images = CocoDetection(folder, file)
-        check_entries(images.coco)
+            check_entries(images.coco)
+            number_annotations(images.coco)
     except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise ValueError(
             f"the annotations {file} are damaged, or no COCO file ({type(error).__name__}: {error}), copy them again"
@@ -152,18 +154,44 @@ def open_split(folder, file):
     return images
 
 
+def number_annotations(coco):
+    """Number the annotations 1, 2, ...: pycocotools takes those of one id for one, and the id 0 for none."""
+    for number, entry in enumerate(coco.dataset["annotations"], 1):
+        entry["id"] = number
+    coco.createIndex()
+
+
 def check_entries(coco):
     """Raise ValueError or LookupError where images, categories or boxes lack what is read of them."""
     for image in coco.dataset["images"]:
-        if not (image["file_name"] and image["width"] > 0 and image["height"] > 0):
+        has_name = isinstance(image["file_name"], str) and image["file_name"]
+        if not (has_name and is_size(image["width"]) and is_size(image["height"])):
             raise ValueError(f"image {image['id']} has no file name or no size")
     names = {category["id"]: category["name"] for category in coco.dataset["categories"]}
+    for kind, ids in (("image", coco.imgs), ("category", names)):
+        for number in ids:
+            if not isinstance(number, int):
+                raise ValueError(f"the {kind} id {number!r} is no whole number")
     for entry in coco.dataset["annotations"]:
-        is_box = len(entry["bbox"]) == 4 and all(isinstance(number, (int, float)) for number in entry["bbox"])
+        is_box = len(entry["bbox"]) == 4 and all(map(is_number, entry["bbox"]))
         if not is_box or entry["category_id"] not in names or entry["image_id"] not in coco.imgs:
             raise ValueError(f"annotation {entry['id']} has no box of 4 numbers, no known category or no known image")
         if not {"iscrowd", "area"} <= set(entry):
             raise ValueError(f"annotation {entry['id']} has no iscrowd or no area")
+        if entry["iscrowd"] not in (0, 1) or not is_number(entry["area"]):
+            raise ValueError(
+                f"annotation {entry['id']} has an iscrowd that is not 0 or 1, or an area that is no number"
+            )
+
+
+def is_number(value):
+    """Whether a value is a finite number."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def is_size(value):
+    """Whether a value is a number of pixels."""
+    return is_number(value) and value > 0
 
 
 class CocoImages(Dataset):

@@ -138,9 +138,10 @@ def fold_into_layer_before(dag, name):
         return False
     layer = dag.ops[before]["op"]
     layer.scale_output(norm.weight, norm.bias)
+    layer.frozen &= norm.frozen  # what is trained of either makes the folded one trained
     if type(layer) is SpikeConv2d:
         folded = SpikeConvBN(**layer.config())
-        folded.weight, folded.bias = layer.weight, layer.bias
+        folded.weight, folded.bias, folded.frozen = layer.weight, layer.bias, layer.frozen
         replace_op(dag, before, folded.train(layer.training))
     remove_op(dag, name)
     return True
@@ -162,6 +163,7 @@ def fold_into_layer_behind(dag, name):
     added = (layer.weight * shift.view(*shift.shape, *spatial)).flatten(1).sum(1)
     layer.weight.mul_(factor.view(*factor.shape, *spatial))
     layer.bias = nn.Parameter(added if layer.bias is None else layer.bias + added)
+    layer.frozen &= norm.frozen
     remove_op(dag, name)
     return True
 
@@ -236,7 +238,7 @@ def with_both_signs(layer):
     wide = type(layer)(**config)
     inputs = 0 if isinstance(layer, SpikeConvTranspose2d) else 1  # the dimension of the input channels
     signs = torch.stack([layer.weight, -layer.weight], inputs + 1).flatten(inputs, inputs + 1)
-    wide.weight, wide.bias = nn.Parameter(signs), layer.bias
+    wide.weight, wide.bias, wide.frozen = nn.Parameter(signs), layer.bias, layer.frozen
     scale = layer.weight_scale
     if scale is not None:
         wide.set_weight_scale(scale.repeat_interleave(2, 0) if scale.dim() and inputs == 0 else scale)

@@ -7,6 +7,7 @@ Every weight of qnet is `quantized_w / scale`: integers times one factor a layer
 
 import copy
 import math
+from numbers import Integral
 
 import torch
 from tqdm import tqdm
@@ -20,8 +21,9 @@ NEXT_TO_NOTHING = 1e-30  # weights that are all smaller count as zeros; 1 over t
 
 def check_bitwidth(bits):
     """Raise ValueError unless `bits` is a weight bit width: 1 to 8, or 32 for float weights."""
-    if bits not in range(1, 9) and bits != FLOAT_BITS:
-        raise ValueError(f"weight bit width {bits}: use 1 to 8, or {FLOAT_BITS} for float weights")
+    is_whole = isinstance(bits, Integral) and not isinstance(bits, bool)  # NumPy's integers are Integral too
+    if not is_whole or (bits not in range(1, 9) and bits != FLOAT_BITS):
+        raise ValueError(f"weight bit width {bits!r}: use 1 to 8, or {FLOAT_BITS} for float weights")
 
 
 def list_bitwidths(net, weight_bitwidth):

@@ -12,6 +12,7 @@ themselves are sums of floats, which a replay compares to within `CURRENT_TOLERA
 
 import hashlib
 import json
+import math
 import os
 import shutil
 
@@ -24,7 +25,12 @@ from spike_tensor import Current, Memory, SpikeTensor
 
 FORMAT = "ann2snn-stretch-1"
 MANIFEST = "manifest.json"
+ARRAY_FOLDERS = ("weights", "vectors")
 CURRENT_TOLERANCE = 1e-5  # of float32 sums in another order
+
+
+class Damaged(ValueError):
+    """What a folder holds is not what was saved in it; the message names the file."""
 
 
 class Mismatch(Exception):
@@ -51,14 +57,23 @@ def make_vectors(snn, inputs):
     constants: float32 [B, ...], the inputs and all that they cause before the first spike. spikes: uint8 [T, B, ...] of
     every layer that fires. outputs: float32 [B, ...].
     """
-    values = simulate_nodes(snn, dict(zip(snn.inputs_nodes, inputs)))
+    values, nodes = simulate_nodes(snn, dict(zip(snn.inputs_nodes, inputs))), nodes_of_vectors(snn)
+    return {
+        "constants": {node: tensor_of(values[node]).numpy() for node in nodes["constants"]},
+        "spikes": {node: steps_of(values[node], snn.timesteps) for node in nodes["spikes"]},
+        "outputs": {node: activation_of(values[node]).numpy() for node in nodes["outputs"]},
+    }
+
+
+def nodes_of_vectors(snn):
+    """The nodes of each kind of test vectors (`make_vectors`), in the order in which they are computed."""
+    nodes = [*snn.inputs_nodes, *(entry["out_nodes"][0] for entry in snn.ops.values())]
     firing = {entry["out_nodes"][0] for entry in snn.ops.values() if entry["op"].neuron is not None}
     behind = set(snn.outputs_nodes) | nodes_from_spikes(snn)
-    constants = {node: value for node, value in values.items() if node not in behind or node in snn.inputs_nodes}
     return {
-        "constants": {node: tensor_of(value).numpy() for node, value in constants.items()},
-        "spikes": {node: steps_of(values[node], snn.timesteps) for node in values if node in firing},
-        "outputs": {node: activation_of(values[node]).numpy() for node in snn.outputs_nodes},
+        "constants": [node for node in nodes if node not in behind or node in snn.inputs_nodes],
+        "spikes": [node for node in nodes if node in firing],
+        "outputs": list(snn.outputs_nodes),
     }
 
 
@@ -97,9 +112,10 @@ def write_saved_snn(folder, snn, inputs, details):
     plain data. Raises OSError where the folder cannot be written, or holds something else.
     """
     check_target(folder)
+    folder = os.path.realpath(folder)  # a link stays, the folder that it names is replaced
     snn = snn.cpu()
     inputs = tuple(x.detach().cpu().float() for x in inputs)
-    temporary = f"{os.path.abspath(folder)}.{os.getpid()}.tmp"
+    temporary = f"{folder}.{os.getpid()}.tmp"
     os.makedirs(temporary)
     try:
         write_contents(temporary, snn, inputs, details)
@@ -110,15 +126,33 @@ def write_saved_snn(folder, snn, inputs, details):
 
 def check_target(folder):
     """Raise OSError unless `folder` is new, empty, or an earlier result, in a folder that exists."""
-    parent = os.path.dirname(os.path.abspath(folder))
+    parent = os.path.dirname(os.path.realpath(folder))
     if not os.path.isdir(parent):
         raise OSError(f"cannot write {folder}, there is no folder {parent}, create it first")
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise OSError(f"cannot write {folder}, it is a file, name a folder")
-    if os.path.isdir(folder) and os.listdir(folder) and not os.path.isfile(os.path.join(folder, MANIFEST)):
+    if os.path.isdir(folder) and os.listdir(folder) and not is_earlier_result(folder):
         raise OSError(f"cannot write {folder}, the folder holds other files, name a new or empty one")
     if not os.access(parent, os.W_OK):
         raise OSError(f"cannot write {folder}, the folder {parent} refuses new files")
+
+
+def is_earlier_result(folder):
+    """Whether a folder has a manifest of this format, and nothing beside it but .npy files as `FileWriter` names them.
+
+    Its contents are deleted when it is replaced, so a folder that merely looks like one is left alone.
+    """
+    if not set(os.listdir(folder)) <= {MANIFEST, *ARRAY_FOLDERS}:
+        return False
+    try:
+        with open(os.path.join(folder, MANIFEST), encoding="utf-8") as file:
+            manifest = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return False
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        return False
+    arrays = [os.path.join(folder, name) for name in ARRAY_FOLDERS if os.path.lexists(os.path.join(folder, name))]
+    return all(os.path.isdir(path) and all(name.endswith(".npy") for name in os.listdir(path)) for path in arrays)
 
 
 def put_in_place(temporary, folder):
@@ -163,6 +197,7 @@ def hardware_dict(snn):
     """`SpikeDAGModule.to_dict()` without the float weights of layers that read spikes: theirs are integers alone."""
     data, from_spikes = snn.to_dict(), nodes_from_spikes(snn)
     for op in data["ops"]:
+        del op["frozen"]  # only a training needs it
         if op["spiking"] and op["in_nodes"][0] in from_spikes and "weight_q" in op["tensors"]:
             unused = ("weight", "bias", "weight_scale")
             op["tensors"] = {name: tensor for name, tensor in op["tensors"].items() if name not in unused}
@@ -227,12 +262,12 @@ def read_manifest(folder):
     try:
         with open(path, encoding="utf-8") as file:
             manifest = json.load(file)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}), save the network again") from error
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path} is damaged ({error}), save the network again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{path} is no manifest of format {FORMAT}, save the network again")
+        raise Damaged(f"{path} is no manifest of format {FORMAT}, save the network again")
     if manifest.get("sha256") != hash_of(manifest):
-        raise ValueError(f"{path} is damaged, its sha256 is another, save the network again")
+        raise Damaged(f"{path} is damaged, its sha256 is another, save the network again")
     return manifest
 
 
@@ -240,15 +275,37 @@ def read_array(folder, entry):
     """The array of a manifest's entry. Raises OSError or ValueError where its file is missing or damaged."""
     path = os.path.join(folder, entry["file"])
     if os.path.isabs(entry["file"]) or ".." in entry["file"].split("/"):
-        raise ValueError(f"{folder}/{MANIFEST} names the file {entry['file']} outside of the folder, do not trust it")
+        raise Damaged(f"{folder}/{MANIFEST} names the file {entry['file']} outside of the folder, do not trust it")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is missing, save the network again")
     if file_hash(path) != entry["sha256"]:
-        raise ValueError(f"{path} is damaged, its sha256 is another, save the network again")
-    array = np.load(path, allow_pickle=False)
+        raise Damaged(f"{path} is damaged, its sha256 is another, save the network again")
+    array = load_npy(path)
     if entry.get("packed_bits"):
-        array = np.unpackbits(array, count=int(np.prod(entry["shape"]))).reshape(entry["shape"])
+        return unpack(array, path, entry["shape"])
+    if str(array.dtype) != entry["dtype"] or list(array.shape) != entry["shape"]:
+        raise Damaged(
+            f"{path} is damaged: it holds {array.dtype} {list(array.shape)}, the manifest says {entry['dtype']} "
+            f"{entry['shape']}, save the network again"
+        )
     return array
+
+
+def load_npy(path):
+    """The array in a .npy file. Raises Damaged, without NumPy's advice to allow pickles, where there is none."""
+    try:
+        with open(path, "rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise Damaged(f"{path} is damaged, it holds no array of numbers, save the network again") from error
+
+
+def unpack(array, path, shape):
+    """Spikes [T, B, ...] of their bits (numpy.packbits)."""
+    count = math.prod(shape)
+    if array.dtype != np.uint8 or array.shape != (-(-count // 8),):
+        raise Damaged(f"{path} has the wrong size for spikes of the shape {shape}, save the network again")
+    return np.unpackbits(array, count=count).reshape(shape)
 
 
 def decode(value, folder):
@@ -303,17 +360,36 @@ def replay(folder):
     manifest = read_manifest(folder)
     try:
         snn, vectors = load_saved_snn(folder, manifest), read_vectors(folder, manifest)
-    except (LookupError, TypeError, AttributeError, RuntimeError) as error:  # of entries that are no such thing
-        raise ValueError(
-            f"{folder}/{MANIFEST} is damaged ({type(error).__name__}: {error}), save the network again"
+        check_vectors(snn, vectors)
+        return replay_vectors(snn, vectors)
+    except (Mismatch, Damaged, OSError):
+        raise
+    except Exception as error:  # whatever entries that are no such thing lead to, in NumPy and PyTorch too
+        reason = (str(error).splitlines() or [""])[0]
+        raise Damaged(
+            f"{folder}/{MANIFEST} is damaged ({type(error).__name__}: {reason}), save the network again"
         ) from error
-    return replay_vectors(snn, vectors)
 
 
 def read_vectors(folder, manifest):
     """The test vectors, as `make_vectors` returns them."""
     kinds = {kind: manifest["vectors"][kind] for kind in ("constants", "spikes", "outputs")}
     return {kind: {n: read_array(folder, entry) for n, entry in nodes.items()} for kind, nodes in kinds.items()}
+
+
+def check_vectors(snn, vectors):
+    """Raise ValueError unless there is something to compare for all that is computed."""
+    if type(snn.timesteps) is not int or snn.timesteps < 1:
+        raise ValueError(f"timesteps {snn.timesteps!r}")
+    for kind, nodes in nodes_of_vectors(snn).items():
+        if set(nodes) != set(vectors[kind]):
+            raise ValueError(f"the vectors hold {kind} of {list(vectors[kind])}, not of {nodes}")
+        dtype = np.uint8 if kind == "spikes" else np.float32
+        for node, array in vectors[kind].items():
+            if array.dtype != dtype or not array.size:
+                raise ValueError(f"the {kind} of {node} are {array.dtype} {list(array.shape)}")
+    if not vectors["spikes"]:
+        raise ValueError("nothing in it spikes")
 
 
 def replay_vectors(snn, vectors):
@@ -346,7 +422,10 @@ def compare_currents(snn, constants):
     with torch.no_grad(), one_thread_per_operator:
         run_ops([e for e in snn.ops.values() if e["out_nodes"][0] in constants], values, snn.timesteps)
     for node, expected in constants.items():
-        error = np.abs(tensor_of(values[node]).numpy() - expected).max(initial=0)
+        actual = tensor_of(values[node]).numpy()
+        if actual.shape != expected.shape:
+            raise Mismatch(f"{node} has the shape {list(actual.shape)}, the vectors {list(expected.shape)}")
+        error = np.abs(actual - expected).max(initial=0)
         if not error <= CURRENT_TOLERANCE * np.abs(expected).max(initial=1):
             raise Mismatch(f"{node}: the inputs cause currents that differ by {error:.2g} from the vectors")
 

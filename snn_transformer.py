@@ -36,8 +36,9 @@ class SNNTransformer:
     weight_decay: of `optimizer`, which trains the whole network. damping: pull of the stretch's weights towards
     integers, a share of lr (`dampen`). per_channel: a weight scale per output channel. calibration_samples: the newest
     inputs that calibration sees.
-    conversion: what `trans_ann2snn_weight` takes else (reset_mode, listen, threshold, quantile, correction,
-    initial_potential, maxpool, signed, ann_layers). example_inputs: a tuple of arguments of the network, with which the
+    conversion: what `trans_ann2snn_weight` takes else (reset_mode, listen, threshold, quantile, granularity,
+    correction, initial_potential, maxpool, signed, ann_layers). example_inputs: a tuple of arguments of the
+    network, with which the
     stretch is traced at once, so that `optimizer` exists before the first `inference_get_status`; without it, that call
     traces it.
 
@@ -62,12 +63,12 @@ class SNNTransformer:
         **conversion,
     ):
         from ann_parser import copy_of
-        from quantization import check_bitwidth
         from stretch import module_paths
 
-        for bits in [weight_bitwidth] if isinstance(weight_bitwidth, int) else weight_bitwidth:
-            check_bitwidth(bits)
+        weight_bitwidth = plain_bitwidths(weight_bitwidth)
         check_options(conversion)
+        check_values(timesteps, calibration_samples, damping, conversion)
+        timesteps, calibration_samples = int(timesteps), int(calibration_samples)  # also of NumPy's numbers
         self.layers = module_paths(full_net, layers)
         self.net = copy_of(full_net)
         self.timesteps, self.bits, self.per_channel, self.damping = timesteps, weight_bitwidth, per_channel, damping
@@ -126,8 +127,10 @@ class SNNTransformer:
         plan_conversion(dag, self.conversion.get("ann_layers", ()))
         init_quantize_net(dag, self.bits, self.per_channel)
         self.model = SplicedNet(self.net, stretch, dag)
-        parameters = [p for p in [*self.net.parameters(), *dag.parameters()] if p.requires_grad]
-        self.sgd = StretchSGD(parameters, self.before_step, self.after_step, **self.sgd_options)
+        frozen = {id(p) for p in frozen_parameters(dag)}
+        parameters = [p for p in [*self.net.parameters(), *dag.parameters()] if p.requires_grad and id(p) not in frozen]
+        group = {"params": parameters}  # as a group they may be none, of a network that is not to be trained
+        self.sgd = StretchSGD([group], self.before_step, self.after_step, **self.sgd_options)
         self.stretch = stretch
 
     @property
@@ -136,9 +139,11 @@ class SNNTransformer:
         return self.model.part
 
     def before_step(self):
-        """The pull towards the integers."""
+        """The pull towards the integers; the gradients of what is frozen go."""
         from quantization import dampen
 
+        for parameter in frozen_parameters(self.dag):
+            parameter.grad = None
         dampen(self.dag, self.damping)
 
     def after_step(self):
@@ -214,7 +219,7 @@ class SNNTransformer:
     # 4. For the next stage
 
     def save_snn(self, directory, samples=4):
-        """Write the spiking stretch into a folder, with test vectors of the first `samples` kept inputs.
+        """Write the spiking stretch into a folder, with test vectors of the first `samples` kept inputs, 1 or more.
 
         manifest.json holds its ops, shapes, bit width, integer weights, Vthr, scales, T, reset mode, and the sha256 of
         every file (`saved_snn`). An earlier result in `directory` is replaced; nothing is left half-written. Raises
@@ -223,13 +228,17 @@ class SNNTransformer:
         import copy
 
         from saved_snn import check_target, write_saved_snn
+        from snn_weight_setter import check_whole
 
+        check_whole("samples", samples)
+        if samples < 1:
+            raise ValueError(f"samples {samples}: the test vectors need at least 1")
         check_target(directory)
         self.check_has_status()
         if self.snn is None:
             self.snn = self.convert()
-        inputs = self.stretch_inputs()[0]
-        write_saved_snn(directory, copy.deepcopy(self.snn), [x[:samples] for x in inputs], self.details())
+        inputs = first_samples(self.stretch_inputs(), samples)
+        write_saved_snn(directory, copy.deepcopy(self.snn), inputs, self.details())
 
     def details(self):
         """What the manifest tells beside the network itself."""
@@ -267,9 +276,52 @@ def check_options(options):
         raise TypeError(f"SNNTransformer has no option {unknown[0]}, it has {', '.join(CONVERSION_OPTIONS)}")
 
 
+def check_values(timesteps, calibration_samples, damping, conversion):
+    """Raise ValueError for values that the conversion, at the end of a training, would not take."""
+    from snn_weight_setter import check_conversion, check_whole
+
+    elsewhere = ("initial_potential", "maxpool", "signed", "ann_layers")  # not checked, or when the stretch is traced
+    options = {name: value for name, value in conversion.items() if name not in elsewhere}
+    check_whole("calibration_samples", calibration_samples)
+    check_conversion(timesteps, calibration_samples=calibration_samples, **options)
+    if not damping >= 0:
+        raise ValueError(f"damping {damping}: use 0 or more")
+
+
+def plain_bitwidths(weight_bitwidth):
+    """A bit width, or a list of them, as plain integers. Raises ValueError for anything else."""
+    from quantization import check_bitwidth
+
+    is_list = hasattr(weight_bitwidth, "__len__") and not isinstance(weight_bitwidth, str)
+    for bits in weight_bitwidth if is_list else [weight_bitwidth]:
+        check_bitwidth(bits)
+    return [int(bits) for bits in weight_bitwidth] if is_list else int(weight_bitwidth)
+
+
 def as_arguments(value):
     """Positional arguments: a tuple as it is, anything else as the only one."""
     return value if isinstance(value, tuple) else (value,)
+
+
+def frozen_parameters(dag):
+    """Parameters of the stretch that were frozen in the network; they are quantised, but not trained.
+
+    Their requires_grad stays True: `SpikeDAGModule.weighted_layers` tells layers from poolings by it.
+    """
+    parameters = [getattr(entry["op"], name) for entry in dag.ops.values() for name in entry["op"].frozen]
+    return [parameter for parameter in parameters if parameter is not None]
+
+
+def first_samples(calls, samples):
+    """The first `samples` inputs of the stretch, of as many calls as needed; fewer where fewer were kept.
+
+    calls: a tuple of tensors [B, ...] each. Calls with samples of another shape than the first are left out.
+    """
+    import torch
+
+    shapes = [x.shape[1:] for x in calls[0]]
+    alike = [inputs for inputs in calls if [x.shape[1:] for x in inputs] == shapes]
+    return [torch.cat(columns)[:samples] for columns in zip(*alike)]
 
 
 class Status:

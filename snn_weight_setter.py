@@ -14,6 +14,7 @@ Vthr = lambda_out / unit = lambda_out * s_w / lambda_in.
 """
 
 import copy
+import operator
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -109,22 +110,10 @@ def trans_ann2snn_weight(
     Raises ValueError for values out of range, for layers that cannot be converted (`plan_conversion`), and for NaN
     weights or activations.
     """
-    if timesteps < 1:
-        raise ValueError(f"timesteps {timesteps}: a spiking network needs at least 1")
-    if reset_mode not in RESET_MODES:
-        raise ValueError(f"unknown reset mode '{reset_mode}', use one of {', '.join(RESET_MODES)}")
-    if not 0 <= listen <= timesteps:
-        raise ValueError(f"listen {listen}: use 0 to {timesteps}, the timesteps")
+    check_conversion(timesteps, reset_mode, listen, threshold, quantile, granularity, correction, calibration_samples)
+    timesteps = operator.index(timesteps)  # a plain number, also of NumPy's
     if initial_potential is None:
         initial_potential = 0.5 if reset_mode == "subtraction" else 0.0
-    if threshold not in THRESHOLDS:
-        raise ValueError(f"unknown threshold '{threshold}', use one of {', '.join(THRESHOLDS)}")
-    if granularity not in GRANULARITIES:
-        raise ValueError(f"unknown granularity '{granularity}', use one of {', '.join(GRANULARITIES)}")
-    if correction not in CORRECTIONS:
-        raise ValueError(f"unknown correction '{correction}', use one of {', '.join(CORRECTIONS)}")
-    if not 0 < quantile <= 1:
-        raise ValueError(f"quantile {quantile}: use a share above 0, up to 1")
     qnet = prepare_conversion(qnet, maxpool, signed).to(device).eval()
     plan = plan_conversion(qnet, ann_layers)
     snn = copy.deepcopy(qnet)
@@ -146,6 +135,45 @@ def trans_ann2snn_weight(
     if correction != "none":
         correct_spikes(snn, qnet, loader, device, calibration_samples, with_bias=correction == "bias")
     return snn
+
+
+def check_conversion(
+    timesteps,
+    reset_mode="subtraction",
+    listen=0,
+    threshold="quantile",
+    quantile=0.999,
+    granularity="layer",
+    correction="potential",
+    calibration_samples=1000,
+):
+    """Raise ValueError for options of `trans_ann2snn_weight` that are out of range."""
+    check_whole("timesteps", timesteps)
+    if timesteps < 1:
+        raise ValueError(f"timesteps {timesteps}: a spiking network needs at least 1")
+    if reset_mode not in RESET_MODES:
+        raise ValueError(f"unknown reset mode '{reset_mode}', use one of {', '.join(RESET_MODES)}")
+    check_whole("listen", listen)
+    if not 0 <= listen <= timesteps:
+        raise ValueError(f"listen {listen}: use 0 to {timesteps}, the timesteps")
+    if threshold not in THRESHOLDS:
+        raise ValueError(f"unknown threshold '{threshold}', use one of {', '.join(THRESHOLDS)}")
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"unknown granularity '{granularity}', use one of {', '.join(GRANULARITIES)}")
+    if correction not in CORRECTIONS:
+        raise ValueError(f"unknown correction '{correction}', use one of {', '.join(CORRECTIONS)}")
+    if not 0 < quantile <= 1:
+        raise ValueError(f"quantile {quantile}: use a share above 0, up to 1")
+    if not calibration_samples >= 1:
+        raise ValueError(f"calibration_samples {calibration_samples}: the calibration needs at least 1")
+
+
+def check_whole(name, value):
+    """Raise ValueError unless an option is a whole number."""
+    try:
+        operator.index(value)
+    except TypeError as error:
+        raise ValueError(f"{name} {value!r}: use a whole number") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

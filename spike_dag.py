@@ -295,6 +295,7 @@ class SpikeDAGModule(nn.Module):
                 "out_nodes": entry["out_nodes"],
                 "path": entry["path"],
                 "spiking": entry["op"].spiking,
+                "frozen": sorted(entry["op"].frozen),
                 "levels": None if entry["op"].levels is None else entry["op"].levels.levels,
                 "weight_bits": getattr(entry["op"], "weight_bits", None),
                 "neuron": entry["op"].neuron.config() if entry["op"].neuron is not None else None,
@@ -349,6 +350,7 @@ def rebuild_op(entry):
         op.levels = ClipFloorShift(entry["levels"], tensors["levels.scale"])
     op.load_state_dict(tensors, assign=True)
     op.spiking = entry["spiking"]
+    op.frozen = frozenset(entry.get("frozen", ()))  # older files have none
     if isinstance(op, WeightedLayer):
         op.weight_bits = entry.get("weight_bits")
     if entry["neuron"] is not None:

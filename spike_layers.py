@@ -156,7 +156,10 @@ class SpikeLayer(nn.Module):
     spiking: the op works on spikes or currents, not on activations; set by the conversion.
     neuron: the IFNeuron that fires behind this op, or None.
     levels: the ClipFloorShift that quantises what this op, which is to fire, returns in the ANN, or None.
+    frozen: names of the parameters that the traced network does not train (`frozen_names`).
     """
+
+    frozen = frozenset()
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -77,6 +77,7 @@ def cut_out(net, layers, args, kwargs):
     for layer in layers:
         refuse_scripted_modules(net.get_submodule(layer))
     check_finite_weights(net)
+    check_float32(net, layers)
     record = Record(net, layers)
     record.run(args, kwargs)
     members = find_members(record)
@@ -84,6 +85,18 @@ def cut_out(net, layers, args, kwargs):
     trace = StretchTrace(net, stretch)
     trace.run(args, kwargs)
     return stretch, trace.finish()
+
+
+def check_float32(net, layers):
+    """Raise ValueError where a layer has weights of another type: thresholds and vectors are made for float32."""
+    for layer in layers:
+        for name, tensor in net.get_submodule(layer).state_dict().items():
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float32:
+                where = f"{layer}.{name}".lstrip(".")
+                raise ValueError(
+                    f"{where} is {tensor.dtype}, only float32 stretches can be converted: "
+                    "convert it with .float() first"
+                )
 
 
 def module_paths(net, layers):

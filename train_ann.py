@@ -38,6 +38,8 @@ def main(args):
 
     from build_network import build_trained_net, check_runs, get_net_by_name, input_size, load_weights
     from datasets import DATASETS, DETECTION_DATASETS, check_dataset_name, get_dataset
+    from detection import DetectionLoss, check_detects, evaluate_detector
+    from pipeline import check_classifies
     from runtime.device import choose_device, seed_everything
     from runtime.files import check_writable, write_atomically
     from validate import evaluate
@@ -45,6 +47,7 @@ def main(args):
     save_file = args.save_file or f"checkpoint/{args.net_name}_ann.pth"
     args.image_size = input_size(args.net_name)
     check_dataset_name(args.dataset)
+    check_flags(args)
     check_writable(save_file)
     device = choose_device(args.device)
     seed_everything(args.seed)
@@ -53,19 +56,19 @@ def main(args):
     net = get_net_by_name(args.net_name, images.channels, images.num_classes)
     if args.ann_weight:
         load_weights(net, args.ann_weight)
-    check_runs(net, args.net_name, images[0][0])
+    check_runs(net, args.net_name, images[0][0])  # in eval mode, as the outputs are checked in; an epoch sets its own
+    check_outputs = check_detects if args.dataset in DETECTION_DATASETS else check_classifies
+    check_outputs(net, args.net_name, images)
     net.to(device, memory_format=torch.channels_last)
     teacher = None
     if args.teacher:
         teacher_name, _, teacher_file = args.teacher.partition(":")
         teacher = build_trained_net(teacher_name, images.channels, images.num_classes, teacher_file).eval()
+        check_classifies(teacher, teacher_name, images)
         teacher.to(device, memory_format=torch.channels_last)
 
     criterion, measure, measured = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing), evaluate, top1_in_words
     if args.dataset in DETECTION_DATASETS:
-        from detection import DetectionLoss, check_detects, evaluate_detector
-
-        check_detects(net, args.net_name, images)
         criterion, measure, measured = DetectionLoss(args.image_size), evaluate_detector, map_in_words
     optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum, weight_decay=args.wd, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -91,6 +94,15 @@ def main(args):
     result = measure(net, test_loader, device, plain_criterion)
     print(f"test {measured(result)} of {result['samples']} images, loss {result['loss']:.4f}")
     print(f"saved {save_file}")
+
+
+def check_flags(args):
+    """Raise ValueError for flags of classifiers with a data set for detectors."""
+    from datasets import DETECTION_DATASETS
+
+    for flag in ("teacher", "label_smoothing"):
+        if args.dataset in DETECTION_DATASETS and getattr(args, flag):
+            raise ValueError(f"--{flag} is for classifiers, leave it out for the detectors of --dataset {args.dataset}")
 
 
 def top1_in_words(result):

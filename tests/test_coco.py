@@ -237,6 +237,12 @@ def test_missing_files_are_named(small, tmp_path):
         ),
         (lambda d: d["annotations"][1].update(image_id=11), "no known image"),
         (lambda d: d["annotations"][1].pop("iscrowd"), "annotation 2 has no iscrowd"),
+        (lambda d: d["annotations"][1].update(area=None), "annotation 2 has an iscrowd that is not 0 or 1, or an area"),
+        (lambda d: d["annotations"][1].update(bbox=[1, 2, 3, float("inf")]), "annotation 2 has no box of 4 numbers"),
+        (lambda d: d["images"][0].update(file_name=5), "image 10 has no file name or no size"),
+        (lambda d: d["images"][0].update(width=float("inf")), "image 10 has no file name or no size"),
+        (lambda d: d["images"].append({**d["images"][0], "id": 1.5}), "the image id 1.5 is no whole number"),
+        (lambda d: d["categories"].append({"id": 1.5, "name": "x"}), "the category id 1.5 is no whole number"),
     ],
 )
 def test_damaged_annotations_are_named(small, change, message):
@@ -357,6 +363,14 @@ def test_perfect_boxes_have_a_map_of_1(name, request):
     assert worse["map"] < 0.8 * result["map"]
 
 
+@pytest.mark.parametrize("ids", [range(4), [5] * 4], ids=["from 0", "equal"])
+def test_perfect_boxes_have_a_map_of_1_whatever_the_ids(small, ids):
+    change_json(small, "val2017", lambda d: [e.update(id=i) for e, i in zip(d["annotations"], ids, strict=True)])
+    loader = loaders(small)[TEST]
+    result = evaluate_detector(Oracle(loader, 2), loader, "cpu", DetectionLoss(96))
+    assert (result["map"], result["map50"]) == (pytest.approx(1.0), pytest.approx(1.0))
+
+
 def test_map_by_hand(small):
     dataset = loaders(small)[TEST].dataset
     truth = [(torch.tensor([[28.0, 8, 50, 31], [8, 28, 40, 52]]), torch.tensor([0.9, 0.8]), torch.tensor([1, 0]))]
@@ -433,6 +447,31 @@ def test_what_does_not_fit_is_one_line(shapes, tmp_path, capsys, line, message):
     status, out, errors = run(ann2snn.main, ann2snn.parse_args, line, capsys)
     assert status == 2 and out == "" and len(errors) == 1 and message.format(tmp=tmp_path) in errors[0]
     assert not (tmp_path / "snn.pth").exists()
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (
+            "example_net --dataset COCO --dataset_root {shapes}",
+            "example_net returns (1, 3) for one image, a detector has",
+        ),
+        (
+            "yolo_tiny --dataset digits",
+            "yolo_tiny returns (1, 14, 12, 12), (1, 14, 6, 6) for one image, it has to return",
+        ),
+        ("example_net --dataset digits --teacher yolo_tiny:{teacher}", "yolo_tiny returns (1, 14, 4, 4), (1, 14"),
+        ("yolo_tiny --dataset COCO --dataset_root {tmp} --teacher x:y", "--teacher is for classifiers, leave it out"),
+        ("yolo_tiny --dataset COCO --dataset_root {tmp} --label_smoothing 0.1", "--label_smoothing is for classifiers"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(shapes, tmp_path, capsys, line, message):
+    teacher = tmp_path / "teacher.pth"
+    torch.save(get_net_by_name("yolo_tiny", 1, 10).state_dict(), teacher)
+    line = line.format(shapes=shapes, tmp=tmp_path, teacher=teacher) + f" --epochs 1 --save_file {tmp_path}/ann.pth"
+    status, out, errors = run(train_ann.main, train_ann.parse_args, line, capsys)
+    assert status == 2 and out == "" and len(errors) == 1 and message in errors[0]
+    assert not (tmp_path / "ann.pth").exists()
 
 
 def test_drawn_shapes_are_the_same_for_a_seed_and_overwrite_nothing(shapes, tmp_path, capsys):

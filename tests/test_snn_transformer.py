@@ -371,6 +371,33 @@ def test_modules_that_alone_are_in_eval_mode_stay_frozen():
     assert transformer.net.state_dict()["stem.1.num_batches_tracked"] == 0
 
 
+@pytest.mark.parametrize("frozen", ["conv and norm", "conv", "norm", "all"])
+def test_frozen_parameters_of_the_stretch_stay_as_they_are(frozen):
+    torch.manual_seed(0)
+    net = with_statistics(
+        nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 2, 1), nn.ReLU())
+    )
+    modules = {"conv and norm": net[:2], "conv": net[3], "norm": net[1], "all": net}
+    modules[frozen].requires_grad_(False)
+    x = torch.rand(3, 1, 2, 2)
+    transformer = SNNTransformer(net, ["0", "1", "2", "3", "4"], example_inputs=x, lr=0.5)
+    layers = list(transformer.dag.weighted_layers().values())
+    before = [(layer.weight.weight_back.clone(), layer.bias.detach().clone()) for layer in layers]
+    for _ in range(2):
+        transformer.inference_get_status(x).square().sum().backward()
+        transformer.optimizer.step()
+    stays = [
+        torch.equal(layer.weight.weight_back, weight) and torch.equal(layer.bias, bias)
+        for layer, (weight, bias) in zip(layers, before, strict=True)
+    ]
+    # a layer with a BatchNorm folded into it is frozen where both were
+    assert (
+        stays
+        == {"conv and norm": [True, False], "conv": [False, True], "norm": [False, False], "all": [True, True]}[frozen]
+    )
+    transformer.generate_ann_snn()
+
+
 def test_calibration_sees_the_newest_inputs_in_eval_mode():
     net = Detector()
     transformer = SNNTransformer(net, DETECTOR_STRETCH, calibration_samples=5)
@@ -417,8 +444,39 @@ def test_options_reach_the_conversion():
         SNNTransformer(net, ["0", "1"], bits=3)
     with pytest.raises(ValueError, match="weight bit width 9"):
         SNNTransformer(net, ["0", "1"], weight_bitwidth=9)
-    with pytest.raises(ValueError, match="listen 9: use 0 to 4"):
-        with_status(net, ["0", "1"], x, listen=9).generate_ann_snn()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"timesteps": 0}, "timesteps 0: a spiking network needs at least 1"),
+        ({"timesteps": 4.5}, "timesteps 4.5: use a whole number"),
+        ({"timesteps": 4, "listen": 9}, "listen 9: use 0 to 4, the timesteps"),
+        ({"reset_mode": "none"}, "unknown reset mode 'none'"),
+        ({"threshold": "x"}, "unknown threshold 'x'"),
+        ({"quantile": 2}, "quantile 2: use a share above 0, up to 1"),
+        ({"granularity": "x"}, "unknown granularity 'x'"),
+        ({"correction": "x"}, "unknown correction 'x'"),
+        ({"calibration_samples": 0}, "calibration_samples 0: the calibration needs at least 1"),
+        ({"damping": -1}, "damping -1: use 0 or more"),
+        ({"weight_bitwidth": 4.0}, "weight bit width 4.0: use 1 to 8"),
+        ({"weight_bitwidth": None}, "weight bit width None: use 1 to 8"),
+        ({"weight_bitwidth": "4"}, "weight bit width '4': use 1 to 8"),
+        ({"weight_bitwidth": True}, "weight bit width True: use 1 to 8"),
+        ({"weight_bitwidth": [4, "2"]}, "weight bit width '2': use 1 to 8"),
+    ],
+)
+def test_options_are_checked_before_any_training(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SNNTransformer(nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU()), ["0", "1"], **options)
+
+
+def test_numbers_may_be_those_of_numpy(tmp_path):
+    net, x = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU()), torch.rand(3, 1, 2, 2)
+    for bits in (np.int64(3), np.array([3])):
+        transformer = with_status(net, ["0", "1"], x, timesteps=np.int64(4), weight_bitwidth=bits)
+        transformer.save_snn(tmp_path / "saved")
+    assert read_manifest(tmp_path / "saved")["weight_bitwidth"] == [3]
 
 
 def test_steps_in_the_wrong_order_say_what_to_do(tmp_path):
@@ -509,6 +567,23 @@ def flip_last_bit(path):
     path.write_bytes(data)
 
 
+def rename(manifest, kind, node):
+    """A node of the vectors gets a name that no op has."""
+    manifest["vectors"][kind]["x"] = manifest["vectors"][kind].pop(node)
+
+
+def change_array(folder, kind, change, **more):
+    """Write the first array of a kind of vectors anew, and make both sha256 fit."""
+
+    def change_entry(manifest):
+        entry = next(iter(manifest["vectors"][kind].values()))
+        path = folder / entry["file"]
+        np.save(path, change(np.load(path)), allow_pickle=True)
+        entry.update(sha256=saved_snn.file_hash(path), **more)
+
+    change_manifest(folder, change_entry)
+
+
 DAMAGES = {
     "weight": (lambda f: flip_last_bit(f / "weights/conv2.weight_q.npy"), "weight_q.npy is damaged, its"),
     "vector": (lambda f: flip_last_bit(f / "vectors/relu1_out1.npy"), "relu1_out1.npy is damaged, its sha256"),
@@ -521,6 +596,33 @@ DAMAGES = {
     ),
     "other format": (lambda f: change_manifest(f, lambda m: m.update(format="x")), "is no manifest of format"),
     "lacks": (lambda f: change_manifest(f, lambda m: m.pop("ops")), "is damaged (KeyError: 'ops')"),
+    "timesteps x": (lambda f: change_manifest(f, lambda m: m.update(timesteps="x")), "is damaged ("),
+    "timesteps 0": (lambda f: change_manifest(f, lambda m: m.update(timesteps=0)), "is damaged ("),
+    "timesteps null": (lambda f: change_manifest(f, lambda m: m.update(timesteps=None)), "is damaged ("),
+    "unknown node": (lambda f: change_manifest(f, lambda m: rename(m, "spikes", "relu1_out1")), "vectors hold"),
+    "no spikes": (lambda f: change_manifest(f, lambda m: m["vectors"]["spikes"].clear()), "hold spikes of []"),
+    "no outputs": (lambda f: change_manifest(f, lambda m: m["vectors"]["outputs"].clear()), "the vectors hold outputs"),
+    "one more": (
+        lambda f: change_manifest(f, lambda m: m["vectors"]["constants"].update(m["vectors"]["outputs"])),
+        "the vectors hold constants of",
+    ),
+    "no inputs": (lambda f: change_manifest(f, lambda m: rename(m, "constants", "input1_out1")), "vectors hold"),
+    "no weight": (lambda f: change_manifest(f, lambda m: m["ops"][0]["tensors"].clear()), "is damaged ("),
+    "wrong op": (lambda f: change_manifest(f, lambda m: m["ops"][0].update(type="x")), "(ValueError: unknown op"),
+    "deep": (lambda f: (f / "manifest.json").write_text("[" * 100_000), "manifest.json is damaged"),
+    "dtype": (lambda f: change_array(f, "constants", lambda x: x.astype(np.float64)), "input1_out1.npy is damaged: it"),
+    "both dtypes": (
+        lambda f: change_array(f, "constants", lambda x: x.astype(np.float64), dtype="float64"),
+        "the constants of input1_out1 are float64",
+    ),
+    "shape": (lambda f: change_array(f, "outputs", lambda x: x[:, :2]), "is damaged: it holds float32"),
+    "objects": (lambda f: change_array(f, "outputs", lambda x: x.astype(object)), "it holds no array of numbers"),
+    "few bits": (lambda f: change_array(f, "spikes", lambda x: x[:-1]), "has the wrong size for spikes"),
+    "many bits": (lambda f: change_array(f, "spikes", lambda x: np.append(x, x[:1])), "has the wrong size for spikes"),
+    "no samples": (
+        lambda f: change_array(f, "outputs", lambda x: x[:0], shape=[0, 16, 8, 8]),
+        "are float32 [0, 16, 8, 8]",
+    ),
     "outside": (
         lambda f: change_manifest(f, lambda m: m["vectors"]["outputs"]["relu3_out1"].update(file="../../x.npy")),
         "names the file ../../x.npy outside of the folder",
@@ -536,6 +638,7 @@ def test_damage_is_one_line_and_status_2(saved, tmp_path, capsys, name):
     assert replay(folder) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert "allow_pickle" not in err
 
 
 @pytest.mark.parametrize(
@@ -577,6 +680,55 @@ def test_an_earlier_result_is_replaced_and_nothing_else(saved, tmp_path, monkeyp
         with pytest.raises(OSError, match=message):
             transformer.save_snn(tmp_path / name)
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter1.txt"]
+
+
+@pytest.mark.parametrize("format", ["x", saved_snn.FORMAT])
+def test_a_folder_with_another_manifest_is_left_alone(saved, tmp_path, format):
+    target = tmp_path / "extension"
+    (target / "weights").mkdir(parents=True)
+    (target / "manifest.json").write_text(json.dumps({"format": format}))
+    if format == saved_snn.FORMAT:
+        (target / "weights" / "notes.txt").write_text("years of work")
+    before = sorted(target.rglob("*"))
+    with pytest.raises(OSError, match="the folder holds other files"):
+        saved[1].save_snn(target)
+    assert sorted(target.rglob("*")) == before
+
+
+def test_a_link_to_a_folder_stays_a_link(saved, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    saved[1].save_snn(tmp_path / "link", samples=1)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "manifest.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_vectors_are_of_several_calls_where_one_has_too_few(tmp_path):
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU())
+    transformer, calls = SNNTransformer(net, ["0", "1"], timesteps=4), torch.rand(3, 2, 1, 4, 4)
+    with torch.no_grad():
+        for x in (calls[0], torch.rand(2, 1, 6, 6), *calls[1:]):
+            transformer.inference_get_status(x)
+    for samples, kept in ((1, 1), (3, 3), (100, 6)):
+        transformer.save_snn(tmp_path / "saved", samples=samples)
+        assert f"({kept} inputs, T=4)" in saved_snn.replay(tmp_path / "saved")
+        vectors = saved_snn.read_vectors(tmp_path / "saved", read_manifest(tmp_path / "saved"))
+        assert np.array_equal(vectors["constants"]["input1_out1"], calls.flatten(0, 1)[:kept].numpy())
+    for samples, message in (
+        (0, "samples 0: the test vectors need at least 1"),
+        (1.5, "samples 1.5: use a whole number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            transformer.save_snn(tmp_path / "saved", samples=samples)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_stretches_of_other_types_than_float32_are_refused(dtype):
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU()).to(dtype)
+    message = f"0.weight is {dtype}, only float32 stretches can be converted: convert it with .float() first"
+    for layers in (["0", "1"], [net]):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            SNNTransformer(net, layers, example_inputs=torch.rand(2, 1, 2, 2, dtype=dtype))
 
 
 def test_everything_with_a_neuron_can_be_saved(tmp_path):
