@@ -805,8 +805,8 @@ class SpikeSetter:
             wholes = (value.max() / coarsest.max()).floor().clamp_min(1)
             candidates += [coarsest * (value.max() / (wholes + k) / coarsest.max()) for k in (0, 1)]
         errors = torch.stack([self.unit_error(unit, layers, values) for unit in candidates])  # [candidates, C_out]
-        power = self.unit_error(1e6 * coarsest, layers, [])  # all weights round to 0
-        errors[0] = 0.999 * errors[0] - 1e-9 * power.sum() / power.numel()  # integers stay where nothing is gained
+        power = sum(op.weight.detach().square().mean() * self.mean_square(node) for op, node in layers)
+        errors[0] = 0.999 * errors[0] - 1e-9 * power  # integers stay where nothing but float32's last bits is gained
         if not coarsest.dim():
             errors = errors.sum(1, keepdim=True)
         best = torch.stack([unit.flatten() for unit in candidates]).gather(0, errors.argmin(0, keepdim=True))
@@ -824,7 +824,8 @@ class SpikeSetter:
         for value, node in values:
             ratio = value / unit
             gain_error = (ratio.round().clamp_min(1) / ratio - 1).square()
-            total = total + gain_error.flatten() * self.mean_square(node)
+            gain_error = gain_error.amax((1, 2)) if gain_error.dim() == 3 else gain_error
+            total = total + gain_error * self.mean_square(node)
         return total
 
     def mean_square(self, node):

@@ -20,11 +20,11 @@ from torch import nn
 from tqdm import tqdm
 
 from quantization import FLOAT_BITS, QuantAdam, quantize_layer, round_to_integers
+from snn_weight_setter import LARGEST_INTEGER
 from spike_dag import one_thread_per_operator, run_ops
 from spike_layers import ConcatOp, SpikeAdd, SpikeAvgPool2d, SpikeBatchNorm, SpikeMaxPool2d, WeightedLayer
 from spike_tensor import Memory, SpikeTensor
 
-LARGEST_INTEGER = 2**20  # of biases: sums of them stay exact in float32
 BATCH = 32  # calibration images a step
 TEMPERATURE = 2.0  # softens what the teacher's outputs say
 

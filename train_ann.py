@@ -120,6 +120,8 @@ def train_epoch(net, loader, criterion, optimizer, schedule, device, bf16, name,
     import torch
     from tqdm import tqdm
 
+    from spike_finetune import distillation_loss
+
     net.train()
     total = torch.zeros((), device=device)
     for inputs, targets in tqdm(loader, name, leave=False, delay=1):
@@ -129,7 +131,9 @@ def train_epoch(net, loader, criterion, optimizer, schedule, device, bf16, name,
             outputs = net(inputs)
             loss = criterion(outputs, targets)
             if teacher is not None:
-                loss = 0.1 * loss + 0.9 * distillation_loss(outputs, teacher, inputs)
+                with torch.no_grad():
+                    wanted = teacher(inputs).float()
+                loss = 0.1 * loss + 0.9 * distillation_loss(outputs.float(), wanted, temperature=4.0)
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -138,17 +142,6 @@ def train_epoch(net, loader, criterion, optimizer, schedule, device, bf16, name,
     if not (mean < float("inf") and all(torch.isfinite(p).all() for p in net.parameters())):
         raise ValueError(f"training diverged in {name} (loss {mean}), lower --lr")
     return mean
-
-
-def distillation_loss(outputs, teacher, inputs, temperature=4.0):
-    """How far the outputs are from the teacher's, softened (Hinton et al., Distilling the Knowledge, 2015)."""
-    import torch
-    import torch.nn.functional as F
-
-    with torch.no_grad():
-        wanted = F.softmax(teacher(inputs).float() / temperature, 1)
-    learnt = F.log_softmax(outputs.float() / temperature, 1)
-    return F.kl_div(learnt, wanted, reduction="batchmean") * temperature**2
 
 
 if __name__ == "__main__":

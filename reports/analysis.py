@@ -285,15 +285,16 @@ def verdict_on_loss(result):
     """What the weights and what the spikes cost."""
     top1 = {name: result["accuracy"][name]["top1"] for name in ("ann", "qnet", "snn")}
     error = result["output_error"]
-    spikes = "the conversion and finetuning on spikes" if on_spikes(result) else "the conversion"
-    dominant = "the weights dominate" if error["weights"] >= error["spikes"] else f"{spikes} dominate"
-    dominant += "" if dominant.endswith("weights dominate") or on_spikes(result) else "s"
+    spikes = "the conversion with its finetuning" if on_spikes(result) else "the conversion"
+    dominant = (
+        "the weights dominate the error" if error["weights"] >= error["spikes"] else f"{spikes} dominates the error"
+    )
     if max(error["weights"], error["spikes"]) < 0.05:
-        dominant = "neither moves"
+        dominant = "neither changes the class scores"
     return (
         f"The float ANN has {top1['ann']:.2f} % top-1, the quantised ANN {top1['qnet']:.2f} % and the spiking network "
         f"{top1['snn']:.2f} % ({top1['snn'] - top1['ann']:+.2f} points on {result['samples']} test images); "
-        f"{dominant} the error: quantised and finetuned weights move the class scores by {error['weights']:.1f} % of "
+        f"{dominant}: quantised and finetuned weights move the class scores by {error['weights']:.1f} % of "
         f"their standard deviation, {spikes} by {error['spikes']:.1f} %."
     )
 
