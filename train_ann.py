@@ -27,6 +27,9 @@ def parse_args(argv=None):
     parser.add_argument(
         "--bf16", action="store_true", help="compute in bfloat16 where the hardware does so fast (AMX, recent GPUs)"
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="train through torch.compile, for which a CPU needs a C++ compiler"
+    )
     parser.add_argument("--save_file", default=None, help="checkpoint to write (checkpoint/<net_name>_ann.pth)")
     add_run_flags(parser)
     return parser.parse_args(argv)
@@ -70,6 +73,7 @@ def main(args):
     criterion, measure, measured = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing), evaluate, top1_in_words
     if args.dataset in DETECTION_DATASETS:
         criterion, measure, measured = DetectionLoss(args.image_size), evaluate_detector, map_in_words
+    trained = torch.compile(net) if args.compile else net  # the same parameters
     optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum, weight_decay=args.wd, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, args.epochs * len(train_loader), pct_start=0.2, cycle_momentum=False
@@ -83,7 +87,7 @@ def main(args):
 
     for epoch in range(args.epochs):
         name = f"epoch {epoch + 1}"
-        loss = train_epoch(net, train_loader, criterion, optimizer, schedule, device, args.bf16, name, teacher)
+        loss = train_epoch(trained, train_loader, criterion, optimizer, schedule, device, args.bf16, name, teacher)
         line = f"epoch {epoch + 1}/{args.epochs}  training loss {loss:.4f}"
         if len(val_loader.dataset):
             line += f"  validation {measured(measure(net, val_loader, device, criterion))}"
