@@ -26,22 +26,24 @@ from spike_layers import ConcatOp, SpikeAdd, SpikeAvgPool2d, SpikeBatchNorm, Spi
 from spike_tensor import Memory, SpikeTensor
 
 BATCH = 32  # calibration images a step
+LR_TIMES_T = 0.002  # learning rate times timesteps
 TEMPERATURE = 2.0  # softens what the teacher's outputs say
 
 
-def finetune_spikes(snn, loader, device, epochs, *, lr=0.0005, criterion=None, teacher=None, features=1.0):
+def finetune_spikes(snn, loader, device, epochs, *, lr=None, criterion=None, teacher=None, features=1.0):
     """A copy of a converted network whose weights and biases are finetuned for `epochs` passes over `loader`.
 
     criterion: loss of the outputs against the labels of `loader`, or None. teacher: the ANN, whose outputs and (times
-    `features`) activations are learnt, without labels. The learning rate falls to 0 along a cosine. Raises ValueError
-    where neither is given, or the loss is not finite.
+    `features`) activations are learnt, without labels. The learning rate, `LR_TIMES_T` / T by default, falls to 0 along
+    a cosine: the more timesteps, the less is there to gain. Raises ValueError where neither is given, or the loss is
+    not finite.
     """
     if criterion is None and teacher is None:
         raise ValueError("finetuning on spikes needs a criterion, for labels, or a teacher")
     snn = copy.deepcopy(snn).to(device).eval()
     layers = shadow_weights(snn)
     parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
-    optimizer = QuantAdam(parameters, lr)
+    optimizer = QuantAdam(parameters, LR_TIMES_T / snn.timesteps if lr is None else lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * len(loader)))
     for epoch in range(1, epochs + 1):
         for inputs, targets in tqdm(loader, f"finetune spikes, epoch {epoch}", leave=False, delay=1):

@@ -69,6 +69,7 @@ def main(args):
         teacher = build_trained_net(teacher_name, images.channels, images.num_classes, teacher_file).eval()
         check_classifies(teacher, teacher_name, images)
         teacher.to(device, memory_format=torch.channels_last)
+        teacher = torch.compile(teacher) if args.compile else teacher
 
     criterion, measure, measured = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing), evaluate, top1_in_words
     if args.dataset in DETECTION_DATASETS:

@@ -205,8 +205,8 @@ def add_conversion_flags(parser):
     parser.add_argument(
         "--finetune_snn_lr",
         type=real_number(0, 1),
-        default=0.0005,
-        help="learning rate of --finetune_snn and --calibration_epochs (%(default)s)",
+        default=None,
+        help="learning rate of --finetune_snn and --calibration_epochs (0.002 / timesteps)",
     )
     parser.add_argument(
         "--granularity",

@@ -1,0 +1,80 @@
+"""The accuracy benchmarks: their figures are those of ann2snn.py, and a wrong line ends in one error."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+import ann2snn
+from benchmarks import accuracy, peers
+from runtime.cli import run_script
+
+ROOT = Path(__file__).parents[1]
+NETWORK = f"example_net:{ROOT}/checkpoint/example_net_ann.pth"
+FLAGS = "-e 0 --threshold mse --granularity channel --calibration_epochs 1 --calibration_samples 100"
+
+
+def test_accuracy_is_that_of_ann2snn(tmp_path, capsys):
+    table = tmp_path / "table.json"
+    argv = ["--networks", NETWORK, "--timesteps", "3", "--methods", f"own: {FLAGS} --listen T"]
+    accuracy.main(accuracy.parse_args([*argv, "--results", f"{table}"]))
+    printed = capsys.readouterr().out
+    results, saved = tmp_path / "results.json", tmp_path / "snn.pth"
+    one = f"example_net {FLAGS} --listen 3 --timesteps 3 --weight_bitwidth 8 --ann_weight {NETWORK.split(':')[1]}"
+    ann2snn.main(ann2snn.parse_args([*one.split(), "--results", f"{results}", "--save_file", f"{saved}"]))
+    (run,), wanted = json.loads(table.read_text())["runs"], json.loads(results.read_text())
+    for key in ("ann_top1", "qnet_top1", "snn_top1"):
+        assert run[key] == wanted[key]
+    assert f"{run['snn_top1']:.2f}" in printed
+    assert run["samples"] == 359 and run["interval"] == 6 and run["latency"] > run["interval"]
+    assert run["spikes"] > 0 and run["synops"] > run["spikes"]
+
+
+def test_several_seeds_give_mean_and_spread():
+    runs = [
+        {"ann_top1": 90.0, "snn_top1": snn, "interval": 4, "latency": 9, "spikes": 2000.0, "synops": 5e6}
+        for snn in (88.0, 89.0, 87.0)
+    ]
+    ann, snn, points, *_ = accuracy.summary(runs)
+    assert (ann, snn) == ("90.00", "88.00")
+    assert points == f"-2.00 +- {math.sqrt(((88 - 88) ** 2 + 1 + 1) / 2):.2f}"
+
+
+@pytest.mark.parametrize(
+    "script, argv, message",
+    [
+        (accuracy, ["--networks", "example_net"], "network 'example_net' has no weights, write it as NAME:FILE"),
+        (accuracy, ["--networks", NETWORK, "--methods", "-e 0"], "method '-e 0' has no name"),
+        (accuracy, ["--networks", "nonet:x.pth"], "nonet"),
+    ],
+)
+def test_a_wrong_line_ends_in_one_error(script, argv, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        run_script(script.main, script.parse_args(argv))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.value.code == 2 and error.startswith("error: ") and message in error
+
+
+def test_peers_are_optional(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "spikingjelly", None)  # as if it were not installed
+    with pytest.raises(SystemExit) as end:
+        run_script(peers.main, peers.parse_args(["--networks", NETWORK]))
+    assert end.value.code == 2
+    assert "pip install spikingjelly" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("spikingjelly") is None, reason="needs SpikingJelly")
+def test_peer_reaches_the_ann_on_digits():
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    images = torch.rand(60, 1, 4, 4)
+    with torch.no_grad():
+        batches = [(images, net(images).argmax(1))]
+    found = peers.measure(net, peers.recipes(batches)["99.9 % (default recipe)"], batches, batches, [4, 256])
+    assert found[""][256] >= 95 and found[""][256] >= found[""][4]
