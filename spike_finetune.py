@@ -95,9 +95,14 @@ def loss_of(snn, inputs, targets, criterion, teacher, features):
         with torch.no_grad():
             wanted, known = ann_forward(teacher, inputs)
         loss = loss + distillation_loss(outputs, wanted)
-        errors = [(a - known[n]).square().mean() / known[n].square().mean().clamp_min(1e-12) for n, a in activations]
+        errors = [relative_error(activation, known[name]) for name, activation in activations]
         loss = loss + features * sum(errors) / max(len(errors), 1)
     return loss
+
+
+def relative_error(values, wanted):
+    """The squared error in shares of the square of what is wanted."""
+    return F.mse_loss(values, wanted) * (wanted.numel() / wanted.norm().square().clamp_min(1e-12))
 
 
 def distillation_loss(outputs, wanted, temperature=TEMPERATURE):
@@ -121,11 +126,24 @@ def tandem_forward(snn, inputs):
         value = entry["op"](*[values[node] for node in entry["in_nodes"]])
         if name in rates:
             neuron = entry["op"].neuron
-            passed = value if neuron is None else value.clamp_max(neuron.scale_factor)
-            value = passed + (rates[name] - passed).detach()
+            value = SentInstead.apply(value, rates[name], None if neuron is None else neuron.scale_factor)
             activations.append((name, value))
         values[entry["out_nodes"][0]] = value
     return values[snn.outputs_nodes[0]], activations
+
+
+class SentInstead(torch.autograd.Function):
+    """The decoded rates, in place of the activation; the gradient passes as if it were clamped to lambda, if given."""
+
+    @staticmethod
+    def forward(ctx, activation, rates, scale):
+        if scale is not None:
+            ctx.save_for_backward(activation <= scale)
+        return rates.view_as(rates)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0] if ctx.saved_tensors else gradient, None, None
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ The checkpoint holds the state dict under "state_dict", with the network, data s
 """
 
 import argparse
+import copy
 import sys
 
 from runtime.cli import OneLineParser, add_data_flags, add_run_flags, real_number, run_script, whole_number
@@ -21,6 +22,9 @@ def parse_args(argv=None):
     parser.add_argument("--momentum", type=real_number(0, 1), default=0.9, help="Nesterov momentum (%(default)s)")
     parser.add_argument("--label_smoothing", type=real_number(0, 1), default=0.0, help="label smoothing (%(default)s)")
     parser.add_argument("--ann_weight", default=None, help="weights to start from (default: random ones)")
+    parser.add_argument(
+        "--average", action="store_true", help="save the mean of the weights of --ann_weight and the trained ones"
+    )
     parser.add_argument(
         "--teacher", metavar="NET:FILE", default=None, help="a trained network whose outputs are learnt too"
     )
@@ -59,6 +63,7 @@ def main(args):
     net = get_net_by_name(args.net_name, images.channels, images.num_classes)
     if args.ann_weight:
         load_weights(net, args.ann_weight)
+    start = copy.deepcopy(net.state_dict())
     check_runs(net, args.net_name, images[0][0])  # in eval mode, as the outputs are checked in; an epoch sets its own
     check_outputs = check_detects if args.dataset in DETECTION_DATASETS else check_classifies
     check_outputs(net, args.net_name, images)
@@ -95,16 +100,36 @@ def main(args):
         print(line, file=sys.stderr)
         write_atomically(save_file, save)
 
+    if args.average:
+        average_weights(net, start, train_loader, device)
+        write_atomically(save_file, save)
     plain_criterion = nn.CrossEntropyLoss() if measure is evaluate else criterion
     result = measure(net, test_loader, device, plain_criterion)
     print(f"test {measured(result)} of {result['samples']} images, loss {result['loss']:.4f}")
     print(f"saved {save_file}")
 
 
+def average_weights(net, other, loader, device):
+    """Set the weights to their mean with those of another state dict, and estimate the BatchNorm statistics anew.
+
+    Stochastic weight averaging over two cycles of the learning rate (Izmailov et al., UAI 2018).
+    """
+    import torch
+    from torch.optim.swa_utils import update_bn
+
+    with torch.no_grad():
+        for name, value in net.state_dict().items():
+            if value.is_floating_point():
+                value.lerp_(other[name].to(value), 0.5)
+    update_bn(loader, net, device)
+
+
 def check_flags(args):
-    """Raise ValueError for flags of classifiers with a data set for detectors."""
+    """Raise ValueError for flags that need others, and for flags of classifiers with a data set for detectors."""
     from datasets import DETECTION_DATASETS
 
+    if args.average and not args.ann_weight:
+        raise ValueError("--average needs the weights to average with, name them by --ann_weight")
     for flag in ("teacher", "label_smoothing"):
         if args.dataset in DETECTION_DATASETS and getattr(args, flag):
             raise ValueError(f"--{flag} is for classifiers, leave it out for the detectors of --dataset {args.dataset}")
