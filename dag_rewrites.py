@@ -31,14 +31,17 @@ from spike_layers import (
 )
 
 SIGNED_CHOICES = ("pair",)
+AVGPOOL_CHOICES = ("spike", "fold")
 
 
-def prepare_conversion(dag, maxpool=None, signed=None):
+def prepare_conversion(dag, maxpool=None, signed=None, avgpool="spike"):
     """A copy of `dag` that computes the same, with max pooling behind ReLUs and in the mode `maxpool`.
 
     maxpool: "gate" or "or" (`SpikeMaxPool2d`). signed: "pair" splits what lacks a ReLU (`split_signs`); None leaves it,
-    to be refused by `plan_conversion`. Raises ValueError for other choices.
+    to be refused by `plan_conversion`. avgpool: "fold" marks every average pooling to be folded where it can
+    (`snn_weight_setter.folded_poolings`). Raises ValueError for other choices.
     """
+    check_avgpool(avgpool)
     if maxpool is not None and maxpool not in SpikeMaxPool2d.modes:
         raise ValueError(f"unknown max pooling '{maxpool}', use one of {', '.join(SpikeMaxPool2d.modes)}")
     if signed is not None and signed not in SIGNED_CHOICES:
@@ -50,7 +53,15 @@ def prepare_conversion(dag, maxpool=None, signed=None):
     for entry in dag.ops.values():
         if isinstance(entry["op"], SpikeMaxPool2d) and maxpool is not None:
             entry["op"].mode = maxpool
+        if isinstance(entry["op"], SpikeAvgPool2d):
+            entry["op"].folded = avgpool == "fold"
     return dag
+
+
+def check_avgpool(avgpool):
+    """Raise ValueError unless the choice for average poolings exists."""
+    if avgpool not in AVGPOOL_CHOICES:
+        raise ValueError(f"unknown average pooling '{avgpool}', use one of {', '.join(AVGPOOL_CHOICES)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

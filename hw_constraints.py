@@ -30,6 +30,7 @@ HARDWARE = {"v1.0": Hardware("v1.0", fan_in_bits=1024)}
 class Layer:
     """One layer as the chip sees it. kernel_size: (height, width), (1, 1) for a linear layer. in_channels: per group.
 
+    With an average pooling folded into it, the kernel is the one that both make.
     role: "first" (reads the real-valued image), "hidden", "pool" (weights of one bit), or "last" (stays ANN).
     has_relu: whether a ReLU, and so a neuron, stands behind it.
     """
@@ -155,7 +156,7 @@ def main(args):
     net = get_net_by_name(args.net_name, args.in_channels or default_channels(args.net_name), args.num_classes)
     channels = args.in_channels or next(p.shape[1] for p in net.parameters() if p.dim() == 4)
     dag = parse_ann_model(net, (torch.zeros(1, channels, size, size),))
-    dag = prepare_conversion(dag, args.maxpool, args.signed)
+    dag = prepare_conversion(dag, args.maxpool, args.signed, args.avgpool)
     hardware, layers = HARDWARE[args.hardware], hardware_layers(dag, args.ann_layers)
     bits = bitwidths_by_name(dag, choose_bitwidths(dag, args.weight_bitwidth, hardware, args.ann_layers))
     print(format_table(hardware_table(layers, bits, hardware)))

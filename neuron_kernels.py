@@ -1,7 +1,7 @@
 """Fast ways to compute what a spiking layer computes, each exact; chosen by what the machine has.
 
     if_steps             all timesteps of integrate-and-fire neurons in one pass, by numba (CPU) or Triton (GPU)
-    Int8Weights          CPU: convolutions and linear layers of 0/1 spikes with 8-bit weights, by oneDNN in integers
+    Int8Weights          CPU: convolutions and linear layers of spikes with 8-bit weights, by oneDNN in integers
     exact_type           GPU: the narrowest floating-point type in which a layer's currents are exact, tried out
 
 Where one of them is missing, `spike_layers` computes the same with plain PyTorch.
@@ -231,11 +231,21 @@ class Int8Weights:
 
 
 @functools.cache
-def int8_is_exact():
-    """Whether this machine's int8 operators exist and give exact results, tried out on random spikes."""
+def int8_is_exact(largest=1):
+    """Whether this machine's int8 operators exist and are exact for inputs of 0 to `largest`, tried out once.
+
+    Without VNNI a processor may add products in pairs of 16 bits, which the largest inputs and weights overflow: so
+    these are tried beside random ones.
+    """
     generator = torch.Generator().manual_seed(0)
-    spikes = torch.randint(0, 2, (3, 32, 9, 9), generator=generator, dtype=torch.uint8)
+    spikes = torch.randint(0, largest + 1, (3, 32, 9, 9), generator=generator, dtype=torch.uint8)
     weight = torch.randint(-127, 128, (16, 32, 3, 3), generator=generator, dtype=torch.int8)
+    extremes = torch.full_like(spikes, largest), torch.full_like(weight, 127)
+    return all(int8_gives_exact(*tried) for tried in ((spikes, weight), extremes))
+
+
+def int8_gives_exact(spikes, weight):
+    """Whether int8 operators exist, and a convolution and a linear layer by them equal those in float64."""
     bias = torch.arange(16, dtype=torch.int32)
     conv = ([1, 1], [1, 1], [1, 1], 1)
     try:
@@ -251,18 +261,20 @@ def int8_is_exact():
 LARGEST_EXACT = {torch.float16: 2**11, torch.float32: 2**24}  # integers up to here are exact in a type
 
 
-def exact_type(operate, largest, shape, device):
+def exact_type(operate, largest, shape, device, largest_input=1):
     """float16, float32 or float64: the narrowest type in which `operate(spikes)` has exact currents on this device.
 
-    operate: a layer's function of spikes, in their type. largest: bound of |current|. shape: of the spikes. Integers
-    below 2^11 and 2^24 are exact in float16 and float32 (TF32 included: it rounds the factors, which are 0, 1 and at
-    most 127, not their sums), but an algorithm that transforms its inputs, as Winograd's does, rounds them; libraries
-    choose by the shape. So each type is tried on random spikes of that shape, and on ones everywhere.
+    operate: a layer's function of spikes, in their type. largest: bound of |current|. shape: of the spikes.
+    largest_input: 1 for spikes, up to 255 for sums of them. Integers below 2^11 and 2^24 are exact in float16 and
+    float32 (TF32 included: it rounds the factors, which are at most 255, not their sums), but an algorithm that
+    transforms its inputs, as Winograd's does, rounds them; libraries choose by the shape. So each type is tried on
+    random spikes of that shape, and on the largest everywhere.
     """
     generator = torch.Generator().manual_seed(0)
-    random = torch.randint(0, 2, shape, generator=generator, dtype=torch.uint8).to(device)
+    random = torch.randint(0, largest_input + 1, shape, generator=generator, dtype=torch.uint8).to(device)
+    tried = random, torch.full_like(random, largest_input)
     for dtype, most in LARGEST_EXACT.items():
-        if largest <= most and all(is_exact(operate, spikes, dtype) for spikes in (random, torch.ones_like(random))):
+        if largest <= most and all(is_exact(operate, spikes, dtype) for spikes in tried):
             return dtype
     return torch.float64
 

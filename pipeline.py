@@ -54,7 +54,7 @@ def load_network(args, images):
     """
     raw_net = build_trained_net(args.net_name, images.channels, images.num_classes, args.ann_weight, args.pretrained)
     net = parse_ann_model(raw_net, (images[0][0][None],))
-    net = prepare_conversion(net, args.maxpool, args.signed)
+    net = prepare_conversion(net, args.maxpool, args.signed, args.avgpool)
     plan_conversion(net, args.ann_layers)
     hardware = HARDWARE[args.hardware or "v1.0"]
     args.weight_bitwidth = choose_bitwidths(net, args.weight_bitwidth, hardware, args.ann_layers)
@@ -119,6 +119,7 @@ def convert(qnet, loader, device, args, **changes):
         "granularity": args.granularity,
         "correction": args.correction,
         "per_channel": args.weight_granularity == "channel",
+        "avgpool": args.avgpool,
         "ann_layers": args.ann_layers,
         "calibration_samples": args.calibration_samples,
     }

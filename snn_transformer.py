@@ -37,10 +37,9 @@ class SNNTransformer:
     integers, a share of lr (`dampen`). per_channel: a weight scale per output channel. calibration_samples: the newest
     inputs that calibration sees.
     conversion: what `trans_ann2snn_weight` takes else (reset_mode, listen, threshold, quantile, granularity,
-    correction, initial_potential, maxpool, signed, ann_layers). example_inputs: a tuple of arguments of the
-    network, with which the
-    stretch is traced at once, so that `optimizer` exists before the first `inference_get_status`; without it, that call
-    traces it.
+    correction, initial_potential, maxpool, signed, avgpool, ann_layers). example_inputs: a tuple of arguments of the
+    network, with which the stretch is traced at once, so that `optimizer` exists before the first
+    `inference_get_status`; without it, that call traces it.
 
     Raises ValueError for layers that the network lacks, and, when it traces, for a list with a gap, which it names, and
     for what cannot be converted; NotImplementedError for a function in the stretch that cannot be traced.
@@ -123,7 +122,8 @@ class SNNTransformer:
 
         with in_eval_mode(self.net):
             stretch, dag = cut_out(self.net, self.layers, args, kwargs)
-        dag = prepare_conversion(dag, self.conversion.get("maxpool"), self.conversion.get("signed"))
+        choices = {name: self.conversion[name] for name in GRAPH_OPTIONS if name in self.conversion}
+        dag = prepare_conversion(dag, **choices)
         plan_conversion(dag, self.conversion.get("ann_layers", ()))
         init_quantize_net(dag, self.bits, self.per_channel)
         self.model = SplicedNet(self.net, stretch, dag)
@@ -265,8 +265,10 @@ CONVERSION_OPTIONS = (
     "correction",
     "maxpool",
     "signed",
+    "avgpool",
     "ann_layers",
 )
+GRAPH_OPTIONS = ("maxpool", "signed", "avgpool")  # of `prepare_conversion`
 
 
 def check_options(options):

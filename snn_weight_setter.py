@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from dag_rewrites import is_trained, prepare_conversion, writer
+from dag_rewrites import check_avgpool, is_trained, prepare_conversion, readers, writer
 from hw_constraints import Layer, largest_bitwidths
 from quantization import (
     FLOAT_BITS,
@@ -63,6 +63,7 @@ THRESHOLDS = ("quantile", "max", "mse")
 GRANULARITIES = ("layer", "channel")
 LEAST_SHARE = 1 / 16  # of its layer's lambda that a channel's can be, so that integers beside it stay meaningful
 CORRECTIONS = ("potential", "bias", "none")
+LARGEST_SUM = 255  # spikes in the window of a folded pooling: what uint8 holds
 LARGEST_INTEGER = 2**20  # of thresholds, biases and weights of branches: sums of them stay exact in float32
 SAME_LAMBDA = 1.02  # per-channel lambdas within this factor count as one, so that integer weights stay as they are
 
@@ -84,6 +85,7 @@ def trans_ann2snn_weight(
     per_channel=False,
     maxpool=None,
     signed=None,
+    avgpool="spike",
     ann_layers=(),
     calibration_samples=1000,
 ):
@@ -105,16 +107,20 @@ def trans_ann2snn_weight(
     the ANN by the initial "potential", by the "bias" with the rest in the potential, or not at all ("none";
     `correct_spikes`).
     per_channel: the weights have a scale per output channel. maxpool: "gate" or "or" (`SpikeMaxPool2d`). signed: "pair"
-    splits values without a ReLU by sign (`split_signs`). ann_layers: layers that stay ANN, by op name or module path.
+    splits values without a ReLU by sign (`split_signs`). avgpool: an average pooling of spikes has a neuron and a Vthr
+    of its own ("spike"), or is folded into the convolution or linear layer behind it ("fold", where it can be,
+    `folded_poolings`), without neuron, spikes or rounding. ann_layers: layers that stay ANN, by op name or module path.
 
     Raises ValueError for values out of range, for layers that cannot be converted (`plan_conversion`), and for NaN
     weights or activations.
     """
-    check_conversion(timesteps, reset_mode, listen, threshold, quantile, granularity, correction, calibration_samples)
+    check_conversion(
+        timesteps, reset_mode, listen, threshold, quantile, granularity, correction, calibration_samples, avgpool
+    )
     timesteps = operator.index(timesteps)  # a plain number, also of NumPy's
     if initial_potential is None:
         initial_potential = 0.5 if reset_mode == "subtraction" else 0.0
-    qnet = prepare_conversion(qnet, maxpool, signed).to(device).eval()
+    qnet = prepare_conversion(qnet, maxpool, signed, avgpool).to(device).eval()
     plan = plan_conversion(qnet, ann_layers)
     snn = copy.deepcopy(qnet)
     set_bitwidths(snn, weight_bitwidth)
@@ -146,6 +152,7 @@ def check_conversion(
     granularity="layer",
     correction="potential",
     calibration_samples=1000,
+    avgpool="spike",
 ):
     """Raise ValueError for options of `trans_ann2snn_weight` that are out of range."""
     check_whole("timesteps", timesteps)
@@ -166,6 +173,7 @@ def check_conversion(
         raise ValueError(f"quantile {quantile}: use a share above 0, up to 1")
     if not calibration_samples >= 1:
         raise ValueError(f"calibration_samples {calibration_samples}: the calibration needs at least 1")
+    check_avgpool(avgpool)
 
 
 def check_whole(name, value):
@@ -182,10 +190,14 @@ def check_whole(name, value):
 
 @dataclass
 class Plan:
-    """kinds: node -> ANALOG, CURRENT or SPIKES. firing: names of the ops that get a neuron."""
+    """kinds: node -> ANALOG, CURRENT or SPIKES. firing: names of the ops that get a neuron.
+
+    folded: names of the average poolings of spikes that the layers behind them sum, without a neuron.
+    """
 
     kinds: dict
     firing: list = field(default_factory=list)
+    folded: list = field(default_factory=list)
 
 
 RELUS = (SpikeReLU, SignedReLU)
@@ -232,6 +244,8 @@ def plan_conversion(dag, ann_layers=()):
         plan.kinds[out] = kind
         if kind == SPIKES and fires(op, inputs):
             plan.firing.append(name)
+    plan.folded = folded_poolings(dag, plan.kinds)
+    plan.firing = [name for name in plan.firing if name not in plan.folded]
     check_outputs(dag, plan)
     if not plan.firing:
         raise ValueError("the network has no convolution or linear layer with a ReLU behind it, nothing can spike")
@@ -241,6 +255,40 @@ def plan_conversion(dag, ann_layers=()):
 def fires(op, inputs):
     """Whether a neuron stands at an op whose output is spikes."""
     return CURRENT in inputs if isinstance(op, RELUS) else isinstance(op, (SpikeAvgPool2d, SpikeAdd))
+
+
+def folded_poolings(dag, kinds):
+    """Names of the average poolings marked as `folded` that can be; kinds: node -> what its value is (`Plan`).
+
+    Such a pooling reads spikes, and only convolutions and linear layers that make currents read it, through views and
+    paddings at most. Its windows do not overlap, so that every weight of the folded kernel is one of the layer's and
+    keeps its bit width, and hold at most `LARGEST_SUM` inputs. Any other one keeps its neuron.
+    """
+    return [
+        name
+        for name, entry in dag.ops.items()
+        if isinstance(entry["op"], SpikeAvgPool2d)
+        and entry["op"].folded
+        and all(kinds[node] == SPIKES for node in (*entry["in_nodes"], *entry["out_nodes"]))
+        and all(step >= size for step, size in zip(entry["op"].stride, entry["op"].kernel_size))
+        and entry["op"].window <= LARGEST_SUM
+        and feeds_synapses_alone(dag, kinds, entry["out_nodes"][0])
+    ]
+
+
+def feeds_synapses_alone(dag, kinds, node):
+    """Whether all that reads a node are layers with trained weights that make currents, or lead to such alone."""
+    names = readers(dag, node)
+    return bool(names) and node not in dag.outputs_nodes and all(is_synapse(dag, kinds, name) for name in names)
+
+
+def is_synapse(dag, kinds, name):
+    """Whether an op weighs spikes, or hands them on to ops that do."""
+    op, (out,) = dag.ops[name]["op"], dag.ops[name]["out_nodes"]
+    if is_trained(op):
+        return kinds[out] == CURRENT
+    passes = isinstance(op, (ViewOp, SpikePad, SpikeReLU)) and kinds[out] == SPIKES
+    return passes and feeds_synapses_alone(dag, kinds, out)
 
 
 def find_ann_layers(dag, names):
@@ -305,16 +353,19 @@ def plan_weighted(dag, name, input, feeds_relu, leads_to_relu):
 
 
 def hardware_layers(dag, ann_layers=()):
-    """The layers of a network as `hw_constraints.Layer`, in order."""
+    """The layers of a network as `hw_constraints.Layer`, in order; a folded pooling is part of the layer behind it.
+
+    Raises ValueError, where poolings are to be folded, for a network that cannot be converted (`plan_conversion`).
+    """
     stays_ann = find_ann_layers(dag, ann_layers)
     feeds_relu, leads_to_relu = look_ahead(dag, stays_ann)
-    layers, from_image = [], set(dag.inputs_nodes)
+    layers, from_image, folded = [], set(dag.inputs_nodes), find_folded(dag, ann_layers)
     for name, entry in dag.ops.items():
         op, (out,) = entry["op"], entry["out_nodes"]
         is_first = all(node in from_image for node in entry["in_nodes"])
         if is_first and not isinstance(op, RELUS):
             from_image.add(out)
-        if not isinstance(op, WeightedLayer):
+        if not isinstance(op, WeightedLayer) or op in folded.values():
             continue
         if name in stays_ann:
             role = "last"
@@ -326,8 +377,30 @@ def hardware_layers(dag, ann_layers=()):
             role = "first" if is_first else "hidden"
         kernel_size = tuple(op.weight.shape[2:]) or (1, 1)
         in_channels = len(op.rows(op.weight)[0]) // (kernel_size[0] * kernel_size[1])
+        if entry["in_nodes"][0] in folded:
+            kernel_size = folded_kernel_size(kernel_size, op, folded[entry["in_nodes"][0]])
         layers.append(Layer(name, entry["path"], kernel_size, in_channels, role, feeds_relu[out]))
     return layers
+
+
+def find_folded(dag, ann_layers):
+    """Node -> the folded average pooling whose sums it holds, from the pooling to the layers that weigh them."""
+    marked = any(isinstance(entry["op"], SpikeAvgPool2d) and entry["op"].folded for entry in dag.ops.values())
+    names, found = plan_conversion(dag, ann_layers).folded if marked else (), {}
+    for name, entry in dag.ops.items():
+        (out,), node = entry["out_nodes"], entry["in_nodes"][0]
+        if name in names:
+            found[out] = entry["op"]
+        elif node in found and not is_trained(entry["op"]):
+            found[out] = found[node]
+    return found
+
+
+def folded_kernel_size(kernel_size, layer, pool):
+    """Height and width of the kernel that `layer`, of `kernel_size`, and the average pooling before it make."""
+    dilations = getattr(layer, "dilation", (1, 1))
+    sides = zip(kernel_size, dilations, pool.stride, pool.kernel_size)
+    return tuple((k - 1) * dilation * stride + window for k, dilation, stride, window in sides)
 
 
 def choose_bitwidths(dag, weight_bitwidth, hardware, ann_layers=()):
@@ -627,7 +700,8 @@ class SpikeSetter:
 
     scales: node of spikes -> lambda. units: node of currents -> unit. Both are scalar tensors or broadcastable to a
     sample ([C, 1, 1]). largest: node of currents -> bound of |current| per step, None where currents are not integers.
-    targets: node of spikes -> the lambda its neuron aims at, before Vthr is rounded.
+    targets: node of spikes -> the lambda its neuron aims at, before Vthr is rounded. peaks: node of spikes -> the most
+    that it holds at a step: 1, or behind a folded pooling the size of its window; `scales` and `targets` are of one.
     """
 
     def __init__(self, dag, plan, statistics, shapes, timesteps, per_channel, reset_mode, initial_potential):
@@ -637,7 +711,8 @@ class SpikeSetter:
         self.bits = max(layer.weight_bits for layer in dag.weighted_layers().values())  # where no layer gives them
         self.is_float = self.bits == FLOAT_BITS
         self.most = 1 if self.is_float else largest_integer(self.bits)
-        self.targets = self.spike_targets()
+        self.peaks = self.largest_spikes()
+        self.targets = {node: target / self.peaks[node] for node, target in self.spike_targets().items()}
         self.components = self.current_components()
         self.scales, self.units, self.largest = {}, {}, {}
 
@@ -656,6 +731,8 @@ class SpikeSetter:
         }
         for name, entry in self.dag.ops.items():
             op, (out,) = entry["op"], entry["out_nodes"]
+            if isinstance(op, SpikeAvgPool2d):
+                op.folded = name in self.plan.folded
             if self.plan.kinds[out] not in (CURRENT, SPIKES):
                 continue
             op.spiking = True
@@ -663,6 +740,17 @@ class SpikeSetter:
             setter(name, op, entry["in_nodes"], out)
 
     # lambda_out
+
+    def largest_spikes(self):
+        """Node of spikes -> the most that one sample holds there at a step (`peaks`)."""
+        peaks = {}
+        for name, entry in self.dag.ops.items():
+            (out,), op = entry["out_nodes"], entry["op"]
+            if self.plan.kinds[out] != SPIKES:
+                continue
+            passed = 1 if name in self.plan.firing else max(peaks[node] for node in entry["in_nodes"])
+            peaks[out] = op.window if name in self.plan.folded else passed
+        return peaks
 
     def spike_targets(self):
         """Node of spikes -> the lambda to aim at, a tensor; spikes that a concatenation joins share the largest.
@@ -895,14 +983,20 @@ class SpikeSetter:
             weight_q = weight_q.to(torch.int8)
             bias_q = None if bias_q is None or from_image else bias_q.round().to(torch.int32)
         op.set_integers(weight_q, bias_q, op.output_view(unit_per_output))
+        op.largest_input = self.peaks.get(in_nodes[0], 1)
         self.largest[out] = None if from_image or self.is_float else op.largest_current()
 
     def set_avg_pool(self, name, op, in_nodes, out):
-        """Average pooling: ones, s_w = k*k. Spikes get a neuron with a threshold of its own, currents are summed."""
-        (node,), window = in_nodes, op.weight[0].numel()
+        """Average pooling: ones, s_w = k*k. Spikes get a neuron with a threshold of its own, currents are summed.
+
+        Folded, it sums spikes for the layers behind it, whose weights then weigh units of lambda / (k*k).
+        """
+        (node,), window = in_nodes, op.window
         unit = self.value_of(node) / window
         op.set_integers(torch.ones_like(op.weight, dtype=torch.int8), None, unit)
-        if self.plan.kinds[node] == SPIKES:
+        if op.folded:
+            self.scales[out] = unit
+        elif self.plan.kinds[node] == SPIKES:
             self.set_neuron(name, op, out, unit, None if self.is_float else window)
         else:
             self.units[out] = unit
@@ -912,7 +1006,7 @@ class SpikeSetter:
         """A neuron where a current flows into a ReLU; spikes pass."""
         (node,) = in_nodes
         if name not in self.plan.firing:
-            if getattr(op, "ceiling", None) is not None and self.scales[node].max() > op.ceiling:
+            if getattr(op, "ceiling", None) is not None and self.scales[node].max() * self.peaks[node] > op.ceiling:
                 raise ValueError(
                     f"{self.dag.where(name)} cuts off spikes of another neuron, put it behind a convolution"
                 )

@@ -298,6 +298,7 @@ class SpikeDAGModule(nn.Module):
                 "frozen": sorted(entry["op"].frozen),
                 "levels": None if entry["op"].levels is None else entry["op"].levels.levels,
                 "weight_bits": getattr(entry["op"], "weight_bits", None),
+                "largest_input": getattr(entry["op"], "largest_input", None),
                 "neuron": entry["op"].neuron.config() if entry["op"].neuron is not None else None,
                 "tensors": {k: v.detach() for k, v in entry["op"].state_dict().items() if not k.startswith("neuron.")},
             }
@@ -353,6 +354,7 @@ def rebuild_op(entry):
     op.frozen = frozenset(entry.get("frozen", ()))  # older files have none
     if isinstance(op, WeightedLayer):
         op.weight_bits = entry.get("weight_bits")
+        op.largest_input = entry.get("largest_input", 1)  # older files have none
     if entry["neuron"] is not None:
         op.neuron = IFNeuron(**entry["neuron"])
     return op

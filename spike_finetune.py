@@ -210,7 +210,7 @@ def set_integers(layers):
 
 def bound_currents(snn):
     """Set the bound of |current| per step, `largest_current`, of every neuron anew, from the integers before it."""
-    bounds = {}  # node of currents -> bound, None where they are no integers; spikes are at most 1
+    bounds = {}  # node of currents -> bound, None where they are no integers; spikes are at most 1, sums a window
     for entry in snn.ops.values():
         op, (out,) = entry["op"], entry["out_nodes"]
         if not op.spiking:
@@ -228,7 +228,7 @@ def bound_currents(snn):
 def bound_of(op, before):
     """The bound of what an op sends, from those of what it reads."""
     if isinstance(op, SpikeAvgPool2d):
-        return before[0] * op.weight_q[0].numel()
+        return before[0] * op.window
     if isinstance(op, WeightedLayer):
         return op.largest_current()
     if isinstance(op, SpikeAdd):

@@ -4,7 +4,8 @@ Weighted layers turn spikes into integer currents, neurons turn currents into sp
 
     spikes 0/1 --SpikeConv2d, SpikeLinear: integer weights--> Current --SpikeAdd--> Current --IFNeuron--> spikes
 
-A neuron stands where a ReLU stands (inside SpikeReLU), and behind an average pooling or an add of spikes.
+A neuron stands where a ReLU stands (inside SpikeReLU), and behind an average pooling or an add of spikes. A folded
+average pooling has none: what it hands on is how many spikes each of its windows holds, 0 to its size.
 The first layer's input is a constant current, the real-valued image; its own current is computed once, in float.
 """
 
@@ -192,6 +193,8 @@ class WeightedLayer(SpikeLayer):
 
     weight_scale: s_w of a quantised layer, W = W_q / s_w; a scalar or broadcastable to W, None before quantisation.
     weight_bits: bit width of the integers, None before quantisation.
+    largest_input: of the integers that the layer reads at a step: 1 for spikes, the window's size behind a folded
+    pooling.
     """
 
     spatial = 0  # dimensions of a sample behind the channels
@@ -200,6 +203,7 @@ class WeightedLayer(SpikeLayer):
         super().__init__(*args, **kwargs)
         self.register_buffer("weight_scale", None)
         self.weight_bits = None
+        self.largest_input = 1
 
     def set_weight_scale(self, weight_scale):
         """Store s_w, what one over the value of one integer step is."""
@@ -259,7 +263,15 @@ class WeightedLayer(SpikeLayer):
         if spikes.device.type != "cpu":
             spikes = spikes.contiguous(memory_format=order(spikes))  # as `exact_type` tries them
             return self.operate_in_type(spikes.to(self.gpu_type(spikes)))
+        if not self.fits_float32():
+            return self.operate_in_type(spikes.to(torch.float64))
         return self.packed_weights()(spikes) if self.packs_int8() else self.operate_in_type(spikes.to(torch.float32))
+
+    def fits_float32(self):
+        """Whether float32 holds all currents; those of plain spikes always fit."""
+        if self.largest_input == 1:
+            return True
+        return self.prepared("fits", lambda: self.largest_current() <= EXACT_IN_FLOAT32)
 
     def operate_in_type(self, spikes):
         """The currents of floating-point spikes, in their type."""
@@ -270,17 +282,18 @@ class WeightedLayer(SpikeLayer):
         """The type in which currents of spikes of this shape are exact on their device; tried out once a shape."""
         shape, device = spikes.shape, spikes.device
         return self.prepared(
-            (shape, device), lambda: exact_type(self.operate_in_type, self.largest_current(), shape, device)
+            (shape, device),
+            lambda: exact_type(self.operate_in_type, self.largest_current(), shape, device, self.largest_input),
         )
 
     def largest_current(self):
         """The bound of |current| per step."""
-        reach = self.rows(self.weight_q.double()).abs().sum(1)  # [C_out]
+        reach = self.rows(self.weight_q.double()).abs().sum(1) * self.largest_input  # [C_out]
         return (reach + (0 if self.bias_q is None else self.bias_q.double().abs())).max().item()
 
     def packs_int8(self):
         """Whether this layer and this machine compute in 8-bit integers."""
-        return int8_is_exact()
+        return int8_is_exact(self.largest_input)
 
     def packed_weights(self):
         """The weights as oneDNN takes them, packed once."""
@@ -333,7 +346,7 @@ class SpikeConv2d(WeightedLayer, nn.Conv2d):
         return self._conv_forward(input, weight, bias)
 
     def packs_int8(self):
-        return not isinstance(self.padding, str) and int8_is_exact()
+        return not isinstance(self.padding, str) and super().packs_int8()
 
     def int8_arguments(self):
         return list(self.stride), list(self.padding), list(self.dilation), self.groups
@@ -358,18 +371,32 @@ class SpikeConvBN(SpikeConv2d):
 class SpikeAvgPool2d(SpikeConv2d):
     """Average pooling as a depthwise convolution of fixed weights 1/(kernel_size**2); in integers, ones.
 
-    Spikes get a neuron of its own; of what flows into a neuron behind it, it is the sum.
+    Spikes get a neuron of its own; of what flows into a neuron behind it, it is the sum. folded: part of the layers
+    behind it, which then weigh every spike of a window: it has no neuron and hands on sums of spikes, in their type.
+    Before the conversion, whether it shall be folded where it can (`folded_poolings`).
     """
 
-    def __init__(self, channels, kernel_size, stride, padding=0):
+    def __init__(self, channels, kernel_size, stride, padding=0, folded=False):
         super().__init__(channels, channels, kernel_size, stride, padding, groups=channels, bias=False)
         self.weight.requires_grad_(False).fill_(1 / self.weight[0].numel())
+        self.folded = folded
 
     def forward(self, x, memory=None):
         if isinstance(x, Current):
             total = x.total()
             return x.like(self.operate(total, self.weight_q.to(total.dtype), None))
+        if self.folded and isinstance(x, SpikeTensor):
+            sums = self.current_of(x.data).to(x.data.dtype)  # [T*B, C, H', W']
+            return SpikeTensor.like(sums, x.timesteps, x.scale_factor / self.window)
         return super().forward(x, memory)
+
+    @property
+    def window(self):
+        """Inputs of one output."""
+        return self.weight[0].numel()
+
+    def extra_repr(self):
+        return super().extra_repr() + ", folded" * self.folded
 
     def config(self):
         return {
@@ -377,6 +404,7 @@ class SpikeAvgPool2d(SpikeConv2d):
             "kernel_size": self.kernel_size,
             "stride": self.stride,
             "padding": self.padding,
+            "folded": self.folded,
         }
 
 

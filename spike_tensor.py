@@ -38,8 +38,10 @@ def note_firing_ratio(data):
 class SpikeTensor:
     """The spikes of one layer over all timesteps.
 
-    data: 0 or 1, [T*B, C, H, W] or [T*B, N], timestep by timestep. timesteps: T.
-    scale_factor: lambda, the activation that a spike at every step stands for; a scalar or broadcastable to data[0].
+    data: 0 or 1, [T*B, C, H, W] or [T*B, N], timestep by timestep; behind a folded pooling sums of them over its
+    windows. timesteps: T.
+    scale_factor: lambda, the activation that a spike (one more in a sum) at every step stands for; a scalar or
+    broadcastable to data[0].
     Creating one counts as a layer that fires; `like` makes one of spikes that were counted before.
     """
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from dag_rewrites import is_trained
-from spike_layers import SpikeAdd, SpikeBatchNorm, WeightedLayer
+from spike_layers import SpikeAdd, SpikeAvgPool2d, SpikeBatchNorm, WeightedLayer
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ def count_operations(snn, shapes, spikes, timesteps):
 
     shapes: node -> shape of a sample. spikes: node -> mean spike counts over `timesteps` steps, [C, H, W] or [N], for
     every node of spikes. "synops", part of "snn_ac", are spikes times fan-out; the rest are biases, and the constant
-    current of the image, which are added at every step. What stays ANN costs the same in both.
+    current of the image, which are added at every step. What stays ANN costs the same in both. A folded pooling costs
+    nothing: the layer behind it has a synapse for every spike of a window, and reads as many as the window's sum.
     """
     return {name: operations(entry, shapes, spikes, timesteps) for name, entry in snn.ops.items()}
 
@@ -83,6 +84,8 @@ def ann_operations(op, shape, outputs):
 
 def spike_operations(op, spikes):
     """Accumulates that the spikes which one op reads cause; an add and a BatchNorm have one synapse a spike."""
+    if isinstance(op, SpikeAvgPool2d) and op.folded:
+        return 0.0
     if isinstance(op, WeightedLayer):
         return synaptic_operations(op, spikes)
     return spikes.double().sum().item() if isinstance(op, (SpikeAdd, SpikeBatchNorm)) else 0.0

@@ -10,7 +10,8 @@ from spike_tensor import Memory, SpikeTensor
 class Observation:
     """Of one batch. currents: op name -> sum of the currents of T steps into its neurons, float64 [B, ...].
 
-    counts: node of spikes -> spikes of T steps, float64 [B, ...]. scales: node of spikes -> lambda.
+    counts: node of spikes -> spikes of T steps, float64 [B, ...], of a folded pooling those of each window. scales:
+    node of spikes -> lambda, of a folded pooling that of one spike of a window.
     """
 
     def __init__(self):

@@ -142,6 +142,12 @@ def add_graph_flags(parser):
         help="values that another layer reads without a ReLU: as relu(x) and relu(-x); without it an error",
     )
     parser.add_argument(
+        "--avgpool",
+        choices=["spike", "fold"],
+        default="spike",
+        help="average pooling of spikes: a layer of its own, or folded into the layer behind it (%(default)s)",
+    )
+    parser.add_argument(
         "--ann_layers",
         type=lambda text: tuple(name for name in text.split(",") if name),
         default=(),

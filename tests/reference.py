@@ -1,7 +1,8 @@
 """An independent simulation of a converted network: NumPy, int64, one timestep after the other, one spike at a time.
 
 It reads only the numbers of `SpikeDAGModule.to_dict()`: integer weights, thresholds, initial potentials. What the
-real-valued image causes (the first layer's current, in float32) is given to it.
+real-valued image causes (the first layer's current, in float32) is given to it. A folded average pooling hands on how
+many spikes each of its windows holds.
 """
 
 import numpy as np
@@ -62,6 +63,9 @@ def quantised_ann(snn, first_trains, timesteps):
 def compute(op, inputs):
     """One op on the int64 values of one timestep."""
     tensors = {name: tensor.numpy() for name, tensor in op["tensors"].items()}
+    if op["type"] == "SpikeAvgPool2d" and op["config"]["folded"]:
+        assert op["neuron"] is None
+        return sum_windows(inputs[0], op["config"])
     if op["type"] in ("SpikeConv2d", "SpikeConvBN", "SpikeAvgPool2d"):
         config = op["config"]
         if op["type"] == "SpikeAvgPool2d":
@@ -129,6 +133,18 @@ def convolve_transposed(x, weight, config):
             full[..., rows, columns] += np.einsum("bgchw,gco->bgohw", x, weight[..., i, j])
     full = full.reshape(B, groups * C_group, *full.shape[3:])
     return full[:, :, ph : full.shape[2] - ph, pw : full.shape[3] - pw]
+
+
+def sum_windows(x, config):
+    """The sum of every window of int64 [B, C, H, W], window by window; the padding adds nothing."""
+    (kh, kw), (sh, sw), (ph, pw) = config["kernel_size"], config["stride"], config["padding"]
+    H, W = (x.shape[2] + 2 * ph - kh) // sh + 1, (x.shape[3] + 2 * pw - kw) // sw + 1
+    y = np.zeros((*x.shape[:2], H, W), np.int64)
+    for i in range(H):
+        for j in range(W):
+            rows, columns = slice(max(i * sh - ph, 0), i * sh - ph + kh), slice(max(j * sw - pw, 0), j * sw - pw + kw)
+            y[:, :, i, j] = x[:, :, rows, columns].sum((2, 3))
+    return y
 
 
 def pool_spikes(op, spikes, counts):

@@ -124,7 +124,7 @@ def test_every_spike_without_the_fast_kernels(monkeypatch, without):
     if without != "int8":
         monkeypatch.setattr(neuron_kernels, "njit", None)
     if without != "numba":
-        monkeypatch.setattr(spike_layers, "int8_is_exact", lambda: False)
+        monkeypatch.setattr(spike_layers, "int8_is_exact", lambda largest=1: False)
     for name in ("shortcuts", "upwards"):
         net, images = small_model(name)
         for reset_mode in ("zero", "subtraction"):
