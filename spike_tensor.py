@@ -45,8 +45,11 @@ class SpikeTensor:
     Creating one counts as a layer that fires; `like` makes one of spikes that were counted before.
     """
 
+    fresh = False  # from a neuron, so 0 or 1
+
     def __init__(self, data, timesteps, scale_factor):
         self.data, self.timesteps, self.scale_factor = data, timesteps, torch.as_tensor(scale_factor)
+        self.fresh = True
         if firing_ratio_record:
             note_firing_ratio(data)
 
@@ -63,7 +66,10 @@ class SpikeTensor:
 
     def counts(self):
         """Spikes of every neuron over all steps, [B, ...]."""
-        return self.data.unflatten(0, (self.timesteps, -1)).sum(0, dtype=self.scale_factor.dtype)
+        steps, dtype = self.data.unflatten(0, (self.timesteps, -1)), self.scale_factor.dtype  # [T, B, ...]
+        if self.fresh and steps.dtype == torch.uint8:  # adding bytes is several times faster
+            return sum(part.sum(0, dtype=torch.uint8).to(dtype) for part in steps.split(255))
+        return steps.sum(0, dtype=dtype)
 
     def to_float(self):
         """The activation that the spikes stand for, lambda * mean_t(spike): [B, ...]."""

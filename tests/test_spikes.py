@@ -224,6 +224,16 @@ def test_spike_tensor_decodes_what_is_known_after_each_step():
     assert train.to_float_every_step().unflatten(0, (3, 2)).squeeze(-1).tolist() == [[6, 0], [3, 3], [4, 4]]
 
 
+@pytest.mark.parametrize("timesteps", [1, 255, 256, 700])
+def test_counts_of_bytes_do_not_overflow(timesteps):
+    spikes = torch.ones(timesteps, 2, 3, dtype=torch.uint8)  # [T, B, N]
+    spikes[::7, 1] = 0
+    wanted = spikes.sum(0).tolist()
+    assert SpikeTensor(spikes.flatten(0, 1), timesteps, 1.0).counts().tolist() == wanted
+    sums = SpikeTensor.like(4 * spikes.flatten(0, 1), timesteps, 1.0)  # as a folded pooling makes them
+    assert sums.counts().tolist() == [[4 * n for n in row] for row in wanted]
+
+
 def test_every_step_equals_shorter_simulations(digits_images):
     net = load_weights(get_net_by_name("example_net"), "checkpoint/example_net_ann.pth")
     snn = convert(net, digits_images)

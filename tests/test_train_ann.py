@@ -1,0 +1,46 @@
+"""train_ann.py: averaged weights, and the flags that need others."""
+
+import pytest
+import torch
+from torch import nn
+
+import train_ann
+from runtime.cli import run_script
+
+START = "checkpoint/example_net_ann.pth"
+
+
+def train(tmp_path, *flags):
+    """The weights after one epoch on the digits."""
+    file = tmp_path / "ann.pth"
+    argv = ["example_net", "--epochs", "1", "--lr", "0.01", "--ann_weight", START, "--save_file", str(file), *flags]
+    train_ann.main(train_ann.parse_args(argv))
+    return torch.load(file, weights_only=True)["state_dict"]
+
+
+def test_average_is_the_mean_of_start_and_end(tmp_path, capsys):
+    start = torch.load(START, weights_only=True)["state_dict"]
+    end, mean = train(tmp_path), train(tmp_path, "--average")
+    for name, value in start.items():
+        assert not torch.equal(end[name], value)
+        assert torch.allclose(mean[name], (value + end[name]) / 2, atol=1e-7)
+    assert "test top-1 9" in capsys.readouterr().out
+
+
+def test_average_estimates_batch_norms_anew():
+    torch.manual_seed(0)
+    net, other = (nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)) for _ in range(2))
+    images = torch.randn(40, 1, 4, 4)
+    train_ann.average_weights(net, other.state_dict(), [(part, None) for part in images.split(20)], "cpu")
+    outputs = net[0](images)
+    assert torch.allclose(net[1].running_mean, outputs.mean((0, 2, 3)), atol=1e-6)
+    assert torch.allclose(net[1].running_var, outputs.var((0, 2, 3)), rtol=0.05)
+
+
+def test_average_needs_weights_to_average_with(capsys):
+    with pytest.raises(SystemExit) as end:
+        run_script(train_ann.main, train_ann.parse_args(["example_net", "--average"]))
+    assert end.value.code == 2
+    assert capsys.readouterr().err.strip() == (
+        "error: --average needs the weights to average with, name them by --ann_weight"
+    )
