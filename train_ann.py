@@ -23,7 +23,11 @@ def parse_args(argv=None):
     parser.add_argument("--label_smoothing", type=real_number(0, 1), default=0.0, help="label smoothing (%(default)s)")
     parser.add_argument("--ann_weight", default=None, help="weights to start from (default: random ones)")
     parser.add_argument(
-        "--average", action="store_true", help="save the mean of the weights of --ann_weight and the trained ones"
+        "--average",
+        type=whole_number(0),
+        default=0,
+        metavar="CYCLES",
+        help="save the mean of the trained weights and of those of --ann_weight, which count as so many (%(default)s)",
     )
     parser.add_argument(
         "--teacher", metavar="NET:FILE", default=None, help="a trained network whose outputs are learnt too"
@@ -101,7 +105,7 @@ def main(args):
         write_atomically(save_file, save)
 
     if args.average:
-        average_weights(net, start, train_loader, device)
+        average_weights(net, start, args.average, train_loader, device)
         write_atomically(save_file, save)
     plain_criterion = nn.CrossEntropyLoss() if measure is evaluate else criterion
     result = measure(net, test_loader, device, plain_criterion)
@@ -109,10 +113,11 @@ def main(args):
     print(f"saved {save_file}")
 
 
-def average_weights(net, other, loader, device):
-    """Set the weights to their mean with those of another state dict, and estimate the BatchNorm statistics anew.
+def average_weights(net, other, cycles, loader, device):
+    """Set the weights to their mean with those of another state dict, the mean of `cycles` trainings, and estimate the
+    BatchNorm statistics anew.
 
-    Stochastic weight averaging over two cycles of the learning rate (Izmailov et al., UAI 2018).
+    Stochastic weight averaging over cycles of the learning rate (Izmailov et al., UAI 2018).
     """
     import torch
     from torch.optim.swa_utils import update_bn
@@ -120,7 +125,7 @@ def average_weights(net, other, loader, device):
     with torch.no_grad():
         for name, value in net.state_dict().items():
             if value.is_floating_point():
-                value.lerp_(other[name].to(value), 0.5)
+                value.lerp_(other[name].to(value), cycles / (cycles + 1))
     update_bn(loader, net, device)
 
 

@@ -20,10 +20,10 @@ def train(tmp_path, *flags):
 
 def test_average_is_the_mean_of_start_and_end(tmp_path, capsys):
     start = torch.load(START, weights_only=True)["state_dict"]
-    end, mean = train(tmp_path), train(tmp_path, "--average")
+    end, mean = train(tmp_path), train(tmp_path, "--average", "2")
     for name, value in start.items():
         assert not torch.equal(end[name], value)
-        assert torch.allclose(mean[name], (value + end[name]) / 2, atol=1e-7)
+        assert torch.allclose(mean[name], (2 * value + end[name]) / 3, atol=1e-7)
     assert "test top-1 9" in capsys.readouterr().out
 
 
@@ -31,7 +31,7 @@ def test_average_estimates_batch_norms_anew():
     torch.manual_seed(0)
     net, other = (nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)) for _ in range(2))
     images = torch.randn(40, 1, 4, 4)
-    train_ann.average_weights(net, other.state_dict(), [(part, None) for part in images.split(20)], "cpu")
+    train_ann.average_weights(net, other.state_dict(), 1, [(part, None) for part in images.split(20)], "cpu")
     outputs = net[0](images)
     assert torch.allclose(net[1].running_mean, outputs.mean((0, 2, 3)), atol=1e-6)
     assert torch.allclose(net[1].running_var, outputs.var((0, 2, 3)), rtol=0.05)
@@ -39,7 +39,7 @@ def test_average_estimates_batch_norms_anew():
 
 def test_average_needs_weights_to_average_with(capsys):
     with pytest.raises(SystemExit) as end:
-        run_script(train_ann.main, train_ann.parse_args(["example_net", "--average"]))
+        run_script(train_ann.main, train_ann.parse_args(["example_net", "--average", "1"]))
     assert end.value.code == 2
     assert capsys.readouterr().err.strip() == (
         "error: --average needs the weights to average with, name them by --ann_weight"
