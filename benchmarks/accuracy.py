@@ -23,7 +23,7 @@ METHODS = {
     "quantile": "-e 0",
     "mse": "-e 0 --threshold mse",
     "channel": "-e 0 --threshold mse --granularity channel --weight_granularity channel",
-    "calibrated": "-e 0 --threshold mse --granularity channel --weight_granularity channel --calibration_epochs 5",
+    "calibrated": "-e 0 --threshold mse --granularity channel --weight_granularity channel --calibration_epochs 10",
     "listen": "-e 0 --threshold mse --granularity channel --weight_granularity channel --listen T",
 }
 OBSERVED = 20  # images whose synaptic operations are counted
