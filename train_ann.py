@@ -67,7 +67,7 @@ def main(args):
     net = get_net_by_name(args.net_name, images.channels, images.num_classes)
     if args.ann_weight:
         load_weights(net, args.ann_weight)
-    start = copy.deepcopy(net.state_dict())
+    start = copy.deepcopy(net.state_dict()) if args.average else None
     check_runs(net, args.net_name, images[0][0])  # in eval mode, as the outputs are checked in; an epoch sets its own
     check_outputs = check_detects if args.dataset in DETECTION_DATASETS else check_classifies
     check_outputs(net, args.net_name, images)

@@ -31,16 +31,21 @@ OBSERVED = 20  # images whose synaptic operations are counted
 
 def parse_args(argv=None):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", required=True, metavar="NAME:FILE", help="names and trained weights")
+    add_table_flags(parser)
     parser.add_argument("--bits", nargs="+", type=bitwidths, default=[8], help="weight bit widths (8)")
-    parser.add_argument("--timesteps", nargs="+", type=whole_number(1), default=[4, 8, 16, 32], help="T (4 8 16 32)")
     parser.add_argument("--methods", nargs="+", default=None, metavar="NAME: FLAGS", help="flags of ann2snn.py by name")
     parser.add_argument("--seeds", nargs="+", type=whole_number(0), default=[0], help="seeds (0)")
+    return parser.parse_args(argv)
+
+
+def add_table_flags(parser):
+    """What is measured, on which images, and where the numbers go; benchmarks/peers.py has these flags too."""
+    parser.add_argument("--networks", nargs="+", required=True, metavar="NAME:FILE", help="names and trained weights")
+    parser.add_argument("--timesteps", nargs="+", type=whole_number(1), default=[4, 8, 16, 32], help="T (4 8 16 32)")
     parser.add_argument("--dataset", default="digits", help="as ann2snn.py's (%(default)s)")
     parser.add_argument("--test_images", type=whole_number(1), default=None, help="how many to measure on (all)")
     parser.add_argument("--results", metavar="FILE.json", help="write all numbers as JSON")
     parser.add_argument("--debug", action=argparse.BooleanOptionalAction, default=False, help="show tracebacks")
-    return parser.parse_args(argv)
 
 
 def main(args):

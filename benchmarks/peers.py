@@ -5,7 +5,7 @@
 
 Its weights stay floats, and it is calibrated on the same 1,000 training images as this toolkit. One simulation serves
 every T, and both readings of its outputs: their mean over all steps, and, "delayed", from the step on that its
-`estimate_delay_start` gives (a quarter of T or more is left). Needs `pip install spikingjelly`, version 2.0 or later.
+`estimate_delay_start` gives, three quarters of T at most. Needs `pip install spikingjelly`, version 2.0 or later.
 """
 
 import argparse
@@ -14,34 +14,32 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.accuracy import conversion_args, evenly_spaced
-from runtime.cli import OneLineParser, run_script, whole_number
+from benchmarks.accuracy import add_table_flags, conversion_args, evenly_spaced
+from runtime.cli import OneLineParser, run_script
 
 CALIBRATION_IMAGES = 1000
-LEAST_READ = 4  # of a delayed reading at T steps, at least T / LEAST_READ steps are read
+MOST_DELAYED = 0.75  # of T steps, so that a delayed reading has some left
 
 
 def parse_args(argv=None):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", required=True, metavar="NAME:FILE", help="names and trained weights")
-    parser.add_argument("--timesteps", nargs="+", type=whole_number(1), default=[4, 8, 16, 32], help="T (4 8 16 32)")
-    parser.add_argument("--dataset", default="digits", help="as ann2snn.py's (%(default)s)")
-    parser.add_argument("--test_images", type=whole_number(1), default=None, help="how many to measure on (all)")
-    parser.add_argument("--results", metavar="FILE.json", help="write all numbers as JSON")
-    parser.add_argument("--debug", action=argparse.BooleanOptionalAction, default=False, help="show tracebacks")
+    add_table_flags(parser)
     return parser.parse_args(argv)
 
 
 def main(args):
+    import torch
+
     from runtime.files import check_writable, write_json
     from spike_dag import format_table
+    from validate import evaluate
 
     check_writable(args.results)
     check_installed()
     rows, found = [("network", "mode", *(f"T={T}" for T in args.timesteps))], []
     for network in args.networks:
         net, calibration, batches = load(args, network)
-        ann = accuracy_of(net, batches)
+        ann = evaluate(net, batches, torch.device("cpu"), torch.nn.CrossEntropyLoss())["top1"]
         rows.append((network.split(":")[0], "float ANN", *[f"{ann:.2f}"] * len(args.timesteps)))
         for mode, recipe in recipes(calibration).items():
             for reading, accuracies in measure(net, recipe, calibration, batches, args.timesteps).items():
@@ -89,7 +87,7 @@ def recipes(calibration):
     from spikingjelly.activation_based.ann2snn.recipes import LocalThresholdBalancingRecipe, RateCodingRecipe
 
     return {
-        "99.9 % (default recipe)": RateCodingRecipe(calibration, mode="99.9%"),
+        "99.9 %": RateCodingRecipe(calibration, mode="99.9%"),
         "99.9 % per channel, Vthr / 2": RateCodingRecipe(
             calibration, mode="99.9%", channel_wise=True, half_threshold=True
         ),
@@ -115,21 +113,12 @@ def measure(net, recipe, calibration, batches, timesteps):
         with torch.no_grad():
             outputs = torch.stack([snn(images) for _ in range(max(timesteps))]).cumsum(0)  # [T, B, classes]
         for T in timesteps:
-            start = min(delay, T - max(1, T // LEAST_READ))
+            start = min(delay, int(MOST_DELAYED * T))
             late = outputs[T - 1] - (outputs[start - 1] if start else 0)
             for reading, output in (("", outputs[T - 1]), (", delayed", late)):
                 hits[reading][T] += (output.argmax(1) == targets).sum().item()
     images = sum(len(targets) for _, targets in batches)
     return {reading: {T: 100 * hit / images for T, hit in counts.items()} for reading, counts in hits.items()}
-
-
-def accuracy_of(net, batches):
-    """Top-1 of the float network in percent."""
-    import torch
-
-    with torch.no_grad():
-        hits = sum((net(images).argmax(1) == targets).sum().item() for images, targets in batches)
-    return 100 * hits / sum(len(targets) for _, targets in batches)
 
 
 if __name__ == "__main__":
