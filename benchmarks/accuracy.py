@@ -7,6 +7,7 @@
 A method is a name and flags of ann2snn.py; T in them is the number of timesteps. Without `--methods`, those of
 `METHODS`. Each conversion is measured on evenly spaced test images, beside its price: timesteps between images and to
 the answer, spikes and synaptic operations per image. With several `--seeds` the mean and the spread are printed.
+Rows that differ only in what comes after the finetuning share it.
 """
 
 import argparse
@@ -27,6 +28,31 @@ METHODS = {
     "listen": "-e 0 --threshold mse --granularity channel --weight_granularity channel --listen T",
 }
 OBSERVED = 20  # images whose synaptic operations are counted
+DATA_FLAGS = (  # what loaders depend on
+    "dataset",
+    "dataset_root",
+    "image_size",
+    "batch_size",
+    "test_batch_size",
+    "num_workers",
+    "val_share",
+    "seed",
+)
+AFTER_FINETUNING = {  # flags that finetuning does not depend on: networks that differ in these alone share it
+    "timesteps",
+    "reset_mode",
+    "initial_potential",
+    "listen",
+    "threshold",
+    "quantile",
+    "granularity",
+    "correction",
+    "calibration_epochs",
+    "finetune_snn",
+    "finetune_snn_lr",
+    "engine",
+    "memory_budget",
+}
 
 
 def parse_args(argv=None):
@@ -55,12 +81,15 @@ def main(args):
     check_writable(args.results)
     methods = METHODS if args.methods is None else dict(named_flags(text) for text in args.methods)
     rows = [("network", "bits", "method", "T", "ANN %", "SNN %", "points", "interval", "latency", "spikes", "synops")]
-    found, loaders = [], {}
+    found, loaders, finetuned = [], {}, {}
     for network in args.networks:
         for bits in args.bits:
             for method, flags in methods.items():
                 for timesteps in args.timesteps:
-                    runs = [measure(args, network, bits, flags, timesteps, seed, loaders) for seed in args.seeds]
+                    of_seeds = [
+                        conversion_args(network, bits, flags, timesteps, seed, args.dataset) for seed in args.seeds
+                    ]
+                    runs = [measure(args, each, loaders, finetuned) for each in of_seeds]
                     found += [{"network": network, "bits": bits, "method": method, **run} for run in runs]
                     rows.append((network.split(":")[0], bits, method, timesteps, *summary(runs)))
                     print(*rows[-1], file=sys.stderr)
@@ -92,40 +121,52 @@ def conversion_args(network, bits, flags, timesteps, seed, dataset):
     return found
 
 
-def measure(args, network, bits, flags, timesteps, seed, loaders):
-    """One conversion: accuracies in percent, its price, and seconds."""
+def measure(args, flags, loaders, finetuned):
+    """One conversion: accuracies in percent, its price, and seconds.
+
+    flags: those of ann2snn.py. loaders, finetuned: what earlier conversions have loaded and finetuned; added to.
+    """
     import torch
 
     from build_network import input_size
     from datasets import get_dataset
     from pipeline import check_command_line, choose_measure, convert, load_network, with_levels
-    from quantization import quantize_finetune
+    from quantization import equalize_channels, quantize_finetune
     from runtime.device import choose_device, seed_everything
     from spike_finetune import finetune_on_spikes
 
-    flags = conversion_args(network, bits, flags, timesteps, seed, args.dataset)
     check_command_line(flags)
     device = choose_device(flags.device)
     flags.image_size = input_size(flags.net_name)
-    if (flags.image_size, seed) not in loaders:
-        seed_everything(seed)
-        loaders[flags.image_size, seed] = get_dataset(flags)
-    test_loader, _, train_loader, train_val_loader = loaders[flags.image_size, seed]
-    seed_everything(seed)
+    images_key = str([getattr(flags, name) for name in DATA_FLAGS])
+    if images_key not in loaders:
+        seed_everything(flags.seed)
+        found = get_dataset(flags)
+        loaders[images_key] = found, random_state(found[2])
+    (test_loader, _, train_loader, train_val_loader), state = loaders[images_key]
+    set_random_state(train_loader, state)
+    key = str(sorted((name, str(value)) for name, value in vars(flags).items() if name not in AFTER_FINETUNING))
     net, start = load_network(flags, train_loader.dataset), time.perf_counter()
     criterion, evaluate = choose_measure(flags)
-    leveled = with_levels(net, train_val_loader, device, flags)
-    qnet = quantize_finetune(leveled, train_loader, criterion, device, flags)
+    if flags.equalize:
+        net = equalize_channels(net)
+    if key not in finetuned:
+        leveled = with_levels(net, train_val_loader, device, flags)
+        qnet = quantize_finetune(leveled, train_loader, criterion, device, flags)
+        finetuned[key] = qnet, time.perf_counter() - start, random_state(train_loader)
+    qnet, finetuning_seconds, state = finetuned[key]
+    set_random_state(train_loader, state)  # what comes after is as if this conversion had been the only one
+    start = time.perf_counter()
     snn = convert(qnet, train_val_loader, device, flags)
     snn = finetune_on_spikes(snn, net, train_loader, train_val_loader, criterion, device, flags)
-    seconds = time.perf_counter() - start
+    seconds = finetuning_seconds + time.perf_counter() - start
     images, targets = evenly_spaced(test_loader, args.test_images)
     batches = list(zip(images.split(100), targets.split(100)))
-    spiking = evaluate(snn, batches, device, criterion, timesteps)
+    spiking = evaluate(snn, batches, device, criterion, flags.timesteps)
     steps = snn.duration()
     return {
-        "T": timesteps,
-        "seed": seed,
+        "T": flags.timesteps,
+        "seed": flags.seed,
         "ann_top1": evaluate(net, batches, device, criterion)["top1"],
         "qnet_top1": evaluate(qnet, batches, device, criterion)["top1"],
         "snn_top1": spiking["top1"],
@@ -135,6 +176,21 @@ def measure(args, network, bits, flags, timesteps, seed, loaders):
         **price(snn, images[:: max(1, len(images) // OBSERVED)].to(device), torch),
         "conversion_seconds": seconds,
     }
+
+
+def random_state(loader):
+    """The states of PyTorch's random generator and of a loader's, which all loaders of a data set share."""
+    import torch
+
+    return torch.get_rng_state(), loader.generator.get_state()
+
+
+def set_random_state(loader, state):
+    """Go back to a `random_state`."""
+    import torch
+
+    torch.set_rng_state(state[0])
+    loader.generator.set_state(state[1])
 
 
 def evenly_spaced(loader, most):

@@ -33,6 +33,24 @@ def test_accuracy_is_that_of_ann2snn(tmp_path, capsys):
     assert run["spikes"] > 0 and run["synops"] > run["spikes"]
 
 
+def test_rows_that_share_their_finetuning_are_those_of_each_alone():
+    """One finetuning serves both T, and the second row draws the random numbers that it would have drawn alone."""
+    args = accuracy.parse_args(["--networks", NETWORK])
+    flags = "-e 1 --activation_levels 4 --finetune_snn 1 --calibration_samples 100"
+
+    def row(timesteps, loaders, finetuned):
+        given = accuracy.conversion_args(NETWORK, 2, flags, timesteps, 0, "digits")
+        return accuracy.measure(args, given, loaders, finetuned)
+
+    loaders, finetuned = {}, {}
+    shared = [row(timesteps, loaders, finetuned) for timesteps in (2, 3)]
+    assert len(loaders) == len(finetuned) == 1
+    alone = row(3, {}, {})
+    keys = ("qnet_top1", "snn_top1", "spikes")
+    assert [shared[1][key] for key in keys] == [alone[key] for key in keys]
+    assert shared[0]["qnet_top1"] == alone["qnet_top1"] and shared[0]["spikes"] != alone["spikes"]
+
+
 def test_several_seeds_give_mean_and_spread():
     runs = [
         {"ann_top1": 90.0, "snn_top1": snn, "interval": 4, "latency": 9, "spikes": 2000.0, "synops": 5e6}
