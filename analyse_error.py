@@ -54,7 +54,7 @@ def main(args):
     qnet = quantize_finetune(with_levels(net, train_val_loader, device, args), train_loader, criterion, device, args)
     quantised = evaluate(qnet, test_loader, device, criterion)
     snn = convert(qnet, train_val_loader, device, args)
-    snn = finetune_on_spikes(snn, net, train_loader, train_val_loader, criterion, device, args)
+    snn = finetune_on_spikes(snn, qnet, net, train_loader, train_val_loader, criterion, device, args)
     spiking = evaluate(snn, test_loader, device, criterion, args.timesteps, every_step=True)
 
     loaders, accuracies = (test_loader, train_loader, train_val_loader), (ann, quantised, spiking)

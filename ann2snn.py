@@ -70,7 +70,7 @@ def main(args):
 
     snn = convert(qnet, train_val_loader, device, args)
     clock.lap("trans_ann2snn_weight")
-    snn = finetune_on_spikes(snn, net, train_loader, train_val_loader, criterion, device, args)
+    snn = finetune_on_spikes(snn, qnet, net, train_loader, train_val_loader, criterion, device, args)
     clock.lap("finetune_on_spikes")
     spiking = measure(snn, test_loader, device, criterion, args.timesteps, every_step=True)
     clock.lap("validate_snn")

@@ -27,21 +27,25 @@ from spike_tensor import Memory, SpikeTensor
 
 BATCH = 32  # calibration images a step
 LR_TIMES_T = 0.002  # learning rate times timesteps
+INTERVAL = 0.49  # of a step on either side of an integer: what surely rounds to it
 TEMPERATURE = 2.0  # softens what the teacher's outputs say
 
 
-def finetune_spikes(snn, loader, device, epochs, *, lr=None, criterion=None, teacher=None, features=1.0):
+def finetune_spikes(snn, loader, device, epochs, *, lr=None, criterion=None, teacher=None, features=1.0, qnet=None):
     """A copy of a converted network whose weights and biases are finetuned for `epochs` passes over `loader`.
 
     criterion: loss of the outputs against the labels of `loader`, or None. teacher: the ANN, whose outputs and (times
     `features`) activations are learnt, without labels. The learning rate, `LR_TIMES_T` / T by default, falls to 0 along
-    a cosine: the more timesteps, the less is there to gain. Raises ValueError where neither is given, or the loss is
-    not finite.
+    a cosine: the more timesteps, the less is there to gain. qnet: the quantised network that was converted, whose
+    weights in full precision (`weight_back`) are then moved, so that those near the edge of their rounding interval
+    take another integer first (as in AdaRound; Nagel et al., Up or Down?, ICML 2020); without it the weights start in
+    the middle of their intervals. Raises ValueError where neither criterion nor teacher is given, or the loss is not
+    finite.
     """
     if criterion is None and teacher is None:
         raise ValueError("finetuning on spikes needs a criterion, for labels, or a teacher")
     snn = copy.deepcopy(snn).to(device).eval()
-    layers = shadow_weights(snn)
+    layers = shadow_weights(snn, qnet)
     parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
     optimizer = QuantAdam(parameters, LR_TIMES_T / snn.timesteps if lr is None else lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * len(loader)))
@@ -64,15 +68,14 @@ def finetune_spikes(snn, loader, device, epochs, *, lr=None, criterion=None, tea
     return snn
 
 
-def finetune_on_spikes(snn, ann, train_loader, calibration_loader, criterion, device, args):
+def finetune_on_spikes(snn, qnet, ann, train_loader, calibration_loader, criterion, device, args):
     """The converted network after `args.calibration_epochs` without labels and `args.finetune_snn` with them."""
+    options = {"lr": args.finetune_snn_lr, "teacher": ann, "qnet": qnet}
     if args.calibration_epochs:
         few = first_images(calibration_loader, args.calibration_samples)
-        snn = finetune_spikes(snn, few, device, args.calibration_epochs, lr=args.finetune_snn_lr, teacher=ann)
+        snn = finetune_spikes(snn, few, device, args.calibration_epochs, **options)
     if args.finetune_snn:
-        snn = finetune_spikes(
-            snn, train_loader, device, args.finetune_snn, lr=args.finetune_snn_lr, criterion=criterion, teacher=ann
-        )
+        snn = finetune_spikes(snn, train_loader, device, args.finetune_snn, criterion=criterion, **options)
     return snn
 
 
@@ -177,19 +180,32 @@ def decoded_rates(snn, inputs):
 
 
 @torch.no_grad()
-def shadow_weights(snn):
-    """The layers to train; each weight gets a shadow in full precision, and what its integers say as its value."""
+def shadow_weights(snn, qnet=None):
+    """The layers to train; each weight gets a shadow in full precision, and what its integers say as its value.
+
+    The shadows are those of `qnet`, as far as they stand for the same integers, or else what the integers say.
+    """
     layers = list(snn.weighted_layers().values())
-    for layer in layers:
+    for name, layer in snn.weighted_layers().items():
         if layer.weight_scale is None:  # behind the last spikes, of a network that was not quantised before
             layer.set_weight_scale(quantize_layer(layer, layer.weight, layer.weight_bits)[1])
-        layer.weight.weight_back = layer.weight.detach().clone()
+        full = None if qnet is None else getattr(qnet.ops[name]["op"].weight, "weight_back", None)
+        layer.weight.weight_back = layer.weight.detach().clone() if full is None else within_interval(layer, full)
         if layer.spiking and layer.bias_q is not None:
             if layer.bias is None:  # a correction gave it one
                 layer.bias = nn.Parameter(torch.zeros(layer.output_channels, device=layer.weight.device))
             layer.bias.copy_(layer.bias_q * layer.per_output_unit())  # with what a correction added to it
     set_integers(layers)
     return layers
+
+
+def within_interval(layer, full):
+    """The weights nearest to `full` that round to the layer's integers; at 1 bit those of the other sign are left."""
+    bits, scale = layer.weight_bits, layer.weight_scale
+    weight_q = round_to_integers(layer.weight.detach(), scale, bits)
+    if bits == 1:
+        return torch.where(round_to_integers(full, scale, bits) == weight_q, full, weight_q / scale)
+    return (full * scale).clamp(weight_q - INTERVAL, weight_q + INTERVAL) / scale
 
 
 @torch.no_grad()

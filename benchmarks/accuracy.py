@@ -158,7 +158,7 @@ def measure(args, flags, loaders, finetuned):
     set_random_state(train_loader, state)  # what comes after is as if this conversion had been the only one
     start = time.perf_counter()
     snn = convert(qnet, train_val_loader, device, flags)
-    snn = finetune_on_spikes(snn, net, train_loader, train_val_loader, criterion, device, flags)
+    snn = finetune_on_spikes(snn, qnet, net, train_loader, train_val_loader, criterion, device, flags)
     seconds = finetuning_seconds + time.perf_counter() - start
     images, targets = evenly_spaced(test_loader, args.test_images)
     batches = list(zip(images.split(100), targets.split(100)))

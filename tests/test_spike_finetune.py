@@ -14,8 +14,9 @@ import ann2snn
 from ann_parser import parse_ann_model
 from build_network import get_net_by_name, load_weights
 from dag_rewrites import prepare_conversion
-from quantization import largest_integer
+from quantization import init_quantize_net, largest_integer
 from runtime.cli import run_script
+from snn_weight_setter import trans_ann2snn_weight
 from spike_dag import load_dag
 from spike_finetune import (
     bound_currents,
@@ -163,6 +164,43 @@ def test_finetuning_without_labels_brings_digits_nearer_to_the_teacher(digits_im
     with torch.no_grad():
         losses = [distillation_loss(x(digits_images), ann(digits_images)).item() for x in (snn, tuned)]
     assert losses[1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_full_precision_weights_start_as_the_integers_that_were_converted(bits, granularity):
+    """Between the float weights and the middle of the interval of their integer, and not in its middle alone."""
+    net, images = small_model("dense")
+    qnet = prepared(net, images)
+    init_quantize_net(qnet, bits)
+    snn = trans_ann2snn_weight(qnet, [(images, None)], "cpu", 8, bits, granularity=granularity)
+    before = {name: op.weight_q.clone() for name, op in snn.weighted_layers().items() if op.spiking}
+    rates = decoded_rates(snn, images)
+    layers = shadow_weights(snn, qnet)
+    assert all(torch.equal(snn.ops[name]["op"].weight_q, weight_q) for name, weight_q in before.items())
+    assert all(torch.equal(value, rates[layer]) for layer, value in decoded_rates(snn, images).items())
+    for name, layer in snn.weighted_layers().items():
+        shadow, full = layer.weight.weight_back, qnet.ops[name]["op"].weight.weight_back
+        assert torch.all((shadow - full) * (shadow - layer.weight) <= 1e-7)
+        assert not torch.allclose(shadow, layer.weight, rtol=1e-4)
+    assert len(layers) == len(qnet.weighted_layers())
+
+
+def test_full_precision_weights_let_few_images_move_few_bits(digits_images):
+    """At a learning rate that does not reach the next integer from the middle of an interval, many others do."""
+    ann = prepared(load_weights(get_net_by_name("example_net"), "checkpoint/example_net_ann.pth"), digits_images)
+    qnet = copy.deepcopy(ann)
+    init_quantize_net(qnet, 4)
+    snn = trans_ann2snn_weight(qnet, [(digits_images, None)], "cpu", 4, 4, threshold="mse")
+    loader = [(batch, torch.zeros(len(batch), dtype=torch.long)) for batch in digits_images.split(16)]
+    losses, moved = [], []
+    for start in (None, qnet):
+        tuned = finetune_spikes(snn, loader, "cpu", 5, lr=1e-4, teacher=ann, qnet=start)
+        moved.append((tuned.ops["conv3"]["op"].weight_q != snn.ops["conv3"]["op"].weight_q).sum().item())
+        with torch.no_grad():
+            losses.append(distillation_loss(tuned(digits_images), ann(digits_images)).item())
+    assert moved[0] == 0 and moved[1] > 100
+    assert losses[1] < 0.9 * losses[0]
 
 
 @pytest.mark.parametrize("name", MODELS)
