@@ -26,7 +26,7 @@ from spike_layers import ConcatOp, SpikeAdd, SpikeAvgPool2d, SpikeBatchNorm, Spi
 from spike_tensor import Memory, SpikeTensor
 
 BATCH = 32  # calibration images a step
-LR_TIMES_T = 0.002  # learning rate times timesteps
+LR_TIMES_T = 0.03  # learning rate times timesteps; it is a share of a layer's weights
 INTERVAL = 0.49  # of a step on either side of an integer: what surely rounds to it
 TEMPERATURE = 2.0  # softens what the teacher's outputs say
 
@@ -35,8 +35,9 @@ def finetune_spikes(snn, loader, device, epochs, *, lr=None, criterion=None, tea
     """A copy of a converted network whose weights and biases are finetuned for `epochs` passes over `loader`.
 
     criterion: loss of the outputs against the labels of `loader`, or None. teacher: the ANN, whose outputs and (times
-    `features`) activations are learnt, without labels. The learning rate, `LR_TIMES_T` / T by default, falls to 0 along
-    a cosine: the more timesteps, the less is there to gain. qnet: the quantised network that was converted, whose
+    `features`) activations are learnt, without labels. lr: how far a step moves the weights of a layer, as a share of
+    their root mean square; `LR_TIMES_T` / T by default, for the more timesteps, the less is there to gain, and falling
+    to 0 along a cosine. qnet: the quantised network that was converted, whose
     weights in full precision (`weight_back`) are then moved, so that those near the edge of their rounding interval
     take another integer first (as in AdaRound; Nagel et al., Up or Down?, ICML 2020); without it the weights start in
     the middle of their intervals. Raises ValueError where neither criterion nor teacher is given, or the loss is not
@@ -47,7 +48,7 @@ def finetune_spikes(snn, loader, device, epochs, *, lr=None, criterion=None, tea
     snn = copy.deepcopy(snn).to(device).eval()
     layers = shadow_weights(snn, qnet)
     parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
-    optimizer = QuantAdam(parameters, LR_TIMES_T / snn.timesteps if lr is None else lr)
+    optimizer = QuantAdam(groups_of(layers, LR_TIMES_T / snn.timesteps if lr is None else lr))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * len(loader)))
     for epoch in range(1, epochs + 1):
         for inputs, targets in tqdm(loader, f"finetune spikes, epoch {epoch}", leave=False, delay=1):
@@ -66,6 +67,17 @@ def finetune_spikes(snn, loader, device, epochs, *, lr=None, criterion=None, tea
     for parameter in parameters:
         vars(parameter).pop("weight_back", None)
     return snn
+
+
+def groups_of(layers, lr):
+    """Parameter groups of an optimizer: each layer learns at `lr` times the root mean square of its weights."""
+    return [
+        {
+            "params": [p for p in (layer.weight, layer.bias) if p is not None],
+            "lr": lr * layer.weight.detach().square().mean().sqrt().item(),
+        }
+        for layer in layers
+    ]
 
 
 def finetune_on_spikes(snn, qnet, ann, train_loader, calibration_loader, criterion, device, args):

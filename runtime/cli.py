@@ -212,7 +212,7 @@ def add_conversion_flags(parser):
         "--finetune_snn_lr",
         type=real_number(0, 1),
         default=None,
-        help="learning rate of --finetune_snn and --calibration_epochs (0.002 / timesteps)",
+        help="learning rate of --finetune_snn and --calibration_epochs, a share of the weights (0.03 / timesteps)",
     )
     parser.add_argument(
         "--granularity",
