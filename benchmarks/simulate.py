@@ -4,7 +4,8 @@
 
 All contenders take turns, so that a machine whose speed drifts is the same for all; a ratio is the median over the
 rounds of the ratios within a round. SpikingJelly (single-step and multi-step, each with its IFNode) takes part where it
-is installed. `--memory` adds the peak memory of a process that only simulates.
+is installed. `--special` adds thresholds per channel, `--listen T` and folded poolings, whose fast path differs;
+`--memory` adds the peak memory of a process that only simulates.
 """
 
 import argparse
@@ -34,6 +35,9 @@ def parse_args(argv=None):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (%(default)s)")
     parser.add_argument(
         "--reference", action=argparse.BooleanOptionalAction, default=True, help="time --engine reference too"
+    )
+    parser.add_argument(
+        "--special", action="store_true", help="time --granularity channel, --listen T and --avgpool fold too"
     )
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=False, help="peak memory too")
     parser.add_argument("--save_file", default=None, help="write the results as JSON")
@@ -67,7 +71,7 @@ def main(args):
     results = {"machine": describe_machine(device), "rows": []}
     cases = [(net, T, B) for net in args.networks for T in args.timesteps for B in args.batch]
     for net, timesteps, batch in cases:
-        rows = measure(net, timesteps, batch, device, args.rounds, args.reference)
+        rows = measure(net, timesteps, batch, device, args.rounds, args.reference, args.special)
         if args.memory:
             add_memory(rows, net, timesteps, batch, device)
         results["rows"] += rows
@@ -79,11 +83,13 @@ def main(args):
         write_json(args.save_file, results)
 
 
-def measure(net_name, timesteps, batch, device, rounds, with_reference):
+def measure(net_name, timesteps, batch, device, rounds, with_reference, with_special=False):
     """One row for each contender on one network."""
     import torch
 
     contenders = build_contenders(net_name, timesteps, batch, device, with_reference)
+    if with_special:
+        contenders |= special_contenders(net_name, timesteps, batch, device)
     seconds = {name: [] for name in contenders}
     with torch.no_grad():
         for run in contenders.values():  # once untimed: kernels are compiled and chosen
@@ -145,8 +151,25 @@ def build_contenders(net_name, timesteps, batch, device, with_reference):
     return contenders | spikingjelly_contenders(net_name, timesteps, images)
 
 
-def build(net_name, timesteps, batch, device):
-    """A network with random weights in eval mode, random images of its size, and its spiking network at 8 bits."""
+def special_contenders(net_name, timesteps, batch, device):
+    """The same in the modes in which layers or neurons do something else."""
+    modes = {
+        "--granularity channel": {"granularity": "channel"},
+        "--listen T": {"listen": timesteps},
+        "--avgpool fold": {"avgpool": "fold"},
+    }
+    contenders = {}
+    for mode, options in modes.items():
+        _, images, snn = build(net_name, timesteps, batch, device, **options)
+        contenders[f"this toolkit, {mode}"] = lambda snn=snn, images=images: snn(images)
+    return contenders
+
+
+def build(net_name, timesteps, batch, device, **options):
+    """A network with random weights in eval mode, random images of its size, and its spiking network at 8 bits.
+
+    options: of `trans_ann2snn_weight`.
+    """
     import torch
 
     from ann_parser import parse_ann_model
@@ -158,7 +181,8 @@ def build(net_name, timesteps, batch, device):
     size = input_size(net_name)
     images = torch.randn(batch, 3, size, size).to(device, memory_format=torch.channels_last)
     dag = parse_ann_model(net, (images[:1],))
-    snn = trans_ann2snn_weight(dag, [(images[:32],)], device, timesteps, 8, maxpool="gate", correction="none")
+    options = {"maxpool": "gate", "correction": "none", **options}
+    snn = trans_ann2snn_weight(dag, [(images[:32],)], device, timesteps, 8, **options)
     return net, images, snn
 
 

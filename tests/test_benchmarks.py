@@ -1,4 +1,4 @@
-"""The accuracy benchmarks: their figures are those of ann2snn.py, and a wrong line ends in one error."""
+"""The benchmarks: accuracies are those of ann2snn.py, every mode has a row, and a wrong line ends in one error."""
 
 import importlib.util
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import ann2snn
-from benchmarks import accuracy, peers
+from benchmarks import accuracy, peers, simulate
 from runtime.cli import run_script
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +59,17 @@ def test_several_seeds_give_mean_and_spread():
     ann, snn, points, *_ = accuracy.summary(runs)
     assert (ann, snn) == ("90.00", "88.00")
     assert points == f"-2.00 +- {math.sqrt(((88 - 88) ** 2 + 1 + 1) / 2):.2f}"
+
+
+def test_speed_has_a_row_for_every_mode(tmp_path):
+    table = tmp_path / "table.json"
+    argv = f"--networks example_net --timesteps 3 --batch 2 --rounds 1 --special --save_file {table}".split()
+    simulate.main(simulate.parse_args(argv))
+    rows = {row["contender"]: row for row in json.loads(table.read_text())["rows"]}
+    modes = ["", ", --granularity channel", ", --listen T", ", --avgpool fold"]
+    assert {f"this toolkit{mode}" for mode in modes} | {"ANN", "its reference engine"} <= set(rows)
+    for row in rows.values():
+        assert row["images/s"] == pytest.approx(2e3 / row["ms"], rel=0.1) and row["x T x ANN"] > 0
 
 
 @pytest.mark.parametrize(
