@@ -4,7 +4,7 @@ check_command_line(args)                            what can be wrong is found b
 net = load_network(args, images)                    the trained network as a graph that can be converted
 qnet = quantize_finetune(net, ...)                  quantization.py
 snn = convert(qnet, train_val_loader, device, args) the spiking network
-snn = finetune_on_spikes(snn, net, ...)             spike_finetune.py
+snn = finetune_on_spikes(snn, qnet, net, ...)       spike_finetune.py
 """
 
 import platform

@@ -1,7 +1,7 @@
 """Finetune a converted network on its own spikes: forward what the chip will send, backward through the ANN.
 
-    snn = finetune_spikes(snn, loader, device, epochs=5, teacher=qnet)          # calibration images, no labels
-    snn = finetune_spikes(snn, train_loader, device, epochs=2, criterion=...)   # training images, labels
+    snn = finetune_spikes(snn, loader, device, epochs=5, teacher=net, qnet=qnet)           # no labels
+    snn = finetune_spikes(snn, train_loader, device, epochs=2, criterion=..., qnet=qnet)   # with labels
 
 Every layer of the ANN is evaluated on the decoded rates that the spiking layers before it really send, and its own
 activation is replaced by the rate that its neurons really send; the gradient passes as if the neurons were
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from quantization import FLOAT_BITS, QuantAdam, quantize_layer, round_to_integers
+from quantization import FLOAT_BITS, QuantAdam, largest_integer, quantize_layer, round_to_integers
 from snn_weight_setter import LARGEST_INTEGER
 from spike_dag import one_thread_per_operator, run_ops
 from spike_layers import ConcatOp, SpikeAdd, SpikeAvgPool2d, SpikeBatchNorm, SpikeMaxPool2d, WeightedLayer
@@ -35,13 +35,17 @@ def finetune_spikes(snn, loader, device, epochs, *, lr=None, criterion=None, tea
     """A copy of a converted network whose weights and biases are finetuned for `epochs` passes over `loader`.
 
     criterion: loss of the outputs against the labels of `loader`, or None. teacher: the ANN, whose outputs and (times
-    `features`) activations are learnt, without labels. lr: how far a step moves the weights of a layer, as a share of
-    their root mean square; `LR_TIMES_T` / T by default, for the more timesteps, the less is there to gain, and falling
-    to 0 along a cosine. qnet: the quantised network that was converted, whose
-    weights in full precision (`weight_back`) are then moved, so that those near the edge of their rounding interval
-    take another integer first (as in AdaRound; Nagel et al., Up or Down?, ICML 2020); without it the weights start in
-    the middle of their intervals. Raises ValueError where neither criterion nor teacher is given, or the loss is not
-    finite.
+    `features`) activations are learnt, without labels. lr: how far a step moves the weights and biases of a layer, as a
+    share of the root mean square of its weights; `LR_TIMES_T` / T by default, for the more timesteps, the less is there
+    to gain. It falls to 0 along a cosine.
+
+    qnet: the quantised network that was converted, whose weights in full precision (`weight_back`) are then moved, so
+    that those near the edge of their rounding interval take another integer first (as in AdaRound; Nagel et al., Up or
+    Down?, ICML 2020); without it the weights start in the middle of their intervals. The copy has such weights too, and
+    can be the next call's `qnet`.
+
+    Raises ValueError where neither criterion nor teacher is given, for a qnet with other layers, and where the loss is
+    not finite.
     """
     if criterion is None and teacher is None:
         raise ValueError("finetuning on spikes needs a criterion, for labels, or a teacher")
@@ -64,30 +68,31 @@ def finetune_spikes(snn, loader, device, epochs, *, lr=None, criterion=None, tea
     if not all(torch.isfinite(p).all() for p in parameters):
         raise ValueError(f"finetuning on spikes diverged in epoch {epochs}, lower its learning rate")
     bound_currents(snn)
-    for parameter in parameters:
-        vars(parameter).pop("weight_back", None)
     return snn
 
 
 def groups_of(layers, lr):
-    """Parameter groups of an optimizer: each layer learns at `lr` times the root mean square of its weights."""
-    return [
-        {
-            "params": [p for p in (layer.weight, layer.bias) if p is not None],
-            "lr": lr * layer.weight.detach().square().mean().sqrt().item(),
-        }
-        for layer in layers
-    ]
+    """Parameter groups of an optimizer: each layer learns at `lr` times the root mean square of its shadow weights.
+
+    Where these are all 0, at `lr` times the step of an integer.
+    """
+    groups = []
+    for layer in layers:
+        size = layer.weight.weight_back.square().mean().sqrt()
+        size = size if size > 0 else (1 / layer.weight_scale).mean()
+        groups.append({"params": [p for p in (layer.weight, layer.bias) if p is not None], "lr": lr * size.item()})
+    return groups
 
 
 def finetune_on_spikes(snn, qnet, ann, train_loader, calibration_loader, criterion, device, args):
     """The converted network after `args.calibration_epochs` without labels and `args.finetune_snn` with them."""
-    options = {"lr": args.finetune_snn_lr, "teacher": ann, "qnet": qnet}
+    options = {"lr": args.finetune_snn_lr, "teacher": ann}
     if args.calibration_epochs:
         few = first_images(calibration_loader, args.calibration_samples)
-        snn = finetune_spikes(snn, few, device, args.calibration_epochs, **options)
+        snn = qnet = finetune_spikes(snn, few, device, args.calibration_epochs, qnet=qnet, **options)
     if args.finetune_snn:
-        snn = finetune_spikes(snn, train_loader, device, args.finetune_snn, criterion=criterion, **options)
+        options["criterion"] = criterion
+        snn = finetune_spikes(snn, train_loader, device, args.finetune_snn, qnet=qnet, **options)
     return snn
 
 
@@ -195,13 +200,14 @@ def decoded_rates(snn, inputs):
 def shadow_weights(snn, qnet=None):
     """The layers to train; each weight gets a shadow in full precision, and what its integers say as its value.
 
-    The shadows are those of `qnet`, as far as they stand for the same integers, or else what the integers say.
+    The shadows are those of `qnet`, moved to the edge of the interval of their integer where they lie beyond it, or
+    else what the integers say. Raises ValueError for a qnet with other layers.
     """
     layers = list(snn.weighted_layers().values())
     for name, layer in snn.weighted_layers().items():
         if layer.weight_scale is None:  # behind the last spikes, of a network that was not quantised before
             layer.set_weight_scale(quantize_layer(layer, layer.weight, layer.weight_bits)[1])
-        full = None if qnet is None else getattr(qnet.ops[name]["op"].weight, "weight_back", None)
+        full = None if qnet is None else full_precision(qnet, name, layer)
         layer.weight.weight_back = layer.weight.detach().clone() if full is None else within_interval(layer, full)
         if layer.spiking and layer.bias_q is not None:
             if layer.bias is None:  # a correction gave it one
@@ -211,13 +217,30 @@ def shadow_weights(snn, qnet=None):
     return layers
 
 
+def full_precision(qnet, name, layer):
+    """The shadow weights of op `name` of a quantised network for the converted `layer`, or None where it has none."""
+    weight = qnet.ops[name]["op"].weight if name in qnet.ops else None
+    if weight is None or weight.shape != layer.weight.shape:
+        raise ValueError(f"the quantised network has no layer {name} of this shape, give the one that was converted")
+    shadow = getattr(weight, "weight_back", None)
+    return None if shadow is None else shadow.to(layer.weight.device)
+
+
 def within_interval(layer, full):
-    """The weights nearest to `full` that round to the layer's integers; at 1 bit those of the other sign are left."""
+    """The weights nearest to `full` that round to the layer's integers; float weights have none, and stay.
+
+    At 1 bit those of the other sign start at what the integer says.
+    """
     bits, scale = layer.weight_bits, layer.weight_scale
+    if bits == FLOAT_BITS:
+        return layer.weight.detach().clone()
     weight_q = round_to_integers(layer.weight.detach(), scale, bits)
     if bits == 1:
         return torch.where(round_to_integers(full, scale, bits) == weight_q, full, weight_q / scale)
-    return (full * scale).clamp(weight_q - INTERVAL, weight_q + INTERVAL) / scale
+    largest, endless = largest_integer(bits), torch.inf  # the outermost integers stand for all beyond them
+    low = torch.where(weight_q <= -largest, -endless, weight_q - INTERVAL)
+    high = torch.where(weight_q >= largest, endless, weight_q + INTERVAL)
+    return (full * scale).clamp(low, high) / scale
 
 
 @torch.no_grad()

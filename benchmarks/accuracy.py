@@ -7,7 +7,7 @@
 A method is a name and flags of ann2snn.py; T in them is the number of timesteps. Without `--methods`, those of
 `METHODS`. Each conversion is measured on evenly spaced test images, beside its price: timesteps between images and to
 the answer, spikes and synaptic operations per image. With several `--seeds` the mean and the spread are printed.
-Rows that differ only in what comes after the finetuning share it.
+Rows that differ only in what comes after the finetuning share it; without workers they are as each would be alone.
 """
 
 import argparse
@@ -81,9 +81,10 @@ def main(args):
     check_writable(args.results)
     methods = METHODS if args.methods is None else dict(named_flags(text) for text in args.methods)
     rows = [("network", "bits", "method", "T", "ANN %", "SNN %", "points", "interval", "latency", "spikes", "synops")]
-    found, loaders, finetuned = [], {}, {}
+    found, loaders = [], {}
     for network in args.networks:
         for bits in args.bits:
+            finetuned = {}
             for method, flags in methods.items():
                 for timesteps in args.timesteps:
                     of_seeds = [
@@ -146,7 +147,7 @@ def measure(args, flags, loaders, finetuned):
     (test_loader, _, train_loader, train_val_loader), state = loaders[images_key]
     set_random_state(train_loader, state)
     key = str(sorted((name, str(value)) for name, value in vars(flags).items() if name not in AFTER_FINETUNING))
-    net, start = load_network(flags, train_loader.dataset), time.perf_counter()
+    net, start = load_network(flags, train_loader.dataset).to(device), time.perf_counter()
     criterion, evaluate = choose_measure(flags)
     if flags.equalize:
         net = equalize_channels(net)
