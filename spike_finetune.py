@@ -3,16 +3,24 @@
     snn = finetune_spikes(snn, loader, device, epochs=5, teacher=net, qnet=qnet)           # no labels
     snn = finetune_spikes(snn, train_loader, device, epochs=2, criterion=..., qnet=qnet)   # with labels
 
-Every layer of the ANN is evaluated on the decoded rates that the spiking layers before it really send, and its own
-activation is replaced by the rate that its neurons really send; the gradient passes as if the neurons were
-clip(activation, 0, lambda) (tandem learning; Wu et al., A Tandem Learning Rule for Effective Training and Rapid
-Inference of Deep Spiking Neural Networks, TNNLS 2021). So the error that training sees holds everything that T steps
-of spikes and b bits of weights cost, spikes that come too early or too late included, at the price of one simulation
-and one backward pass of the ANN a step. Weights stay integers in the unit of their neuron, thresholds stay as they are.
+So the error that training sees holds everything that T steps of spikes and b bits of weights cost, spikes that come too
+early or too late included. Two gradients lead back:
+
+- "time": through every timestep, with a surrogate for that of a spike (`SurrogateSpike`; Neftci et al., Surrogate
+  Gradient Learning in Spiking Neural Networks, IEEE Signal Processing Magazine 2019). It knows when spikes come, for
+  the price of T passes of the ANN and back.
+- "tandem": every layer of the ANN is evaluated on the decoded rates that the spiking layers before it really send, and
+  its own activation is replaced by the rate that its neurons really send; the gradient passes as if the neurons were
+  clip(activation, 0, lambda) (Wu et al., A Tandem Learning Rule for Effective Training and Rapid Inference of Deep
+  Spiking Neural Networks, TNNLS 2021). It costs one simulation and one backward pass of the ANN.
+
+Weights stay integers in the unit of their neuron, thresholds stay as they are.
 """
 
 import copy
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +35,15 @@ from spike_tensor import Memory, SpikeTensor
 
 BATCH = 32  # calibration images a step
 LR_TIMES_T = 0.03  # learning rate times timesteps; it is a share of a layer's weights
+MOST_THROUGH_TIME = 4  # timesteps; with more the tandem gradient is as good, and several times faster
+MOST_UNROLLED = 128  # images times timesteps that are kept for one backward pass
 INTERVAL = 0.49  # of a step on either side of an integer: what surely rounds to it
 TEMPERATURE = 2.0  # softens what the teacher's outputs say
 
 
-def finetune_spikes(snn, loader, device, epochs, *, lr=None, criterion=None, teacher=None, features=1.0, qnet=None):
+def finetune_spikes(
+    snn, loader, device, epochs, *, lr=None, criterion=None, teacher=None, features=1.0, qnet=None, gradient=None
+):
     """A copy of a converted network whose weights and biases are finetuned for `epochs` passes over `loader`.
 
     criterion: loss of the outputs against the labels of `loader`, or None. teacher: the ANN, whose outputs and (times
@@ -44,12 +56,19 @@ def finetune_spikes(snn, loader, device, epochs, *, lr=None, criterion=None, tea
     Down?, ICML 2020); without it the weights start in the middle of their intervals. The copy has such weights too, and
     can be the next call's `qnet`.
 
+    gradient: "time" or "tandem" (above); by default "time" up to `MOST_THROUGH_TIME` timesteps.
+
     Raises ValueError where neither criterion nor teacher is given, for a qnet with other layers, and where the loss is
     not finite.
     """
     if criterion is None and teacher is None:
         raise ValueError("finetuning on spikes needs a criterion, for labels, or a teacher")
+    gradient = gradient or ("time" if snn.timesteps <= MOST_THROUGH_TIME else "tandem")
+    if gradient not in GRADIENTS:
+        raise ValueError(f"unknown gradient '{gradient}', use one of {', '.join(GRADIENTS)}")
+    forward = GRADIENTS[gradient]
     snn = copy.deepcopy(snn).to(device).eval()
+    images = max(1, MOST_UNROLLED // snn.timesteps) if gradient == "time" else sys.maxsize
     layers = shadow_weights(snn, qnet)
     parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
     optimizer = QuantAdam(groups_of(layers, LR_TIMES_T / snn.timesteps if lr is None else lr))
@@ -57,11 +76,12 @@ def finetune_spikes(snn, loader, device, epochs, *, lr=None, criterion=None, tea
     for epoch in range(1, epochs + 1):
         for inputs, targets in tqdm(loader, f"finetune spikes, epoch {epoch}", leave=False, delay=1):
             inputs, targets = inputs.to(device), targets.to(device)
-            loss = loss_of(snn, inputs, targets, criterion, teacher, features)
-            if not torch.isfinite(loss):
-                raise ValueError(f"finetuning on spikes diverged in epoch {epoch}, lower its learning rate")
             optimizer.zero_grad()
-            loss.backward()
+            for part, labels in zip(inputs.split(images), targets.split(images)):
+                loss = loss_of(snn, part, labels, forward, criterion, teacher, features)
+                if not torch.isfinite(loss):
+                    raise ValueError(f"finetuning on spikes diverged in epoch {epoch}, lower its learning rate")
+                (loss * (len(part) / len(inputs))).backward()
             optimizer.step()
             schedule.step()
             set_integers(layers)
@@ -86,7 +106,7 @@ def groups_of(layers, lr):
 
 def finetune_on_spikes(snn, qnet, ann, train_loader, calibration_loader, criterion, device, args):
     """The converted network after `args.calibration_epochs` without labels and `args.finetune_snn` with them."""
-    options = {"lr": args.finetune_snn_lr, "teacher": ann}
+    options = {"lr": args.finetune_snn_lr, "teacher": ann, "gradient": args.finetune_snn_gradient}
     if args.calibration_epochs:
         few = first_images(calibration_loader, args.calibration_samples)
         snn = qnet = finetune_spikes(snn, few, device, args.calibration_epochs, qnet=qnet, **options)
@@ -107,9 +127,9 @@ def first_images(loader, samples):
     return batches
 
 
-def loss_of(snn, inputs, targets, criterion, teacher, features):
-    """The loss of one batch, with gradients for weights and biases."""
-    outputs, activations = tandem_forward(snn, inputs)
+def loss_of(snn, inputs, targets, forward, criterion, teacher, features):
+    """The loss of one batch, with gradients for weights and biases by `forward`, one of `GRADIENTS`."""
+    outputs, activations = forward(snn, inputs)
     loss = 0.0 if criterion is None else criterion(outputs, targets)
     if teacher is not None:
         with torch.no_grad():
@@ -139,6 +159,35 @@ def ann_forward(dag, inputs):
     return values[dag.outputs_nodes[0]], returned
 
 
+def forward_through_time(snn, inputs):
+    """The outputs of a converted network and [(op name, decoded rates)], as autograd can follow them through time."""
+    before, between, behind = snn.stages()
+    values, memory, activations = {snn.inputs_nodes[0]: inputs}, Memory(snn.timesteps), []
+    name_of = {id(entry): name for name, entry in snn.ops.items()}
+    with learning(snn):
+        run_ops(before, values)
+        for entry in between:
+            run_ops([entry], values, snn.timesteps, memory)
+            value = values[entry["out_nodes"][0]]
+            if isinstance(value, SpikeTensor) and entry["op"].neuron is not None:
+                activations.append((name_of[id(entry)], value.to_float()))
+        run_ops(behind, values)
+    return values[snn.outputs_nodes[0]], activations
+
+
+@contextmanager
+def learning(snn):
+    """While it lasts, autograd follows the simulation to weights and biases."""
+    learners = [*snn.weighted_layers().values(), *snn.neurons().values()]
+    for each in learners:
+        each.learns = True
+    try:
+        yield
+    finally:
+        for each in learners:
+            each.learns = False
+
+
 def tandem_forward(snn, inputs):
     """The outputs of a converted network, exactly, with the gradients of the ANN, and [(op name, decoded rates)]."""
     rates, values, activations = decoded_rates(snn, inputs), {snn.inputs_nodes[0]: inputs}, []
@@ -150,6 +199,9 @@ def tandem_forward(snn, inputs):
             activations.append((name, value))
         values[entry["out_nodes"][0]] = value
     return values[snn.outputs_nodes[0]], activations
+
+
+GRADIENTS = {"time": forward_through_time, "tandem": tandem_forward}
 
 
 class SentInstead(torch.autograd.Function):

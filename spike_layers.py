@@ -34,6 +34,24 @@ def if_step(membrane, current, Vthr, reset_mode):
     return membrane.masked_fill(fires, 0), spike
 
 
+class SurrogateSpike(torch.autograd.Function):
+    """1 where u >= Vthr, else 0; its gradient is a triangle of area 1, from u = 0 over Vthr to 2 Vthr.
+
+    Surrogate gradient of piecewise linear form (Bellec et al., Long Short-Term Memory and Learning-to-Learn in Networks
+    of Spiking Neurons, NeurIPS 2018).
+    """
+
+    @staticmethod
+    def forward(ctx, membrane, Vthr):
+        ctx.save_for_backward(membrane, Vthr)
+        return (membrane >= Vthr).to(membrane.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        membrane, Vthr = ctx.saved_tensors
+        return gradient * (1 - (membrane / Vthr - 1).abs()).clamp_min(0) / Vthr, None
+
+
 class IFNeuron(nn.Module):
     """Integrate-and-fire neurons of one layer.
 
@@ -42,6 +60,7 @@ class IFNeuron(nn.Module):
     behind a linear layer). largest_current: bound of |current| per step, None behind the first layer (float).
     listen: steps of input that are integrated before the first spike; the T steps of spikes come that much later.
     At listen = T the whole input is known before, and floor(u / Vthr) spikes, 0 to T, are sent.
+    learns: autograd follows the spikes (`spike_finetune.learning`).
     spike_type: uint8, from which the layers behind make float32 currents, or float64, the reference engine's.
     """
 
@@ -65,6 +84,7 @@ class IFNeuron(nn.Module):
         self.largest_current = largest_current
         self.spike_type = spike_type
         self.listen = listen
+        self.learns = False
 
     def config(self):
         """The constructor's arguments."""
@@ -85,6 +105,8 @@ class IFNeuron(nn.Module):
         """Current of T steps -> SpikeTensor of T steps; the membrane potentials stay in `memory` for more steps."""
         memory = Memory(current.timesteps) if memory is None else memory
         dtype = self.membrane_type(memory.timesteps)
+        if self.learns:
+            return SpikeTensor.like(self.unroll(current, dtype), current.timesteps, self.scale_factor)
         membrane = memory.by_layer.get(self)
         if membrane is None:
             shape = current.data.shape if current.constant else (-1, *current.data.shape[1:])
@@ -109,6 +131,19 @@ class IFNeuron(nn.Module):
         rest = steps[self.listen :]
         silence = steps.new_zeros((len(steps) - len(rest), *steps.shape[1:]))
         return Current(torch.cat([rest, silence]).flatten(0, 1), current.timesteps)
+
+    def unroll(self, current, dtype):
+        """The spikes of all steps, float32 [T*B, ...], as autograd can follow them through time."""
+        steps, Vthr = current.per_step().to(dtype), self.Vthr.to(dtype)  # [T, B, ...]
+        membrane = self.initial_potential.to(dtype) + steps[: self.listen].sum(0)
+        spikes = []
+        for t in range(current.timesteps):
+            if t + self.listen < current.timesteps:
+                membrane = membrane + steps[t + self.listen]
+            spike = SurrogateSpike.apply(membrane, Vthr)
+            membrane = membrane - Vthr * spike if self.reset_mode == "subtraction" else membrane * (1 - spike)
+            spikes.append(spike)
+        return torch.cat(spikes).to(torch.float32)
 
     def run(self, current, membrane):
         """Spikes [T*B, ...] and the membrane potentials behind them, step by step in plain PyTorch."""
@@ -195,6 +230,7 @@ class WeightedLayer(SpikeLayer):
     weight_bits: bit width of the integers, None before quantisation.
     largest_input: of the integers that the layer reads at a step: 1 for spikes, the window's size behind a folded
     pooling.
+    learns: autograd follows the currents to weights and biases (`spike_finetune.learning`).
     """
 
     spatial = 0  # dimensions of a sample behind the channels
@@ -204,6 +240,7 @@ class WeightedLayer(SpikeLayer):
         self.register_buffer("weight_scale", None)
         self.weight_bits = None
         self.largest_input = 1
+        self.learns = False
 
     def set_weight_scale(self, weight_scale):
         """Store s_w, what one over the value of one integer step is."""
@@ -258,6 +295,9 @@ class WeightedLayer(SpikeLayer):
 
     def current_of(self, spikes):
         """What spikes [T*B, ...] cause: integers, exact in the type they come in."""
+        if self.learns:
+            bias_q = None if self.bias_q is None else self.whole(self.bias / self.per_output_unit())
+            return self.operate(spikes, self.whole(self.weight * self.weight_scale), bias_q)
         if spikes.dtype != torch.uint8 or self.weight_q.dtype != torch.int8:
             return self.operate_in_type(spikes.to(torch.promote_types(spikes.dtype, torch.float32)))
         if spikes.device.type != "cpu":
@@ -266,6 +306,10 @@ class WeightedLayer(SpikeLayer):
         if not self.fits_float32():
             return self.operate_in_type(spikes.to(torch.float64))
         return self.packed_weights()(spikes) if self.packs_int8() else self.operate_in_type(spikes.to(torch.float32))
+
+    def whole(self, values):
+        """The integers that `values` nearly are, with their gradient; float weights as they are."""
+        return values if self.weight_bits == 32 else values + (values.round() - values).detach()
 
     def fits_float32(self):
         """Whether float32 holds all currents; those of plain spikes always fit."""

@@ -50,6 +50,7 @@ AFTER_FINETUNING = {  # flags that finetuning does not depend on: networks that 
     "calibration_epochs",
     "finetune_snn",
     "finetune_snn_lr",
+    "finetune_snn_gradient",
     "engine",
     "memory_budget",
 }

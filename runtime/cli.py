@@ -215,6 +215,12 @@ def add_conversion_flags(parser):
         help="learning rate of --finetune_snn and --calibration_epochs, a share of the weights (0.03 / timesteps)",
     )
     parser.add_argument(
+        "--finetune_snn_gradient",
+        choices=["time", "tandem"],
+        default=None,
+        help="their gradient: through every timestep, or through the ANN on the spikes' rates (time up to T = 4)",
+    )
+    parser.add_argument(
         "--granularity",
         choices=["layer", "channel"],
         default="layer",

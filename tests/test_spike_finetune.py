@@ -19,6 +19,8 @@ from runtime.cli import run_script
 from snn_weight_setter import trans_ann2snn_weight
 from spike_dag import load_dag
 from spike_finetune import (
+    GRADIENTS,
+    MOST_THROUGH_TIME,
     bound_currents,
     decoded_rates,
     distillation_loss,
@@ -28,7 +30,8 @@ from spike_finetune import (
     shadow_weights,
     tandem_forward,
 )
-from spike_layers import SpikeLinear
+from spike_layers import IFNeuron, SpikeLinear
+from spike_tensor import Current
 
 CHOICES = dict(maxpool="gate", signed="pair")
 
@@ -99,15 +102,16 @@ def test_bit_widths_that_do_not_fit_are_refused():
         convert(net, images, 8, [9] * count)
 
 
+@pytest.mark.parametrize("forward", GRADIENTS.values(), ids=GRADIENTS)
 @pytest.mark.parametrize("listen", [0, 3, 8])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_forward_pass_of_finetuning_is_the_spiking_network(name, listen):
+def test_the_forward_pass_of_finetuning_is_the_spiking_network(name, listen, forward):
     """Outputs and decoded rates of every layer are those of the simulation, and every weight has a gradient."""
     net, images = small_model(name)
     snn = convert(net, images, 8, 8, listen=listen, **CHOICES)
     layers = shadow_weights(snn)
     expected, trains = snn(images), spikes_and_first_currents(snn, images, 8)[0]
-    outputs, activations = tandem_forward(snn, images)
+    outputs, activations = forward(snn, images)
     assert torch.allclose(outputs, expected, rtol=1e-5, atol=1e-5)
     for layer, decoded in activations:
         if snn.ops[layer]["op"].neuron is not None:
@@ -134,15 +138,48 @@ def test_the_gradient_is_that_of_the_clipped_ann():
     assert torch.allclose(snn.ops["conv1"]["op"].weight.grad.flatten(), torch.tensor([4 * 0.8, 0.0]))
 
 
+@pytest.mark.parametrize(("reset_mode", "expected"), [("subtraction", 0.8 + 1.08), ("zero", 0.8 + 1.224)])
+def test_the_gradient_through_time_is_that_worked_out_by_hand(reset_mode, expected):
+    """Vthr = 1, u[0] = 0.5, 0.3 a step: u = 0.8, then 1.1; the triangles are 0.8 and 0.9 high there.
+
+    d u[2] = 1 + 1 - 0.8 for subtraction (2 without a spike, less what a spike would take off), 1 + 1 - 0.8 * 0.8 for
+    zero; d spikes = 0.8 + 0.9 d u[2].
+    """
+    neuron = IFNeuron(1.0, 1.0, 0.5, reset_mode)
+    neuron.learns = True
+    current = torch.tensor([[0.3]], requires_grad=True)
+    spikes = neuron(Current(current, 2, constant=True))
+    assert spikes.data.flatten().tolist() == [0.0, 1.0]
+    spikes.data.sum().backward()
+    assert current.grad.item() == pytest.approx(expected)
+
+
+def test_the_gradient_is_chosen_by_the_timesteps_unless_named(digits_images):
+    """Through time at few timesteps, in tandem at many."""
+    images = digits_images[:16]
+    for timesteps, chosen in ((MOST_THROUGH_TIME, "time"), (MOST_THROUGH_TIME + 1, "tandem")):
+        ann, qnet, snn = example_of_digits(images, 8, timesteps)
+        tuned = {
+            gradient: finetuned_loss(images, snn, ann, qnet=qnet, gradient=gradient)[0].state_dict()
+            for gradient in (None, *GRADIENTS)
+        }
+        for gradient in GRADIENTS:
+            same = all(torch.equal(value, tuned[None][key]) for key, value in tuned[gradient].items())
+            assert same == (gradient == chosen)
+    with pytest.raises(ValueError, match="unknown gradient 'rate', use one of time, tandem"):
+        finetuned_loss(images, snn, ann, gradient="rate")
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
 @pytest.mark.parametrize("name", MODELS)
-def test_finetuning_keeps_integers_and_every_spike(name, granularity):
+def test_finetuning_keeps_integers_and_every_spike(name, granularity, gradient):
     net, images = small_model(name)
     ann = prepared(net, images)
     snn = convert(net, images, 8, 4, granularity=granularity, **CHOICES)
     before = {k: v.clone() for k, v in snn.state_dict().items()}
     loader = [(images, torch.zeros(len(images), dtype=torch.long))]
-    tuned = finetune_spikes(snn, loader, "cpu", 8, lr=0.05, teacher=ann)
+    tuned = finetune_spikes(snn, loader, "cpu", 8, lr=0.05, teacher=ann, gradient=gradient)
     assert all(torch.equal(v, before[k]) for k, v in snn.state_dict().items())  # the input is not changed
     changed = 0
     for layer, op in tuned.weighted_layers().items():
@@ -172,12 +209,13 @@ def finetuned_loss(images, snn, ann, **options):
         return tuned, distillation_loss(tuned(images), ann(images)).item()
 
 
+@pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize(("bits", "timesteps"), [(2, 8), (4, 2)])
-def test_finetuning_without_labels_brings_digits_nearer_to_the_teacher(digits_images, bits, timesteps):
+def test_finetuning_without_labels_brings_digits_nearer_to_the_teacher(digits_images, bits, timesteps, gradient):
     ann, qnet, snn = example_of_digits(digits_images, bits, timesteps)
     with torch.no_grad():
         before = distillation_loss(snn(digits_images), ann(digits_images)).item()
-    assert finetuned_loss(digits_images, snn, ann, qnet=qnet)[1] < 0.7 * before
+    assert finetuned_loss(digits_images, snn, ann, qnet=qnet, gradient=gradient)[1] < 0.7 * before
 
 
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
