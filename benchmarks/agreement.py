@@ -40,7 +40,7 @@ def main(args):
         seed_everything(args.seed)
         images, calibration, classes = choose_images(args, args.image_size or input_size(name))
         rows.append(measure(name, args.ann_weight, classes, images, calibration, args.timesteps, device))
-        print(f"{name}: done", file=sys.stderr)
+        print(*rows[-1], file=sys.stderr)  # each as soon as it is known
     print(format_table(rows))
 
 
