@@ -309,7 +309,7 @@ class WeightedLayer(SpikeLayer):
 
     def whole(self, values):
         """The integers that `values` nearly are, with their gradient; float weights as they are."""
-        return values if self.weight_bits == 32 else values + (values.round() - values).detach()
+        return values if self.weight_q.is_floating_point() else values + (values.round() - values).detach()
 
     def fits_float32(self):
         """Whether float32 holds all currents; those of plain spikes always fit."""
