@@ -32,7 +32,7 @@ from snn_weight_setter import (
 from spike_dag import format_table
 from validate import evaluate
 
-CLASSIFIER_FLAGS = ("report", "finetune_snn", "calibration_epochs")
+CLASSIFIER_FLAGS = ("report", "finetune_snn", "calibration_epochs", "finetune_distill")
 
 
 def check_command_line(args):

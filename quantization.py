@@ -10,12 +10,15 @@ import math
 from numbers import Integral
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from spike_dag import SpikeDAGModule
 from spike_layers import SpikeAvgPool2d, SpikeLinear, SpikeReLU, ViewOp, WeightedLayer
 
 FLOAT_BITS = 32
+LONGEST_GRADIENT = 1.0  # of a step of finetuning, over all parameters
+TEMPERATURE = 4.0  # softens outputs that are learnt from
 NEXT_TO_NOTHING = 1e-30  # weights that are all smaller count as zeros; 1 over their scale could overflow
 
 
@@ -233,15 +236,27 @@ def dampen(net, strength):
         layer.weight.grad.add_(layer.weight.weight_back - layer.weight.detach(), alpha=strength)
 
 
-def quantize_train(net, train_loader, criterion, optimizer, device, damping=0.0, name="finetune"):
-    """One epoch on the quantised weights; the mean loss per sample. Raises ValueError where it is not finite."""
+def quantize_train(
+    net, train_loader, criterion, optimizer, device, damping=0.0, name="finetune", teacher=None, distill=0.0
+):
+    """One epoch on the quantised weights; the mean loss per sample. Raises ValueError where it is not finite.
+
+    `distill`, 0 to 1, is the share of the loss that asks for the outputs of `teacher` instead of the labels. A gradient longer than `LONGEST_GRADIENT` is cut to it, so that a deep network whose BatchNorm was folded survives
+    its first steps (Pascanu et al., On the Difficulty of Training Recurrent Neural Networks, ICML 2013).
+    """
     net.train()
     total, samples = torch.zeros((), device=device), 0
     for inputs, targets in tqdm(train_loader, name, leave=False, delay=1):
         inputs, targets = inputs.to(device, memory_format=memory_format(inputs)), targets.to(device)
         optimizer.zero_grad()
-        loss = criterion(net(inputs), targets)
+        outputs = net(inputs)
+        loss = criterion(outputs, targets)
+        if distill:
+            with torch.no_grad():
+                wanted = teacher(inputs)
+            loss = loss.lerp(distillation_loss(outputs, wanted), distill)
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), LONGEST_GRADIENT)
         dampen(net, damping)
         optimizer.step()
         quantize_layers(net)
@@ -255,6 +270,16 @@ def quantize_train(net, train_loader, criterion, optimizer, device, damping=0.0,
     return mean
 
 
+def distillation_loss(outputs, wanted, temperature=TEMPERATURE):
+    """How far the outputs [B, classes] are from the wanted ones, softened.
+
+    Hinton et al., Distilling the Knowledge in a Neural Network, NIPS workshop 2014; for few bits Mishra and Marr,
+    Apprentice, ICLR 2018.
+    """
+    learnt, wanted = F.log_softmax(outputs / temperature, 1), F.softmax(wanted / temperature, 1)
+    return F.kl_div(learnt, wanted, reduction="batchmean") * temperature**2
+
+
 def memory_format(inputs):
     """Channels last where there are channels: the convolutions are faster on it."""
     return torch.channels_last if inputs.dim() == 4 else torch.preserve_format
@@ -265,8 +290,9 @@ def quantize_finetune(net, train_loader, criterion, device, args):
 
     A plain nn.Module is parsed first, on one image of `train_loader`. Of `args` it needs finetune_lr, finetune_epochs,
     finetune_wd, finetune_momentum and weight_bitwidth (a number, or one for each layer); finetune_nesterov (False),
-    finetune_damping (0.1, reached by the last epoch) and weight_granularity ("layer" or "channel") have defaults. The
-    learning rate falls to a tenth at 50 % and at 75 % of the epochs; with no epochs the weights are only quantised.
+    finetune_damping (0.1, reached by the last epoch), finetune_distill (0, the share of the loss that asks for the
+    outputs of `net` instead of the labels) and weight_granularity ("layer" or "channel") have defaults. The learning
+    rate falls to a tenth at 50 % and at 75 % of the epochs; with no epochs the weights are only quantised.
     Raises ValueError for NaN weights, another bit width, or a loss that diverges.
     """
     per_channel = getattr(args, "weight_granularity", "layer") == "channel"
@@ -282,6 +308,8 @@ def quantize_finetune(net, train_loader, criterion, device, args):
         nesterov=getattr(args, "finetune_nesterov", False),
     )
     epochs, largest_damping = args.finetune_epochs, getattr(args, "finetune_damping", 0.1)
+    distill = getattr(args, "finetune_distill", 0.0)
+    teacher = float_teacher(net, train_loader).to(device, memory_format=torch.channels_last) if distill else None
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, sorted({epochs // 2, epochs * 3 // 4} - {0}), gamma=0.1)
     with tqdm(range(1, epochs + 1), "finetune") as bar:
         for epoch in bar:
@@ -290,10 +318,19 @@ def quantize_finetune(net, train_loader, criterion, device, args):
                 quantize_layers(qnet)
             damping = largest_damping * epoch / epochs
             name = f"finetune epoch {epoch}"
-            loss = quantize_train(qnet, train_loader, criterion, optimizer, device, damping, name)
+            loss = quantize_train(qnet, train_loader, criterion, optimizer, device, damping, name, teacher, distill)
             schedule.step()
             bar.set_postfix(loss=f"{loss:.4f}")
     return qnet
+
+
+def float_teacher(net, loader):
+    """A copy of `net` whose weights and activations are floats, to learn from."""
+    teacher = as_dag(net, loader).eval()
+    for entry in teacher.ops.values():
+        if getattr(entry["op"], "levels", None) is not None:
+            entry["op"].levels = None
+    return teacher
 
 
 def as_dag(net, loader):

@@ -27,7 +27,14 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from quantization import FLOAT_BITS, QuantAdam, largest_integer, quantize_layer, round_to_integers
+from quantization import (
+    FLOAT_BITS,
+    QuantAdam,
+    distillation_loss,
+    largest_integer,
+    quantize_layer,
+    round_to_integers,
+)
 from snn_weight_setter import LARGEST_INTEGER
 from spike_dag import one_thread_per_operator, run_ops
 from spike_layers import ConcatOp, SpikeAdd, SpikeAvgPool2d, SpikeBatchNorm, SpikeMaxPool2d, WeightedLayer
@@ -134,7 +141,7 @@ def loss_of(snn, inputs, targets, forward, criterion, teacher, features):
     if teacher is not None:
         with torch.no_grad():
             wanted, known = ann_forward(teacher, inputs)
-        loss = loss + distillation_loss(outputs, wanted)
+        loss = loss + distillation_loss(outputs, wanted, TEMPERATURE)
         errors = [relative_error(activation, known[name]) for name, activation in activations]
         loss = loss + features * sum(errors) / max(len(errors), 1)
     return loss
@@ -143,12 +150,6 @@ def loss_of(snn, inputs, targets, forward, criterion, teacher, features):
 def relative_error(values, wanted):
     """The squared error in shares of the square of what is wanted."""
     return F.mse_loss(values, wanted) * (wanted.numel() / wanted.norm().square().clamp_min(1e-12))
-
-
-def distillation_loss(outputs, wanted, temperature=TEMPERATURE):
-    """How far the outputs [B, classes] are from the wanted ones, softened (Hinton et al., 2015)."""
-    learnt, wanted = F.log_softmax(outputs / temperature, 1), F.softmax(wanted / temperature, 1)
-    return F.kl_div(learnt, wanted, reduction="batchmean") * temperature**2
 
 
 def ann_forward(dag, inputs):

@@ -168,7 +168,8 @@ class ClipFloorShift(nn.Module):
     """scale / levels * clip(floor(x levels / scale + 1/2), 0, levels): what `levels` timesteps of spikes can say.
 
     Quantisation clip-floor-shift (Bu et al., ICLR 2022) with a learnt scale, lambda: the gradient passes the floor as
-    if it were not there, and that of the scale is LSQ's (Esser et al., Learned Step Size Quantization, ICLR 2020).
+    if it were not there, and that of the scale is LSQ's (Esser et al., Learned Step Size Quantization, ICLR 2020),
+    divided by the root of neurons times levels, as all of a layer's neurons pull at it.
     """
 
     def __init__(self, levels, scale):
@@ -177,7 +178,9 @@ class ClipFloorShift(nn.Module):
         self.scale = nn.Parameter(scale)
 
     def forward(self, x):
-        scale = self.scale.abs().clamp_min(1e-6)
+        share = (x[0].numel() * self.levels) ** -0.5
+        scale = self.scale.detach() + (self.scale - self.scale.detach()) * share  # lambda, with a share of its gradient
+        scale = scale.abs().clamp_min(1e-6)
         steps = (x / scale).clamp(0, 1) * self.levels
         whole = steps + ((steps + 0.5).floor() - steps).detach()
         return whole * (scale / self.levels)

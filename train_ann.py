@@ -155,7 +155,7 @@ def train_epoch(net, loader, criterion, optimizer, schedule, device, bf16, name,
     import torch
     from tqdm import tqdm
 
-    from spike_finetune import distillation_loss
+    from quantization import distillation_loss
 
     net.train()
     total = torch.zeros((), device=device)
@@ -168,7 +168,7 @@ def train_epoch(net, loader, criterion, optimizer, schedule, device, bf16, name,
             if teacher is not None:
                 with torch.no_grad():
                     wanted = teacher(inputs).float()
-                loss = 0.1 * loss + 0.9 * distillation_loss(outputs.float(), wanted, temperature=4.0)
+                loss = 0.1 * loss + 0.9 * distillation_loss(outputs.float(), wanted)
         loss.backward()
         optimizer.step()
         schedule.step()

@@ -24,6 +24,12 @@ def parse_args(argv=None):
     parser.add_argument("--images", type=whole_number(1), default=4, help="how many to simulate (%(default)s)")
     parser.add_argument("--image_size", type=whole_number(1), default=None, help="side (that of the network)")
     parser.add_argument("--ann_weight", default=None, help="trained weights (random ones)")
+    parser.add_argument(
+        "--correction",
+        choices=["potential", "bias", "none"],
+        default="potential",
+        help="as in ann2snn.py; none is far faster (%(default)s)",
+    )
     add_data_flags(parser, dataset=None)
     add_run_flags(parser)
     return parser.parse_args(argv)
@@ -39,7 +45,7 @@ def main(args):
     for name in args.networks:
         seed_everything(args.seed)
         images, calibration, classes = choose_images(args, args.image_size or input_size(name))
-        rows.append(measure(name, args.ann_weight, classes, images, calibration, args.timesteps, device))
+        rows.append(measure(name, args, classes, images, calibration, device))
         print(*rows[-1], file=sys.stderr)  # each as soon as it is known
     print(format_table(rows))
 
@@ -57,22 +63,25 @@ def choose_images(args, size):
     return images, next(iter(train_val_loader))[0], test_loader.dataset.num_classes
 
 
-def measure(name, ann_weight, classes, images, calibration, timesteps, device):
-    """The row of one network."""
+def measure(name, args, classes, images, calibration, device):
+    """The row of one network, by the flags in `args`."""
     import torch
 
     from ann_parser import parse_ann_model
     from build_network import build_trained_net
     from snn_weight_setter import trans_ann2snn_weight
 
-    net = build_trained_net(name, images.shape[1], classes, ann_weight).eval().to(device)
+    net = build_trained_net(name, images.shape[1], classes, args.ann_weight).eval().to(device)
     images, calibration = images.to(device), calibration.to(device)
     graphs = [parse_ann_model(net, (images[:1],), fold=fold) for fold in (False, True)]
     with torch.no_grad():
         expected = net(images)
         differences = [(graph(images) - expected).abs().max().item() for graph in graphs]
-        options = dict(maxpool="gate", signed="pair", threshold="max", calibration_samples=len(calibration))
-        snn = trans_ann2snn_weight(graphs[1], [(calibration,)], device, timesteps, 32, **options)
+        options = dict(maxpool="gate", signed="pair", threshold="max", correction=args.correction)
+        samples = len(calibration)
+        snn = trans_ann2snn_weight(
+            graphs[1], [(calibration,)], device, args.timesteps, 32, calibration_samples=samples, **options
+        )
         outputs, correlations = simulate(snn, images)
     same = 100 * (outputs.argmax(1) == expected.argmax(1)).double().mean().item()
     worst = min(correlations, key=correlations.get)

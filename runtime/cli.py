@@ -188,6 +188,13 @@ def add_conversion_flags(parser):
         help="pull of the weights towards integers, reached in the last finetune epoch (%(default)s)",
     )
     parser.add_argument(
+        "--finetune_distill",
+        type=real_number(0, 1),
+        default=0.0,
+        metavar="SHARE",
+        help="share of the loss that asks for the float network's outputs instead of the labels (%(default)s)",
+    )
+    parser.add_argument(
         "--activation_levels",
         type=whole_number(1),
         default=None,

@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
 
+from activation_levels import quantize_activations
 from ann_parser import parse_ann_model
 from build_network import get_net_by_name, load_weights
 from quantization import (
+    LONGEST_GRADIENT,
     QuantSGD,
+    distillation_loss,
     equalize_channels,
     init_quantize_net,
     largest_integer,
@@ -248,6 +251,43 @@ def test_damping_pulls_the_shadow_to_the_integers():
     quantize_train(dag, loader, lambda outputs, targets: 0 * outputs.sum(), optimizer, "cpu", damping=0.2)
     after = layer.weight.weight_back - layer.weight.detach()
     assert torch.allclose(after, before * (1 - 0.5 * 0.2), atol=1e-6)
+
+
+def test_a_long_gradient_is_cut():
+    """Of a loss a million times as steep one step of SGD moves all weights together by lr times the longest gradient."""
+    dag = parse_ann_model(digits_net(), (torch.zeros(1, 1, 32, 32),))
+    init_quantize_net(dag, 8)
+    parameters = list(dag.parameters())
+    before = [getattr(p, "weight_back", p).detach().clone() for p in parameters]
+    loader = [(torch.rand(4, 1, 32, 32), torch.zeros(4, dtype=torch.long))]
+
+    def steep(outputs, targets):
+        return 1e6 * nn.functional.cross_entropy(outputs, targets)
+
+    quantize_train(dag, loader, steep, QuantSGD(parameters, lr=0.01), "cpu")
+    moved = [getattr(p, "weight_back", p).detach() - old for p, old in zip(parameters, before)]
+    assert torch.cat([m.flatten() for m in moved]).norm().item() == pytest.approx(0.01 * LONGEST_GRADIENT, rel=1e-3)
+
+
+@pytest.mark.parametrize("levels", [None, 4])
+def test_distilling_alone_needs_no_labels(levels):
+    """With a share of 1 the labels do not matter, and the outputs come nearer to those of the float network."""
+    torch.manual_seed(0)
+    images, dag = torch.rand(32, 1, 32, 32), parse_ann_model(digits_net(), (torch.zeros(1, 1, 32, 32),))
+    net = dag if levels is None else quantize_activations(dag, [(images,)], "cpu", levels)
+    wanted = dag(images).detach()
+
+    def distance(labels, epochs, share):
+        flags = arguments(weight_bitwidth=2, finetune_epochs=epochs, finetune_damping=0.0, finetune_distill=share)
+        loader = [(images, labels)] * 4
+        outputs = quantize_finetune(net, loader, nn.CrossEntropyLoss(), "cpu", flags).eval()(images)
+        return outputs, distillation_loss(outputs, wanted).item()
+
+    ones, zeros = torch.ones(32, dtype=torch.long), torch.zeros(32, dtype=torch.long)
+    learnt, after = distance(ones, 10, 1.0)
+    assert torch.equal(learnt, distance(zeros, 10, 1.0)[0])
+    assert after < 0.4 * distance(ones, 0, 0.0)[1]
+    assert after < distance(ones, 10, 0.5)[1]
 
 
 def test_the_clip_is_chosen_by_all_taps_of_a_kernel():
