@@ -241,8 +241,9 @@ def quantize_train(
 ):
     """One epoch on the quantised weights; the mean loss per sample. Raises ValueError where it is not finite.
 
-    `distill`, 0 to 1, is the share of the loss that asks for the outputs of `teacher` instead of the labels. A gradient longer than `LONGEST_GRADIENT` is cut to it, so that a deep network whose BatchNorm was folded survives
-    its first steps (Pascanu et al., On the Difficulty of Training Recurrent Neural Networks, ICML 2013).
+    `distill`, 0 to 1, is the share of the loss that asks for the outputs of `teacher` instead of the labels. A gradient
+    longer than `LONGEST_GRADIENT` is cut to it, so that a deep network whose BatchNorm was folded survives its first
+    steps (Pascanu et al., On the Difficulty of Training Recurrent Neural Networks, ICML 2013).
     """
     net.train()
     total, samples = torch.zeros((), device=device), 0

@@ -18,14 +18,15 @@ from spike_layers import ClipFloorShift
 
 
 def test_levels_and_gradients_by_hand():
-    """lambda = 2 in 4 levels of 0.5, with the shift of half a level; LSQ's gradient of lambda, over the root of 5 x 4."""
+    """lambda = 2 in 4 levels of 0.5, with the shift of half a level; LSQ's gradient of lambda, over sqrt(5 x 4)."""
     levels = ClipFloorShift(4, torch.tensor(2.0))
     x = torch.tensor([[-1.0, 0.2, 0.25, 0.6, 3.0]], requires_grad=True)  # 1 image, 5 neurons
     (y,) = levels(x)
     assert y.tolist() == [0, 0, 0.5, 0.5, 2]
     for value, of_x, of_scale in zip(y, [0, 1, 1, 1, 0], [0, -0.1, 0.125, -0.05, 1]):
         grads = torch.autograd.grad(value, (x, levels.scale), retain_graph=True)
-        assert grads[0].sum().item() == pytest.approx(of_x) and grads[1].item() == pytest.approx(of_scale / 20**0.5, abs=1e-6)
+        assert grads[0].sum().item() == pytest.approx(of_x)
+        assert grads[1].item() == pytest.approx(of_scale / 20**0.5, abs=1e-6)
 
 
 @pytest.mark.parametrize("T", [1, 4, 16])
