@@ -254,7 +254,7 @@ def test_damping_pulls_the_shadow_to_the_integers():
 
 
 def test_a_long_gradient_is_cut():
-    """With a loss a million times as steep a step of SGD moves all weights together by lr times the longest gradient."""
+    """A loss a million times as steep: a step of SGD moves all weights together by lr times the longest gradient."""
     dag = parse_ann_model(digits_net(), (torch.zeros(1, 1, 32, 32),))
     init_quantize_net(dag, 8)
     parameters = list(dag.parameters())
