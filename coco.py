@@ -280,15 +280,16 @@ def coco_loaders(root, args):
     if train.categories != test.categories:
         raise ValueError(f"{train.file} and {test.file} list different categories, use files of the same release")
     train, test = train.decode_all(), test.decode_all()
-    generator = torch.Generator().manual_seed(getattr(args, "seed", 0))
+    seed = getattr(args, "seed", 0)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
     cut = round(getattr(args, "val_share", 0.1) * len(train))
     if cut == len(train):
         raise ValueError(f"--val_share {args.val_share} leaves no image to train on, make it smaller")
-    shuffled = torch.randperm(len(train), generator=generator).tolist()
+    shuffled = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
 
     def loader(dataset, batch_size, shuffle=False):
         workers = getattr(args, "num_workers", 0)
+        generator = torch.Generator().manual_seed(seed)  # of its own: a pass over one leaves the others as they are
         options = {"num_workers": workers, "persistent_workers": workers > 0, "generator": generator}
         return DataLoader(dataset, batch_size, shuffle=shuffle, collate_fn=as_it_is, **options)
 

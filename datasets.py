@@ -219,8 +219,8 @@ def get_dataset(args):
     train, val = stratified_split(images.train_labels, getattr(args, "val_share", 0.1))
     if not len(train):
         raise ValueError(f"--val_share {args.val_share} leaves no image to train on, make it smaller")
-    generator = torch.Generator().manual_seed(getattr(args, "seed", 0))
-    shuffled = torch.randperm(len(images.train_labels), generator=generator)
+    seed = getattr(args, "seed", 0)
+    shuffled = torch.randperm(len(images.train_labels), generator=torch.Generator().manual_seed(seed))
     everything = images.train_images, images.train_labels
     test_set = ImageDataset(images.test_images, images.test_labels, images)
     val_set = ImageDataset(*take(*everything, val), images)
@@ -236,7 +236,7 @@ def get_dataset(args):
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=already_a_batch,
-            generator=generator,
+            generator=torch.Generator().manual_seed(seed),  # of its own: a pass over one leaves the others as they are
         )
 
     batch_size, test_batch_size = getattr(args, "batch_size", 128), getattr(args, "test_batch_size", 100)

@@ -181,7 +181,7 @@ def measure(args, flags, loaders, finetuned):
 
 
 def random_state(loader):
-    """The states of PyTorch's random generator and of a loader's, which all loaders of a data set share."""
+    """The states of PyTorch's random generator and of a loader's."""
     import torch
 
     return torch.get_rng_state(), loader.generator.get_state()

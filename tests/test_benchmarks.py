@@ -15,7 +15,7 @@ from runtime.cli import run_script
 
 ROOT = Path(__file__).parents[1]
 NETWORK = f"example_net:{ROOT}/checkpoint/example_net_ann.pth"
-FLAGS = "-e 0 --threshold mse --granularity channel --calibration_epochs 1 --calibration_samples 100"
+FLAGS = "-e 1 --threshold mse --granularity channel --calibration_epochs 1 --calibration_samples 100 --finetune_snn 1"
 
 
 def test_accuracy_is_that_of_ann2snn(tmp_path, capsys):

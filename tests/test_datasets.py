@@ -154,6 +154,17 @@ def test_same_seed_gives_the_same_training_batches():
     assert not same_batches(epoch(1), epoch(2))
 
 
+@pytest.mark.parametrize("which", [TEST, VAL, TRAIN_VAL])
+def test_a_pass_over_another_loader_leaves_the_training_batches_as_they_are(which):
+    quiet, busy = loaders("digits", image_size=8), loaders("digits", image_size=8)
+    contents(busy[which])
+    torch.manual_seed(0)
+    first = contents(quiet[TRAIN])
+    torch.manual_seed(0)
+    second = contents(busy[TRAIN])
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
 def test_train_val_is_in_a_fixed_shuffled_order():
     same = [contents(loaders("digits", image_size=8, seed=3)[TRAIN_VAL]) for _ in range(2)]
     other = contents(loaders("digits", image_size=8, seed=4)[TRAIN_VAL])
