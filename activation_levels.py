@@ -7,13 +7,24 @@
 A neuron that gets the sum of T steps of current, u[0] = Vthr / 2 included, sends clip(floor(a T / lambda + 1/2), 0, T)
 spikes if they arrive evenly; so the ANN's ReLU becomes lambda / L * clip(floor(a L / lambda + 1/2), 0, L)
 (quantisation clip-floor-shift; Bu et al., Optimal ANN-SNN Conversion, ICLR 2022).
+
+Layers whose currents meet in one neuron, as a residual block's do, will share one integer unit: they are finetuned on
+the weight scales that follow from it (`ScalesOfConversion`), so that no weight is rounded again afterwards.
 """
 
 import copy
 
 import torch
 
-from snn_weight_setter import calibrate, least_error_scales, plan_conversion
+from snn_weight_setter import (
+    SpikeSetter,
+    as_inputs,
+    calibrate,
+    least_error_scales,
+    node_shapes,
+    plan_conversion,
+    use_learnt_scales,
+)
 from spike_layers import ClipFloorShift
 
 
@@ -30,10 +41,28 @@ def quantize_activations(net, loader, device, levels, ann_layers=(), calibration
     def choose_scales(values, channels, count):
         return least_error_scales(values, channels, count, levels)
 
-    statistics = calibrate(net, loader, device, calibration_samples, choose_scales)
-    for name in plan_conversion(net, ann_layers).firing:
+    statistics, plan = calibrate(net, loader, device, calibration_samples, choose_scales), plan_conversion(net, ann_layers)
+    for name in plan.firing:
         op, scale = net.ops[name]["op"], statistics[name].max_o
         scale = min(scale, getattr(op, "ceiling", None) or float("inf"))
         if scale > 0:  # a layer that is never active stays as it is
             op.levels = ClipFloorShift(levels, torch.tensor(scale)).to(device)
+    shapes = node_shapes(net, *as_inputs(next(iter(loader))[0], device, 1))
+    net.scales_of_conversion = ScalesOfConversion(plan, statistics, shapes, levels)
     return net
+
+
+class ScalesOfConversion:
+    """Called with a network and `per_channel`: op name -> the weight scale that its conversion will have.
+
+    plan, statistics, shapes: what `SpikeSetter` needs to know of the network.
+    """
+
+    def __init__(self, plan, statistics, shapes, levels):
+        self.plan, self.statistics, self.shapes, self.levels = plan, statistics, shapes, levels
+
+    @torch.no_grad()
+    def __call__(self, net, per_channel):
+        use_learnt_scales(net, self.statistics)
+        setter = SpikeSetter(net, self.plan, self.statistics, self.shapes, self.levels, per_channel, "subtraction", 0.5)
+        return setter.weight_scales()

@@ -212,9 +212,17 @@ def init_quantize_net(net, weight_bitwidth, per_channel=False):
 
 @torch.no_grad()
 def choose_scales(net, per_channel=False):
-    """Set `layer.weight_scale`, s_w, from the shadow weights; it then stays for an epoch, so that training settles."""
+    """Set `layer.weight_scale`, s_w, from the shadow weights; it then stays for an epoch, so that training settles.
+
+    The weights are the shadows then; `quantize_layers` has to follow.
+    """
     for layer in net.weighted_layers().values():
-        layer.set_weight_scale(quantize_layer(layer, layer.weight.weight_back, layer.weight_bits, per_channel)[1])
+        layer.weight.copy_(layer.weight.weight_back)
+        layer.set_weight_scale(quantize_layer(layer, layer.weight, layer.weight_bits, per_channel)[1])
+    if net.scales_of_conversion is not None:
+        for name, scale in net.scales_of_conversion(net, per_channel).items():
+            if net.ops[name]["op"].weight_bits != FLOAT_BITS:
+                net.ops[name]["op"].set_weight_scale(scale)
 
 
 @torch.no_grad()
@@ -337,7 +345,9 @@ def float_teacher(net, loader):
 def as_dag(net, loader):
     """A copy of `net` as a SpikeDAGModule; a plain module is traced on one image of `loader`."""
     if isinstance(net, SpikeDAGModule):
-        return copy.deepcopy(net)
+        dag = copy.deepcopy(net)
+        dag.scales_of_conversion = net.scales_of_conversion
+        return dag
     from ann_parser import parse_ann_model  # a layer above this one
 
     device = next((p.device for p in net.parameters()), torch.device("cpu"))

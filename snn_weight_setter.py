@@ -132,6 +132,8 @@ def trans_ann2snn_weight(
 
     statistics = calibrate(snn, loader, device, calibration_samples, choose_scales, granularity)
     use_learnt_scales(snn, statistics)
+    for entry in snn.ops.values():
+        entry["op"].levels = None  # spikes need none
     shapes = node_shapes(snn, *as_inputs(next(iter(loader))[0], device, 1))
     setter = SpikeSetter(snn, plan, statistics, shapes, timesteps, per_channel, reset_mode, initial_potential)
     setter.convert()
@@ -542,7 +544,7 @@ def calibrate(dag, loader, device, samples, choose_scales, granularity="layer"):
 
 
 def use_learnt_scales(snn, statistics):
-    """Where activations were quantised in finetuning, lambda_out is what was learnt; the spikes need no levels.
+    """Where activations were quantised in finetuning, lambda_out is what was learnt.
 
     Each op keeps its own, also where a concatenation joins them.
     """
@@ -550,7 +552,6 @@ def use_learnt_scales(snn, statistics):
         if entry["op"].levels is not None:
             learnt = entry["op"].levels.scale.detach().abs()
             statistics[name].max_o, statistics[name].scales = learnt.item(), learnt.reshape(1)
-            entry["op"].levels = None
 
 
 @torch.no_grad()
@@ -868,13 +869,21 @@ class SpikeSetter:
         return layers, others
 
     def natural_unit(self, op, node):
-        """The unit in which the integers of a layer fill their bit width."""
+        """The unit in which the integers of a layer fill their bit width.
+
+        Where the spikes of its input channels differ, the integers weigh them too: they are chosen anew, or stay, if
+        that rounds less, as they are for the mean lambda.
+        """
         lambda_in = self.input_scales(node, op).to(op.weight.device)
-        if lambda_in.dim():  # the integers weigh the channels' different spikes too
-            weight = op.weight.detach() * op.input_view(lambda_in)
-            return op.output_view(1 / op.per_output(quantize_layer(op, weight, op.weight_bits, self.per_channel)[1]))
         _, s_w = self.integers(op)
-        return op.output_view(lambda_in / op.per_output(s_w))
+        unit = lambda_in.mean() / op.per_output(s_w)
+        if lambda_in.dim():
+            weight = op.weight.detach() * op.input_view(lambda_in)
+            anew = 1 / op.per_output(quantize_layer(op, weight, op.weight_bits, self.per_channel)[1])
+            errors = [self.unit_error(op.output_view(each), [(op, node)], []) for each in (unit, anew)]
+            errors = errors if unit.dim() else [error.sum() for error in errors]
+            unit = torch.where(errors[0] <= errors[1], unit, anew)
+        return op.output_view(unit)
 
     def least_error_unit(self, natural, layers, others):
         """The unit with the least squared error of a neuron's current, between the coarsest and the finest natural one.
@@ -890,8 +899,9 @@ class SpikeSetter:
         shares = torch.logspace(0, (finest / coarsest).min().log2().item(), 9, base=2.0).tolist()
         candidates = [coarsest * share for share in shares]
         for value, _ in values[:1]:
-            wholes = (value.max() / coarsest.max()).floor().clamp_min(1)
-            candidates += [coarsest * (value.max() / (wholes + k) / coarsest.max()) for k in (0, 1)]
+            most = value.max()
+            wholes = (most / coarsest).floor().clamp_min(1)  # of every channel of the unit
+            candidates += [most / (wholes + k) for k in (0, 1)]
         errors = torch.stack([self.unit_error(unit, layers, values) for unit in candidates])  # [candidates, C_out]
         power = sum(op.weight.detach().square().mean() * self.mean_square(node) for op, node in layers)
         errors[0] = 0.999 * errors[0] - 1e-9 * power  # integers stay where nothing but float32's last bits is gained
@@ -974,8 +984,7 @@ class SpikeSetter:
             weight_q, scale = self.integers(op)
             op.weight.data = weight_q / scale  # the image's current is computed with these
         else:
-            per_input = op.input_view(self.input_scales(in_nodes[0], op).to(unit.device))
-            scale = per_input / op.weight_view(unit_per_output)  # over what one integer step stands for
+            scale = self.scale_in_unit(op, in_nodes[0], unit)
             weight_q = round_to_integers(op.weight.detach() * scale, 1.0, op.weight_bits)
         op.set_weight_scale(scale)
         bias_q = None if op.bias is None else op.bias.detach() / unit_per_output
@@ -985,6 +994,21 @@ class SpikeSetter:
         op.set_integers(weight_q, bias_q, op.output_view(unit_per_output))
         op.largest_input = self.peaks.get(in_nodes[0], 1)
         self.largest[out] = None if from_image or self.is_float else op.largest_current()
+
+    def scale_in_unit(self, op, node, unit):
+        """s_w of a layer that reads the spikes of a node: a spike's value over that of one integer step."""
+        per_input = op.input_view(self.input_scales(node, op).to(unit.device))
+        return per_input / op.weight_view(unit.flatten() if unit.numel() > 1 else unit)
+
+    def weight_scales(self):
+        """Op name -> s_w that the conversion will give the layers that read spikes."""
+        return {
+            name: self.scale_in_unit(entry["op"], entry["in_nodes"][0], self.unit_of(entry["out_nodes"][0]))
+            for name, entry in self.dag.ops.items()
+            if is_trained(entry["op"])
+            and self.plan.kinds[entry["in_nodes"][0]] == SPIKES
+            and self.plan.kinds[entry["out_nodes"][0]] == CURRENT
+        }
 
     def set_avg_pool(self, name, op, in_nodes, out):
         """Average pooling: ones, s_w = k*k. Spikes get a neuron with a threshold of its own, currents are summed.

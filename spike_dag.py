@@ -30,7 +30,8 @@ class SpikeDAGModule(nn.Module):
     nodes: OrderedDict, node name (`<op_name>_out<id>`) -> value while a forward pass runs, else None.
     ops: OrderedDict, op name (`<op_type><id>`) -> {'op', 'in_nodes', 'out_nodes', 'path'}.
     timesteps: T of a converted network, None for an ANN. memory_budget: bytes that a simulation may work with at a
-    time, None for what suits the device.
+    time, None for what suits the device. scales_of_conversion: of a network that is to be finetuned for spikes, a
+    function (network, per_channel) -> {op name: weight scale}, of the layers whose scale its conversion will decide.
     """
 
     def __init__(self):
@@ -41,6 +42,7 @@ class SpikeDAGModule(nn.Module):
         self.outputs_nodes = ()
         self.timesteps = None
         self.memory_budget = None
+        self.scales_of_conversion = None
         self.largest_by_shape = {}
 
     def add_input(self, node):

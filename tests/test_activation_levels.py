@@ -10,7 +10,7 @@ from torch import nn
 
 import ann2snn
 from activation_levels import quantize_activations
-from quantization import quantize_finetune
+from quantization import quantize_finetune, round_to_integers
 from runtime.cli import run_script
 from snn_weight_setter import trans_ann2snn_weight
 from spike_dag import from_dict, load_dag
@@ -62,6 +62,25 @@ def test_lambdas_are_learnt_and_converted():
     for name, neuron in snn.neurons().items():
         step = neuron.scale_factor / neuron.Vthr  # lambda is what the rounded Vthr stands for
         assert ((neuron.scale_factor - after[name]).abs() <= 0.51 * step).all()
+
+
+def test_integers_of_finetuning_are_those_of_the_conversion():
+    """Layers that meet in one neuron are finetuned in its unit: the conversion rounds no weight again."""
+    net, images = small_model("shortcuts")
+    ann = quantize_activations(prepared(net, images), [(images,)], "cpu", 4)
+    flags = SimpleNamespace(
+        weight_bitwidth=4, finetune_epochs=2, finetune_lr=0.01, finetune_wd=1e-4, finetune_momentum=0.9
+    )
+    loader = [(images, torch.arange(len(images)) % 3)]
+    for granularity in ("layer", "channel"):
+        flags.weight_granularity = granularity
+        qnet = quantize_finetune(ann, loader, nn.CrossEntropyLoss(), "cpu", flags)
+        snn = trans_ann2snn_weight(qnet, loader, "cpu", 4, 4, per_channel=granularity == "channel", correction="none")
+        for name, layer in snn.weighted_layers().items():
+            before = qnet.ops[name]["op"]
+            integers = round_to_integers(before.weight.detach(), before.weight_scale, 4)
+            if layer.spiking:
+                assert torch.equal(layer.weight_q.float(), integers), name
 
 
 def test_fewer_levels_than_one_are_refused():
