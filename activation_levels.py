@@ -41,7 +41,8 @@ def quantize_activations(net, loader, device, levels, ann_layers=(), calibration
     def choose_scales(values, channels, count):
         return least_error_scales(values, channels, count, levels)
 
-    statistics, plan = calibrate(net, loader, device, calibration_samples, choose_scales), plan_conversion(net, ann_layers)
+    statistics = calibrate(net, loader, device, calibration_samples, choose_scales)
+    plan = plan_conversion(net, ann_layers)
     for name in plan.firing:
         op, scale = net.ops[name]["op"], statistics[name].max_o
         scale = min(scale, getattr(op, "ceiling", None) or float("inf"))
