@@ -221,8 +221,9 @@ def choose_scales(net, per_channel=False):
         layer.set_weight_scale(quantize_layer(layer, layer.weight, layer.weight_bits, per_channel)[1])
     if net.scales_of_conversion is not None:
         for name, scale in net.scales_of_conversion(net, per_channel).items():
-            if net.ops[name]["op"].weight_bits != FLOAT_BITS:
-                net.ops[name]["op"].set_weight_scale(scale)
+            layer = net.ops[name]["op"]
+            if layer.weight_bits != FLOAT_BITS:
+                layer.set_weight_scale(scale.to(layer.weight.device))
 
 
 @torch.no_grad()

@@ -135,8 +135,10 @@ def trans_ann2snn_weight(
     for entry in snn.ops.values():
         entry["op"].levels = None  # spikes need none
     shapes = node_shapes(snn, *as_inputs(next(iter(loader))[0], device, 1))
+    snn.cpu()  # integers are chosen there
     setter = SpikeSetter(snn, plan, statistics, shapes, timesteps, per_channel, reset_mode, initial_potential)
     setter.convert()
+    snn.to(device)
     snn.timesteps = timesteps
     for neuron in snn.neurons().values():
         neuron.listen = listen
@@ -539,7 +541,7 @@ def calibrate(dag, loader, device, samples, choose_scales, granularity="layer"):
                 scales = torch.where(scales > 0, scales, max_o).clamp_min(LEAST_SHARE * max_o)
                 scales = scales.view(-1, *[1] * (pool.dim - 2))
             max_i, square_o = input_pool[name].values().max().item(), outputs.double().square().mean().item()
-            statistics[name] = LayerStatistics(max_i, max_o.item(), scales, square_o)
+            statistics[name] = LayerStatistics(max_i, max_o.item(), scales.cpu(), square_o)
         return statistics
 
 
@@ -550,7 +552,7 @@ def use_learnt_scales(snn, statistics):
     """
     for name, entry in snn.ops.items():
         if entry["op"].levels is not None:
-            learnt = entry["op"].levels.scale.detach().abs()
+            learnt = entry["op"].levels.scale.detach().abs().cpu()
             statistics[name].max_o, statistics[name].scales = learnt.item(), learnt.reshape(1)
 
 
@@ -701,6 +703,7 @@ class SpikeSetter:
 
     scales: node of spikes -> lambda. units: node of currents -> unit. Both are scalar tensors or broadcastable to a
     sample ([C, 1, 1]). largest: node of currents -> bound of |current| per step, None where currents are not integers.
+    All of them, and the network, are on the CPU.
     targets: node of spikes -> the lambda its neuron aims at, before Vthr is rounded. peaks: node of spikes -> the most
     that it holds at a step: 1, or behind a folded pooling the size of its window; `scales` and `targets` are of one.
     """
@@ -851,7 +854,7 @@ class SpikeSetter:
         else:
             unit = torch.tensor(float(self.timesteps))
         if layers and not self.is_float:
-            unit = torch.maximum(unit, self.largest_value(node, layers, others).to(unit.device) / LARGEST_INTEGER)
+            unit = torch.maximum(unit, self.largest_value(node, layers, others) / LARGEST_INTEGER)
         self.units.update(dict.fromkeys(self.components[node], unit))
         return unit
 
@@ -874,7 +877,7 @@ class SpikeSetter:
         Where the spikes of its input channels differ, the integers weigh them too: they are chosen anew, or stay, if
         that rounds less, as they are for the mean lambda.
         """
-        lambda_in = self.input_scales(node, op).to(op.weight.device)
+        lambda_in = self.input_scales(node, op)
         _, s_w = self.integers(op)
         unit = lambda_in.mean() / op.per_output(s_w)
         if lambda_in.dim():
@@ -894,7 +897,7 @@ class SpikeSetter:
         """
         coarsest, finest = natural.amax(0), natural.amin(0)
         values = [
-            (value.to(coarsest.device), node) for node in others if (value := self.expected_value(node)) is not None
+            (value, node) for node in others if (value := self.expected_value(node)) is not None
         ]
         shares = torch.logspace(0, (finest / coarsest).min().log2().item(), 9, base=2.0).tolist()
         candidates = [coarsest * share for share in shares]
@@ -916,7 +919,7 @@ class SpikeSetter:
         for op, node in layers:
             weight = op.weight.detach()
             per_weight = op.weight_view(unit.flatten() if unit.dim() else unit)
-            per_weight = per_weight / op.input_view(self.input_scales(node, op).to(unit.device))
+            per_weight = per_weight / op.input_view(self.input_scales(node, op))
             rounded = round_to_integers(weight / per_weight, 1.0, op.weight_bits) * per_weight
             total = total + op.rows((rounded - weight).square()).sum(1) * self.mean_square(node)
         for value, node in values:
@@ -943,7 +946,7 @@ class SpikeSetter:
                 values.append(self.targets[out].max())
             if out in members and getattr(op, "bias", None) is not None:
                 values.append(op.bias.detach().abs().max())
-        return torch.stack([value.cpu().float() for value in values] or [torch.zeros(())]).max()
+        return torch.stack([value.float() for value in values] or [torch.zeros(())]).max()
 
     def expected_value(self, node):
         """As `value_of`; for spikes of a later op the lambda that it aims at, for its currents None."""
@@ -975,7 +978,7 @@ class SpikeSetter:
 
     def set_weight(self, name, op, in_nodes, out):
         """Integer weights and biases of a convolution or linear layer, in the unit of its neuron."""
-        unit = self.unit_of(out).to(op.weight.device)
+        unit = self.unit_of(out)
         if not torch.isfinite(op.weight).all():
             raise ValueError(f"{self.dag.where(name)} has NaN or infinite weights, train the network again")
         unit_per_output = unit.flatten() if unit.numel() > 1 else unit  # [C_out] or a scalar
@@ -997,7 +1000,7 @@ class SpikeSetter:
 
     def scale_in_unit(self, op, node, unit):
         """s_w of a layer that reads the spikes of a node: a spike's value over that of one integer step."""
-        per_input = op.input_view(self.input_scales(node, op).to(unit.device))
+        per_input = op.input_view(self.input_scales(node, op))
         return per_input / op.weight_view(unit.flatten() if unit.numel() > 1 else unit)
 
     def weight_scales(self):
@@ -1052,7 +1055,7 @@ class SpikeSetter:
         size = weight.abs()
         silent = size <= 1e-4 * size.max()
         size = torch.where(silent, size.max().clamp_min(1e-30), size)
-        unit = self.value_of(node).to(weight.device) * size
+        unit = self.value_of(node) * size
         reference = max(self.statistics[name].max_o, 1e-30)
         wanted = (self.most * unit / reference).ceil().clamp(1, self.most)
         integer = torch.ones_like(wanted) if self.is_float else wanted
@@ -1087,7 +1090,7 @@ class SpikeSetter:
 
     def branch_weight(self, name, node, unit):
         """The weight of spikes, or of a current with a unit of its own, at a neuron's add."""
-        ratio = self.value_of(node).to(unit.device) / unit
+        ratio = self.value_of(node) / unit
         if not self.is_float and ratio.min() < 0.75:
             raise ValueError(
                 f"{self.dag.where(name)} adds values that are finer than a step of the {self.bits}-bit weights "
@@ -1148,7 +1151,7 @@ class SpikeSetter:
 
     def set_neuron(self, name, op, out, unit, largest):
         """Vthr = lambda_out / unit, as an integer of at least 1, and the lambda_out that the rounded one stands for."""
-        target = self.targets[out].to(unit.device)
+        target = self.targets[out]
         target = target.squeeze() if target.numel() == 1 else target
         if not target.max() > 0:  # no calibration image excites this layer: aim at the scale of its input
             target = unit.max() * max(largest or 1, 1)

@@ -6,7 +6,7 @@
 The error that training sees holds everything that T steps of spikes and b bits of weights cost, spikes that come too
 early or too late included. Two gradients lead back:
 
-- "time": through every timestep, with a surrogate for that of a spike (`SurrogateSpike`; Neftci et al., Surrogate
+- "time": through every timestep, with a surrogate for that of a spike (`SpikesThroughTime`; Neftci et al., Surrogate
   Gradient Learning in Spiking Neural Networks, IEEE Signal Processing Magazine 2019). It knows when spikes come, for
   the price of T passes of the ANN and back.
 - "tandem": every layer of the ANN is evaluated on the decoded rates that the spiking layers before it really send, and
@@ -43,7 +43,7 @@ from spike_tensor import Memory, SpikeTensor
 BATCH = 32  # calibration images a step
 LR_TIMES_T = 0.03  # learning rate times timesteps; it is a share of a layer's weights
 MOST_THROUGH_TIME = 4  # timesteps; at 8 the tandem gradient gave resnet20 as much, in half the time
-MOST_UNROLLED = 128  # images times timesteps that are kept for one backward pass
+MOST_UNROLLED = {"cpu": 128, "cuda": 512}  # images times timesteps that are kept for one backward pass
 INTERVAL = 0.49  # of a step on either side of an integer: what surely rounds to it
 TEMPERATURE = 2.0  # softens what the teacher's outputs say
 
@@ -75,7 +75,8 @@ def finetune_spikes(
         raise ValueError(f"unknown gradient '{gradient}', use one of {', '.join(GRADIENTS)}")
     forward = GRADIENTS[gradient]
     snn = copy.deepcopy(snn).to(device).eval()
-    part_size = max(1, MOST_UNROLLED // snn.timesteps) if gradient == "time" else sys.maxsize
+    most = MOST_UNROLLED[torch.device(device).type]
+    part_size = max(1, most // snn.timesteps) if gradient == "time" else sys.maxsize
     layers = shadow_weights(snn, qnet)
     parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
     optimizer = QuantAdam(groups_of(layers, LR_TIMES_T / snn.timesteps if lr is None else lr))

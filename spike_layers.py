@@ -34,22 +34,44 @@ def if_step(membrane, current, Vthr, reset_mode):
     return membrane.masked_fill(fires, 0), spike
 
 
-class SurrogateSpike(torch.autograd.Function):
-    """1 where u >= Vthr, else 0; its gradient is a triangle of area 1, from u = 0 over Vthr to 2 Vthr.
+class SpikesThroughTime(torch.autograd.Function):
+    """The spikes of integrate-and-fire neurons, [T, B, ...], from their currents, with a surrogate gradient.
 
-    Surrogate gradient of piecewise linear form (Bellec et al., Long Short-Term Memory and Learning-to-Learn in Networks
-    of Spiking Neurons, NeurIPS 2018).
+    steps: currents of T steps, [T, B, ...], of which the first `listen` come before the first spike. The gradient of a
+    spike is a triangle of area 1 over the membrane potential, from u = 0 over Vthr to 2 Vthr (piecewise linear; Bellec
+    et al., Long Short-Term Memory and Learning-to-Learn in Networks of Spiking Neurons, NeurIPS 2018); it passes through
+    the reset too.
     """
 
     @staticmethod
-    def forward(ctx, membrane, Vthr):
-        ctx.save_for_backward(membrane, Vthr)
-        return (membrane >= Vthr).to(membrane.dtype)
+    def forward(ctx, steps, Vthr, initial_potential, reset_mode, listen):
+        potentials, spikes = torch.empty_like(steps), torch.empty_like(steps)
+        membrane = initial_potential + steps[:listen].sum(0)
+        for t, (potential, spike) in enumerate(zip(potentials, spikes)):
+            if t + listen < len(steps):
+                membrane = membrane + steps[t + listen]
+            potential.copy_(membrane)  # before the reset
+            spike.copy_(potential >= Vthr)
+            membrane = membrane - Vthr * spike if reset_mode == "subtraction" else membrane * (1 - spike)
+        ctx.save_for_backward(potentials, spikes, Vthr)
+        ctx.reset_mode, ctx.listen = reset_mode, listen
+        return spikes
 
     @staticmethod
     def backward(ctx, gradient):
-        membrane, Vthr = ctx.saved_tensors
-        return gradient * (1 - (membrane / Vthr - 1).abs()).clamp_min(0) / Vthr, None
+        (potentials, spikes, Vthr), listen = ctx.saved_tensors, ctx.listen
+        of_steps, of_membrane = torch.empty_like(potentials), torch.zeros_like(potentials[0])
+        of_spike = (potentials / Vthr).sub_(1).abs_().neg_().add_(1).clamp_min_(0).div_(Vthr)  # [T, B, ...]
+        for t in reversed(range(len(potentials))):
+            if ctx.reset_mode == "subtraction":
+                of_membrane = of_membrane + of_spike[t] * (gradient[t] - Vthr * of_membrane)
+            else:
+                kept = of_membrane * (1 - spikes[t])
+                of_membrane = kept + of_spike[t] * (gradient[t] - potentials[t] * of_membrane)
+            if t + listen < len(potentials):
+                of_steps[t + listen] = of_membrane
+        of_steps[:listen] = of_membrane
+        return of_steps, None, None, None, None
 
 
 class IFNeuron(nn.Module):
@@ -134,16 +156,9 @@ class IFNeuron(nn.Module):
 
     def unroll(self, current, dtype):
         """The spikes of all steps, float32 [T*B, ...], as autograd can follow them through time."""
-        steps, Vthr = current.per_step().to(dtype), self.Vthr.to(dtype)  # [T, B, ...]
-        membrane = self.initial_potential.to(dtype) + steps[: self.listen].sum(0)
-        spikes = []
-        for t in range(current.timesteps):
-            if t + self.listen < current.timesteps:
-                membrane = membrane + steps[t + self.listen]
-            spike = SurrogateSpike.apply(membrane, Vthr)
-            membrane = membrane - Vthr * spike if self.reset_mode == "subtraction" else membrane * (1 - spike)
-            spikes.append(spike)
-        return torch.cat(spikes).to(torch.float32)
+        steps, Vthr, initial = (x.to(dtype) for x in (current.per_step(), self.Vthr, self.initial_potential))
+        spikes = SpikesThroughTime.apply(steps, Vthr, initial, self.reset_mode, self.listen)  # [T, B, ...]
+        return spikes.flatten(0, 1).to(torch.float32)
 
     def run(self, current, membrane):
         """Spikes [T*B, ...] and the membrane potentials behind them, step by step in plain PyTorch."""
@@ -178,15 +193,30 @@ class ClipFloorShift(nn.Module):
         self.scale = nn.Parameter(scale)
 
     def forward(self, x):
-        share = (x[0].numel() * self.levels) ** -0.5
-        scale = self.scale.detach() + (self.scale - self.scale.detach()) * share  # lambda, with a share of its gradient
-        scale = scale.abs().clamp_min(1e-6)
-        steps = (x / scale).clamp(0, 1) * self.levels
-        whole = steps + ((steps + 0.5).floor() - steps).detach()
-        return whole * (scale / self.levels)
+        return RoundToLevels.apply(x, self.scale, self.levels)
 
     def extra_repr(self):
         return f"levels={self.levels}"
+
+
+class RoundToLevels(torch.autograd.Function):
+    """The function of `ClipFloorShift`, and its gradients for x and scale."""
+
+    @staticmethod
+    def forward(ctx, x, scale, levels):
+        size = scale.abs().clamp_min(1e-6)
+        steps = (x / size).clamp_(0, 1).mul_(levels)
+        ctx.save_for_backward(steps, scale)
+        ctx.levels, ctx.share = levels, (x[0].numel() * levels) ** -0.5
+        return (steps + 0.5).floor_().mul_(size / levels)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (steps, scale), levels = ctx.saved_tensors, ctx.levels
+        inside = (steps > 0) & (steps < levels)
+        of_scale = (steps + 0.5).floor_().sub_(steps).mul_(inside).add_(steps >= levels, alpha=levels)
+        total = (of_scale * gradient).sum() * (ctx.share / levels) * scale.sign()
+        return gradient * inside, total, None
 
 
 class SpikeLayer(nn.Module):

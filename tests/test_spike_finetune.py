@@ -101,6 +101,43 @@ def test_bit_widths_that_do_not_fit_are_refused():
         convert(net, images, 8, [9] * count)
 
 
+class Triangle(torch.autograd.Function):
+    """A spike at u >= Vthr, and the surrogate gradient max(0, 1 - |u / Vthr - 1|) / Vthr."""
+
+    @staticmethod
+    def forward(ctx, membrane, Vthr):
+        ctx.save_for_backward(membrane, Vthr)
+        return (membrane >= Vthr).to(membrane.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        membrane, Vthr = ctx.saved_tensors
+        return gradient * (1 - (membrane / Vthr - 1).abs()).clamp_min(0) / Vthr, None
+
+
+@pytest.mark.parametrize("listen", [0, 2, 5])
+@pytest.mark.parametrize("reset_mode", ["subtraction", "zero"])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_gradients_through_time_are_those_of_the_steps_in_turn(per_channel, reset_mode, listen):
+    """Autograd follows u and the spikes step by step, the reset included; ours is one function of all steps."""
+    torch.manual_seed(0)
+    steps, weights = 4 * torch.randn(5, 3, 4, 2, 2, dtype=torch.float64), torch.randn(5, 3, 4, 2, 2).double()
+    Vthr = torch.tensor([2.0, 3.0, 4.0, 5.0]).view(4, 1, 1) if per_channel else torch.tensor(3.0)
+    neuron = IFNeuron(Vthr, 1.0, 0.5 * Vthr, reset_mode, largest_current=30, listen=listen)
+    neuron.learns, steps = True, steps.requires_grad_()
+    spikes = neuron.unroll(Current(steps.flatten(0, 1), 5), torch.float64).unflatten(0, (5, 3))
+    (found,) = torch.autograd.grad((spikes * weights).sum(), steps)
+    membrane, expected = 0.5 * Vthr + steps[:listen].sum(0), []
+    for t in range(5):
+        membrane = membrane + steps[t + listen] if t + listen < 5 else membrane
+        spike = Triangle.apply(membrane, Vthr.double())
+        membrane = membrane - Vthr * spike if reset_mode == "subtraction" else membrane * (1 - spike)
+        expected.append(spike)
+    assert torch.equal(spikes.detach(), torch.stack(expected).float()) and 0 < spikes.mean() < 1
+    (wanted,) = torch.autograd.grad((torch.stack(expected) * weights).sum(), steps)
+    assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-9) and wanted.abs().max() > 0.1
+
+
 @pytest.mark.parametrize("forward", GRADIENTS.values(), ids=GRADIENTS)
 @pytest.mark.parametrize("listen", [0, 3, 8])
 @pytest.mark.parametrize("name", MODELS)
