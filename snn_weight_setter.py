@@ -896,9 +896,7 @@ class SpikeSetter:
         of what it reads; so does that of the whole weight which each of `others`, spikes without weights, gets.
         """
         coarsest, finest = natural.amax(0), natural.amin(0)
-        values = [
-            (value, node) for node in others if (value := self.expected_value(node)) is not None
-        ]
+        values = [(value, node) for node in others if (value := self.expected_value(node)) is not None]
         shares = torch.logspace(0, (finest / coarsest).min().log2().item(), 9, base=2.0).tolist()
         candidates = [coarsest * share for share in shares]
         for value, _ in values[:1]:

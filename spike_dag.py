@@ -21,7 +21,7 @@ FORMAT = "ann2snn-dag-1"
 ENGINES = {"auto": torch.uint8, "reference": torch.float64}
 BYTES_PER_CURRENT = 16  # working set per element of the largest layer: its current, spikes, membrane, skips
 THREAD_BYTES = 64 * 2**20  # working set of one CPU thread; a quarter of it, the currents, stays in the cache
-GPU_BYTES = 2**30
+GPU_BYTES = 2**33
 
 
 class SpikeDAGModule(nn.Module):

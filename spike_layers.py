@@ -13,7 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from neuron_kernels import Int8Weights, can_run_compiled, exact_type, if_steps, int8_is_exact, order
+from neuron_kernels import (
+    GpuWeights,
+    Int8Weights,
+    can_run_compiled,
+    convolves_on_gpu,
+    exact_type,
+    if_steps,
+    int8_is_exact,
+    order,
+)
 from spike_tensor import Current, Memory, SpikeTensor
 
 RESET_MODES = ("zero", "subtraction")
@@ -39,8 +48,8 @@ class SpikesThroughTime(torch.autograd.Function):
 
     steps: currents of T steps, [T, B, ...], of which the first `listen` come before the first spike. The gradient of a
     spike is a triangle of area 1 over the membrane potential, from u = 0 over Vthr to 2 Vthr (piecewise linear; Bellec
-    et al., Long Short-Term Memory and Learning-to-Learn in Networks of Spiking Neurons, NeurIPS 2018); it passes through
-    the reset too.
+    et al., Long Short-Term Memory and Learning-to-Learn in Networks of Spiking Neurons, NeurIPS 2018); it passes
+    through the reset too.
     """
 
     @staticmethod
@@ -107,6 +116,7 @@ class IFNeuron(nn.Module):
         self.spike_type = spike_type
         self.listen = listen
         self.learns = False
+        self.largest_start = {}
 
     def config(self):
         """The constructor's arguments."""
@@ -120,7 +130,11 @@ class IFNeuron(nn.Module):
             return torch.float32
         if self.spike_type == torch.float64:
             return torch.float64
-        largest = self.largest_current * timesteps + self.Vthr.max().item() + self.initial_potential.abs().max().item()
+        state = IntegerState(self.Vthr, self.initial_potential)
+        if self.largest_start.get("state") != state:  # asked once: a GPU would have to wait for the answer
+            largest = self.Vthr.max().item() + self.initial_potential.abs().max().item()
+            self.largest_start = {"state": state, "largest": largest}
+        largest = self.largest_current * timesteps + self.largest_start["largest"]
         return torch.float32 if largest < EXACT_IN_FLOAT32 else torch.float64
 
     def forward(self, current, memory=None):
@@ -137,7 +151,7 @@ class IFNeuron(nn.Module):
             membrane = torch.empty_like(membrane, memory_format=order(membrane)).copy_(membrane)
         if self.listen:
             current = self.hear(current, membrane)
-        exact_in_float32 = dtype == torch.float32 and current.data.dtype in (torch.float16, torch.float32)
+        exact_in_float32 = dtype == torch.float32 and current.data.dtype != torch.float64
         if self.spike_type == torch.uint8 and exact_in_float32 and can_run_compiled(current.data):
             spikes = self.run_compiled(current, membrane)
         else:
@@ -335,6 +349,8 @@ class WeightedLayer(SpikeLayer):
             return self.operate_in_type(spikes.to(torch.promote_types(spikes.dtype, torch.float32)))
         if spikes.device.type != "cpu":
             spikes = spikes.contiguous(memory_format=order(spikes))  # as `exact_type` tries them
+            if self.convolves_on_gpu():
+                return self.gpu_weights()(spikes)
             return self.operate_in_type(spikes.to(self.gpu_type(spikes)))
         if not self.fits_float32():
             return self.operate_in_type(spikes.to(torch.float64))
@@ -371,6 +387,15 @@ class WeightedLayer(SpikeLayer):
     def packs_int8(self):
         """Whether this layer and this machine compute in 8-bit integers."""
         return int8_is_exact(self.largest_input)
+
+    def convolves_on_gpu(self):
+        """Whether a GPU has a kernel in integers for this layer."""
+        return False
+
+    def gpu_weights(self):
+        """The weights as that kernel takes them, prepared once."""
+        arguments = self.weight_q, self.bias_q, self.int8_arguments()
+        return self.prepared("gpu", lambda: GpuWeights(*arguments, self.largest_current()))
 
     def packed_weights(self):
         """The weights as oneDNN takes them, packed once."""
@@ -425,6 +450,11 @@ class SpikeConv2d(WeightedLayer, nn.Conv2d):
     def packs_int8(self):
         return not isinstance(self.padding, str) and super().packs_int8()
 
+    def convolves_on_gpu(self):
+        each_alone = self.groups == self.in_channels == self.out_channels
+        has_kernel = (each_alone or self.groups == 1) and not isinstance(self.padding, str)
+        return has_kernel and convolves_on_gpu(self.largest_input)
+
     def int8_arguments(self):
         return list(self.stride), list(self.padding), list(self.dilation), self.groups
 
@@ -466,6 +496,10 @@ class SpikeAvgPool2d(SpikeConv2d):
             sums = self.current_of(x.data).to(x.data.dtype)  # [T*B, C, H', W']
             return SpikeTensor.like(sums, x.timesteps, x.scale_factor / self.window)
         return super().forward(x, memory)
+
+    def operate(self, input, weight, bias):
+        sums = F.avg_pool2d(input, self.kernel_size, self.stride, self.padding, divisor_override=1)
+        return sums * weight[:, 0, :1, :1]  # a convolution for each channel, but faster
 
     @property
     def window(self):

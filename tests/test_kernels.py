@@ -85,13 +85,36 @@ print(checked)
 """
 
 
-def test_the_gpu_kernel_fires_as_the_cpu_kernel():
+GPU_CONVOLUTIONS = """
+import torch
+from torch.nn.functional import conv2d
+from neuron_kernels import GpuWeights
+
+generator, checked = torch.Generator().manual_seed(0), 0
+for inputs, outputs, groups in [(16, 16, 1), (3, 40, 1), (70, 130, 1), (20, 20, 20), (1, 1, 1)]:
+    for kernel, *conv in [((3, 3), 1, 1, 1), ((5, 2), (2, 1), (0, 1), (1, 2)), ((1, 1), 2, 0, 1)]:
+        conv = *[(x, x) if isinstance(x, int) else x for x in conv], groups
+        for largest, bias in [(1, None), (127, torch.randint(-999, 999, (outputs,), generator=generator).int())]:
+            weight = torch.randint(-127, 128, (outputs, inputs // groups, *kernel), generator=generator).to(torch.int8)
+            spikes = torch.randint(0, largest + 1, (2, inputs, 7, 6), generator=generator).to(torch.uint8)
+            expected = conv2d(spikes.double(), weight.double(), None if bias is None else bias.double(), *conv)
+            bound = expected.abs().max().item()
+            found = GpuWeights(weight, bias, conv, bound)(spikes)
+            assert torch.equal(found.double(), expected) and found.is_contiguous(memory_format=torch.channels_last)
+            assert found.dtype == (torch.int16 if bound < 2**15 else torch.int32)
+            checked += 1
+print(checked)
+"""
+
+
+@pytest.mark.parametrize("script, cases", [(GPU_NEURONS, "72"), (GPU_CONVOLUTIONS, "30")], ids=["neurons", "convs"])
+def test_the_gpu_kernels_compute_as_the_cpu(script, cases):
     """In Triton's interpreter, which runs a kernel without a GPU."""
     pytest.importorskip("triton")
     pytest.importorskip("numba")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    run = subprocess.run([sys.executable, "-c", GPU_NEURONS], env=environment, capture_output=True, text=True)
-    assert (run.returncode, run.stdout.strip()) == (0, "72"), run.stderr
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert (run.returncode, run.stdout.strip()) == (0, cases), run.stderr
 
 
 @settings(max_examples=40, deadline=None)
