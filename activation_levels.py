@@ -28,10 +28,10 @@ from snn_weight_setter import (
 from spike_layers import ClipFloorShift
 
 
-def quantize_activations(net, loader, device, levels, ann_layers=(), calibration_samples=1000):
+def quantize_activations(net, loader, device, levels, ann_layers=(), calibration_samples=1000, granularity="layer"):
     """A copy of `net` in which every op that is to fire returns activations of `levels` steps up to a lambda.
 
-    The lambdas start at the least squared error on the first `calibration_samples` images of `loader` and are learnt
+    granularity: one lambda a "layer", or one a "channel". The lambdas start at the least squared error on the first `calibration_samples` images of `loader` and are learnt
     with the weights. Raises ValueError for fewer than 1 level, and for what cannot be converted (`plan_conversion`).
     """
     if levels < 1:
@@ -41,13 +41,13 @@ def quantize_activations(net, loader, device, levels, ann_layers=(), calibration
     def choose_scales(values, channels, count):
         return least_error_scales(values, channels, count, levels)
 
-    statistics = calibrate(net, loader, device, calibration_samples, choose_scales)
+    statistics = calibrate(net, loader, device, calibration_samples, choose_scales, granularity)
     plan = plan_conversion(net, ann_layers)
     for name in plan.firing:
-        op, scale = net.ops[name]["op"], statistics[name].max_o
-        scale = min(scale, getattr(op, "ceiling", None) or float("inf"))
-        if scale > 0:  # a layer that is never active stays as it is
-            op.levels = ClipFloorShift(levels, torch.tensor(scale)).to(device)
+        op, scale = net.ops[name]["op"], statistics[name].scales
+        if scale.max() > 0:  # a layer that is never active stays as it is
+            ceiling = getattr(op, "ceiling", None) or float("inf")
+            op.levels = ClipFloorShift(levels, scale.clamp_max(ceiling)).to(device)
     shapes = node_shapes(net, *as_inputs(next(iter(loader))[0], device, 1))
     net.scales_of_conversion = ScalesOfConversion(plan, statistics, shapes, levels)
     return net

@@ -103,7 +103,8 @@ def with_levels(net, loader, device, args):
     """The network that `quantize_finetune` is to train: with `--activation_levels` its activations have levels."""
     if args.activation_levels is None:
         return net
-    return quantize_activations(net, loader, device, args.activation_levels, args.ann_layers, args.calibration_samples)
+    options = args.activation_levels, args.ann_layers, args.calibration_samples, args.granularity
+    return quantize_activations(net, loader, device, *options)
 
 
 def convert(qnet, loader, device, args, **changes):

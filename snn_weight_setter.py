@@ -65,6 +65,7 @@ LEAST_SHARE = 1 / 16  # of its layer's lambda that a channel's can be, so that i
 CORRECTIONS = ("potential", "bias", "none")
 LARGEST_SUM = 255  # spikes in the window of a folded pooling: what uint8 holds
 LARGEST_INTEGER = 2**20  # of thresholds, biases and weights of branches: sums of them stay exact in float32
+SAME_UNIT = 1 + 1e-5  # per-channel units within this factor are one
 SAME_LAMBDA = 1.02  # per-channel lambdas within this factor count as one, so that integer weights stay as they are
 
 
@@ -553,7 +554,8 @@ def use_learnt_scales(snn, statistics):
     for name, entry in snn.ops.items():
         if entry["op"].levels is not None:
             learnt = entry["op"].levels.scale.detach().abs().cpu()
-            statistics[name].max_o, statistics[name].scales = learnt.item(), learnt.reshape(1)
+            statistics[name].max_o = learnt.max().item()
+            statistics[name].scales = learnt if learnt.dim() else learnt.reshape(1)
 
 
 @torch.no_grad()
@@ -879,10 +881,15 @@ class SpikeSetter:
         """
         lambda_in = self.input_scales(node, op)
         _, s_w = self.integers(op)
-        unit = lambda_in.mean() / op.per_output(s_w)
+        per_weight = op.input_view(lambda_in) / s_w  # what an integer of each weight stands for
+        if not per_weight.dim():
+            return per_weight
+        unit = op.rows(per_weight.expand_as(op.weight)).mean(1)  # [C_out]
+        unit = unit if unit.max() > SAME_UNIT * unit.min() else unit.mean()
         if lambda_in.dim():
             weight = op.weight.detach() * op.input_view(lambda_in)
             anew = 1 / op.per_output(quantize_layer(op, weight, op.weight_bits, self.per_channel)[1])
+            unit, anew = torch.broadcast_tensors(unit, anew)
             errors = [self.unit_error(op.output_view(each), [(op, node)], []) for each in (unit, anew)]
             errors = errors if unit.dim() else [error.sum() for error in errors]
             unit = torch.where(errors[0] <= errors[1], unit, anew)
@@ -900,7 +907,7 @@ class SpikeSetter:
         shares = torch.logspace(0, (finest / coarsest).min().log2().item(), 9, base=2.0).tolist()
         candidates = [coarsest * share for share in shares]
         for value, _ in values[:1]:
-            most = value.max()
+            most = value if value.shape == coarsest.shape else value.max()
             wholes = (most / coarsest).floor().clamp_min(1)  # of every channel of the unit
             candidates += [most / (wholes + k) for k in (0, 1)]
         errors = torch.stack([self.unit_error(unit, layers, values) for unit in candidates])  # [candidates, C_out]

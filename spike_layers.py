@@ -196,9 +196,9 @@ class IFNeuron(nn.Module):
 class ClipFloorShift(nn.Module):
     """scale / levels * clip(floor(x levels / scale + 1/2), 0, levels): what `levels` timesteps of spikes can say.
 
-    Quantisation clip-floor-shift (Bu et al., ICLR 2022) with a learnt scale, lambda: the gradient passes the floor as
-    if it were not there, and that of the scale is LSQ's (Esser et al., Learned Step Size Quantization, ICLR 2020),
-    divided by the root of neurons times levels, as all of a layer's neurons pull at it.
+    Quantisation clip-floor-shift (Bu et al., ICLR 2022) with a learnt scale, lambda, a scalar or one per channel: the
+    gradient passes the floor as if it were not there, and that of the scale is LSQ's (Esser et al., Learned Step Size
+    Quantization, ICLR 2020), divided by the root of neurons times levels, as all of its neurons pull at it.
     """
 
     def __init__(self, levels, scale):
@@ -221,7 +221,7 @@ class RoundToLevels(torch.autograd.Function):
         size = scale.abs().clamp_min(1e-6)
         steps = (x / size).clamp_(0, 1).mul_(levels)
         ctx.save_for_backward(steps, scale)
-        ctx.levels, ctx.share = levels, (x[0].numel() * levels) ** -0.5
+        ctx.levels, ctx.share = levels, (x[0].numel() / scale.numel() * levels) ** -0.5
         return (steps + 0.5).floor_().mul_(size / levels)
 
     @staticmethod
@@ -229,7 +229,7 @@ class RoundToLevels(torch.autograd.Function):
         (steps, scale), levels = ctx.saved_tensors, ctx.levels
         inside = (steps > 0) & (steps < levels)
         of_scale = (steps + 0.5).floor_().sub_(steps).mul_(inside).add_(steps >= levels, alpha=levels)
-        total = (of_scale * gradient).sum() * (ctx.share / levels) * scale.sign()
+        total = of_scale.mul_(gradient).sum_to_size(scale.shape) * (ctx.share / levels) * scale.sign()
         return gradient * inside, total, None
 
 

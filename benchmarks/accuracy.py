@@ -45,7 +45,6 @@ AFTER_FINETUNING = {  # flags that finetuning does not depend on: networks that 
     "listen",
     "threshold",
     "quantile",
-    "granularity",
     "correction",
     "calibration_epochs",
     "finetune_snn",
