@@ -31,8 +31,9 @@ from spike_layers import ClipFloorShift
 def quantize_activations(net, loader, device, levels, ann_layers=(), calibration_samples=1000, granularity="layer"):
     """A copy of `net` in which every op that is to fire returns activations of `levels` steps up to a lambda.
 
-    granularity: one lambda a "layer", or one a "channel". The lambdas start at the least squared error on the first `calibration_samples` images of `loader` and are learnt
-    with the weights. Raises ValueError for fewer than 1 level, and for what cannot be converted (`plan_conversion`).
+    granularity: one lambda a "layer", or one a "channel". The lambdas start at the least squared error on the first
+    `calibration_samples` images of `loader` and are learnt with the weights. Raises ValueError for fewer than 1 level,
+    and for what cannot be converted (`plan_conversion`).
     """
     if levels < 1:
         raise ValueError(f"activation levels {levels}: use 1 or more")

@@ -29,14 +29,32 @@ def test_levels_and_gradients_by_hand():
         assert grads[1].item() == pytest.approx(of_scale / 20**0.5, abs=1e-6)
 
 
+def test_levels_and_gradients_of_channels():
+    """Each channel as if it were alone."""
+    torch.manual_seed(0)
+    x, scales = torch.randn(2, 3, 2, 2, requires_grad=True), torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1)
+    both = ClipFloorShift(4, scales)
+    weights = torch.randn(2, 3, 2, 2)
+    found = torch.autograd.grad((both(x) * weights).sum(), (x, both.scale))
+    for channel, scale in enumerate(scales.flatten()):
+        alone, part = ClipFloorShift(4, scale), slice(channel, channel + 1)
+        assert torch.equal(alone(x[:, part]), both(x)[:, part])
+        wanted = torch.autograd.grad((alone(x[:, part]) * weights[:, part]).sum(), (x, alone.scale))
+        assert torch.equal(found[0][:, part], wanted[0][:, part])
+        assert torch.allclose(found[1][channel], wanted[1], rtol=1e-5) and wanted[1] != 0
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
 @pytest.mark.parametrize("T", [1, 4, 16])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_network_that_listens_is_the_network_of_levels(name, T):
+def test_the_network_that_listens_is_the_network_of_levels(name, T, granularity):
     """Float weights, every step of input heard before the first spike: the same outputs, up to float32."""
     net, images = small_model(name)
-    ann = quantize_activations(prepared(net, images), [(images,)], "cpu", T)
-    assert sum(entry["op"].levels is not None for entry in ann.ops.values()) >= 3
-    snn = trans_ann2snn_weight(ann, [(images,)], "cpu", T, 32, listen=T, correction="none", **CHOICES)
+    ann = quantize_activations(prepared(net, images), [(images,)], "cpu", T, granularity=granularity)
+    levels = [entry["op"].levels for entry in ann.ops.values() if entry["op"].levels is not None]
+    assert len(levels) >= 3 and all((each.scale.numel() > 1) == (granularity == "channel") for each in levels)
+    options = {"listen": T, "correction": "none", "granularity": granularity}
+    snn = trans_ann2snn_weight(ann, [(images,)], "cpu", T, 32, **options, **CHOICES)
     assert all(entry["op"].levels is None for entry in snn.ops.values())
     with torch.no_grad():
         expected, float_outputs = ann(images), prepared(net, images)(images)
@@ -64,23 +82,29 @@ def test_lambdas_are_learnt_and_converted():
         assert ((neuron.scale_factor - after[name]).abs() <= 0.51 * step).all()
 
 
-def test_integers_of_finetuning_are_those_of_the_conversion():
-    """Layers that meet in one neuron are finetuned in its unit: the conversion rounds no weight again."""
+@pytest.mark.parametrize("of_weights", ["layer", "channel"])
+@pytest.mark.parametrize("of_lambdas", ["layer", "channel"])
+def test_integers_of_finetuning_are_those_of_the_conversion(of_lambdas, of_weights):
+    """Layers that meet in one neuron are finetuned in its unit: the conversion rounds next to no weight again."""
     net, images = small_model("shortcuts")
-    ann = quantize_activations(prepared(net, images), [(images,)], "cpu", 4)
+    ann = quantize_activations(prepared(net, images), [(images,)], "cpu", 4, granularity=of_lambdas)
     flags = SimpleNamespace(
-        weight_bitwidth=4, finetune_epochs=2, finetune_lr=0.01, finetune_wd=1e-4, finetune_momentum=0.9
+        weight_bitwidth=4,
+        weight_granularity=of_weights,
+        finetune_epochs=2,
+        finetune_lr=0.01,
+        finetune_wd=1e-4,
+        finetune_momentum=0.9,
     )
     loader = [(images, torch.arange(len(images)) % 3)]
-    for granularity in ("layer", "channel"):
-        flags.weight_granularity = granularity
-        qnet = quantize_finetune(ann, loader, nn.CrossEntropyLoss(), "cpu", flags)
-        snn = trans_ann2snn_weight(qnet, loader, "cpu", 4, 4, per_channel=granularity == "channel", correction="none")
-        for name, layer in snn.weighted_layers().items():
-            before = qnet.ops[name]["op"]
-            integers = round_to_integers(before.weight.detach(), before.weight_scale, 4)
-            if layer.spiking:
-                assert torch.equal(layer.weight_q.float(), integers), name
+    qnet = quantize_finetune(ann, loader, nn.CrossEntropyLoss(), "cpu", flags)
+    options = {"granularity": of_lambdas, "per_channel": of_weights == "channel", "correction": "none"}
+    snn = trans_ann2snn_weight(qnet, loader, "cpu", 4, 4, **options)
+    for name, layer in snn.weighted_layers().items():
+        before = qnet.ops[name]["op"]
+        integers = round_to_integers(before.weight.detach(), before.weight_scale, 4)
+        if layer.spiking:
+            assert torch.equal(layer.weight_q.float(), integers), (name, (layer.weight_q != integers).float().mean())
 
 
 def test_fewer_levels_than_one_are_refused():
