@@ -67,5 +67,5 @@ class ScalesOfConversion:
     def __call__(self, net, per_channel):
         net = copy.deepcopy(net).cpu()
         use_learnt_scales(net, self.statistics)
-        setter = SpikeSetter(net, self.plan, self.statistics, self.shapes, self.levels, per_channel, "subtraction", 0.5)
+        setter = SpikeSetter(net, self.plan, self.statistics, self.shapes, self.levels, per_channel)
         return setter.weight_scales()

@@ -132,12 +132,12 @@ def trans_ann2snn_weight(
         return positive_tops(values, channels, count, quantile if threshold == "quantile" else 1.0)
 
     statistics = calibrate(snn, loader, device, calibration_samples, choose_scales, granularity)
-    use_learnt_scales(snn, statistics)
+    learnt = use_learnt_scales(snn, statistics)
     for entry in snn.ops.values():
         entry["op"].levels = None  # spikes need none
     shapes = node_shapes(snn, *as_inputs(next(iter(loader))[0], device, 1))
     snn.cpu()  # integers are chosen there
-    setter = SpikeSetter(snn, plan, statistics, shapes, timesteps, per_channel, reset_mode, initial_potential)
+    setter = SpikeSetter(snn, plan, statistics, shapes, timesteps, per_channel, reset_mode, initial_potential, learnt)
     setter.convert()
     snn.to(device)
     snn.timesteps = timesteps
@@ -547,15 +547,16 @@ def calibrate(dag, loader, device, samples, choose_scales, granularity="layer"):
 
 
 def use_learnt_scales(snn, statistics):
-    """Where activations were quantised in finetuning, lambda_out is what was learnt.
+    """Where activations were quantised in finetuning, lambda_out is what was learnt; returns whether any were.
 
     Each op keeps its own, also where a concatenation joins them.
     """
-    for name, entry in snn.ops.items():
-        if entry["op"].levels is not None:
-            learnt = entry["op"].levels.scale.detach().abs().cpu()
-            statistics[name].max_o = learnt.max().item()
-            statistics[name].scales = learnt if learnt.dim() else learnt.reshape(1)
+    levels = {name: entry["op"].levels for name, entry in snn.ops.items() if entry["op"].levels is not None}
+    for name, each in levels.items():
+        learnt = each.scale.detach().abs().cpu()
+        statistics[name].max_o = learnt.max().item()
+        statistics[name].scales = learnt if learnt.dim() else learnt.reshape(1)
+    return bool(levels)
 
 
 @torch.no_grad()
@@ -708,12 +709,24 @@ class SpikeSetter:
     All of them, and the network, are on the CPU.
     targets: node of spikes -> the lambda its neuron aims at, before Vthr is rounded. peaks: node of spikes -> the most
     that it holds at a step: 1, or behind a folded pooling the size of its window; `scales` and `targets` are of one.
+    keep_integers: the weights were finetuned on the scales that they will have (`weight_scales`).
     """
 
-    def __init__(self, dag, plan, statistics, shapes, timesteps, per_channel, reset_mode, initial_potential):
+    def __init__(
+        self,
+        dag,
+        plan,
+        statistics,
+        shapes,
+        timesteps,
+        per_channel,
+        reset_mode="subtraction",
+        initial_potential=0.5,
+        keep_integers=False,
+    ):
         self.dag, self.plan, self.statistics, self.shapes = dag, plan, statistics, shapes
         self.timesteps, self.per_channel = timesteps, per_channel
-        self.reset_mode, self.initial_potential = reset_mode, initial_potential
+        self.reset_mode, self.initial_potential, self.keep_integers = reset_mode, initial_potential, keep_integers
         self.bits = max(layer.weight_bits for layer in dag.weighted_layers().values())  # where no layer gives them
         self.is_float = self.bits == FLOAT_BITS
         self.most = 1 if self.is_float else largest_integer(self.bits)
@@ -876,24 +889,19 @@ class SpikeSetter:
     def natural_unit(self, op, node):
         """The unit in which the integers of a layer fill their bit width.
 
-        Where the spikes of its input channels differ, the integers weigh them too: they are chosen anew, or stay, if
-        that rounds less, as they are for the mean lambda.
+        Where the spikes of its input channels differ, the integers weigh them too, and are chosen anew; but those that
+        were finetuned for these spikes stay as they are.
         """
         lambda_in = self.input_scales(node, op)
+        if lambda_in.dim() and not self.keep_integers:
+            weight = op.weight.detach() * op.input_view(lambda_in)
+            return op.output_view(1 / op.per_output(quantize_layer(op, weight, op.weight_bits, self.per_channel)[1]))
         _, s_w = self.integers(op)
         per_weight = op.input_view(lambda_in) / s_w  # what an integer of each weight stands for
         if not per_weight.dim():
             return per_weight
         unit = op.rows(per_weight.expand_as(op.weight)).mean(1)  # [C_out]
-        unit = unit if unit.max() > SAME_UNIT * unit.min() else unit.mean()
-        if lambda_in.dim():
-            weight = op.weight.detach() * op.input_view(lambda_in)
-            anew = 1 / op.per_output(quantize_layer(op, weight, op.weight_bits, self.per_channel)[1])
-            unit, anew = torch.broadcast_tensors(unit, anew)
-            errors = [self.unit_error(op.output_view(each), [(op, node)], []) for each in (unit, anew)]
-            errors = errors if unit.dim() else [error.sum() for error in errors]
-            unit = torch.where(errors[0] <= errors[1], unit, anew)
-        return op.output_view(unit)
+        return op.output_view(unit if unit.max() > SAME_UNIT * unit.min() else unit.mean())
 
     def least_error_unit(self, natural, layers, others):
         """The unit with the least squared error of a neuron's current, between the coarsest and the finest natural one.
@@ -907,9 +915,8 @@ class SpikeSetter:
         shares = torch.logspace(0, (finest / coarsest).min().log2().item(), 9, base=2.0).tolist()
         candidates = [coarsest * share for share in shares]
         for value, _ in values[:1]:
-            most = value if value.shape == coarsest.shape else value.max()
-            wholes = (most / coarsest).floor().clamp_min(1)  # of every channel of the unit
-            candidates += [most / (wholes + k) for k in (0, 1)]
+            wholes = (value.max() / coarsest.max()).floor().clamp_min(1)
+            candidates += [coarsest * (value.max() / (wholes + k) / coarsest.max()) for k in (0, 1)]
         errors = torch.stack([self.unit_error(unit, layers, values) for unit in candidates])  # [candidates, C_out]
         power = sum(op.weight.detach().square().mean() * self.mean_square(node) for op, node in layers)
         errors[0] = 0.999 * errors[0] - 1e-9 * power  # integers stay where nothing but float32's last bits is gained
