@@ -2,7 +2,7 @@
 
     if_steps             all timesteps of integrate-and-fire neurons in one pass, by numba (CPU) or Triton (GPU)
     Int8Weights          CPU: convolutions and linear layers of spikes with 8-bit weights, by oneDNN in integers
-    convolve             GPU: convolutions of spikes with integer weights, by Triton in integers
+    GpuWeights           GPU: convolutions of spikes with integer weights, by Triton in integers
     exact_type           GPU, other layers: the narrowest floating-point type in which currents are exact, tried out
 
 Where one of them is missing, `spike_layers` computes the same with plain PyTorch.
@@ -310,9 +310,9 @@ def per_neuron(values, like):
     return values.flatten().contiguous()
 
 
-def convolves_on_gpu(largest):
-    """Whether `GpuWeights` can be used for inputs of 0 to `largest`."""
-    return triton is not None and largest <= 127
+def convolves_on_gpu(largest, device):
+    """Whether `GpuWeights` can be used for inputs of 0 to `largest`: on GPUs that Triton compiles int8 products for."""
+    return triton is not None and largest <= 127 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class GpuWeights:

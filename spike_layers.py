@@ -349,7 +349,7 @@ class WeightedLayer(SpikeLayer):
             return self.operate_in_type(spikes.to(torch.promote_types(spikes.dtype, torch.float32)))
         if spikes.device.type != "cpu":
             spikes = spikes.contiguous(memory_format=order(spikes))  # as `exact_type` tries them
-            if self.convolves_on_gpu():
+            if self.convolves_on_gpu(spikes.device):
                 return self.gpu_weights()(spikes)
             return self.operate_in_type(spikes.to(self.gpu_type(spikes)))
         if not self.fits_float32():
@@ -388,7 +388,7 @@ class WeightedLayer(SpikeLayer):
         """Whether this layer and this machine compute in 8-bit integers."""
         return int8_is_exact(self.largest_input)
 
-    def convolves_on_gpu(self):
+    def convolves_on_gpu(self, device):
         """Whether a GPU has a kernel in integers for this layer."""
         return False
 
@@ -450,10 +450,10 @@ class SpikeConv2d(WeightedLayer, nn.Conv2d):
     def packs_int8(self):
         return not isinstance(self.padding, str) and super().packs_int8()
 
-    def convolves_on_gpu(self):
+    def convolves_on_gpu(self, device):
         each_alone = self.groups == self.in_channels == self.out_channels
         has_kernel = (each_alone or self.groups == 1) and not isinstance(self.padding, str)
-        return has_kernel and convolves_on_gpu(self.largest_input)
+        return has_kernel and convolves_on_gpu(self.largest_input, device)
 
     def int8_arguments(self):
         return list(self.stride), list(self.padding), list(self.dilation), self.groups
