@@ -118,6 +118,14 @@ if triton is not None:
         tl.store(membrane + i, u, inside)
 
     @triton.jit
+    def window_of(pixel, H, W, C, out_H, out_W, stride_h, stride_w, pad_h, pad_w):
+        """Where the window of an output pixel begins in the inputs [N, H, W, C]: its first element, row and column."""
+        image = pixel // (out_H * out_W)
+        top = (pixel // out_W % out_H).to(tl.int32) * stride_h - pad_h
+        left = (pixel % out_W).to(tl.int32) * stride_w - pad_w
+        return ((image * H + top) * W + left) * C, top, left
+
+    @triton.jit
     def convolve_integers(
         inputs,
         weight,
@@ -151,10 +159,7 @@ if triton is not None:
         out_channel = tl.program_id(1) * block_out + tl.arange(0, block_out)
         in_channel = tl.arange(0, block_in)
         inside = pixel < pixels
-        image = pixel // (out_H * out_W)
-        top = (pixel // out_W % out_H).to(tl.int32) * stride_h - pad_h
-        left = (pixel % out_W).to(tl.int32) * stride_w - pad_w
-        corner = ((image * H + top) * W + left) * C
+        corner, top, left = window_of(pixel, H, W, C, out_H, out_W, stride_h, stride_w, pad_h, pad_w)
         total = tl.zeros((block_pixels, block_out), tl.int32)
         for tap in range(taps):
             down, right = tap // kernel_w * dilation_h, tap % kernel_w * dilation_w
@@ -201,10 +206,8 @@ if triton is not None:
         i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         inside = i < elements
         channel, pixel = (i % C).to(tl.int32), i // C
-        image = pixel // (out_H * out_W)
-        top = (pixel // out_W % out_H).to(tl.int32) * stride_h - pad_h
-        left = (pixel % out_W).to(tl.int32) * stride_w - pad_w
-        corner = ((image * H + top) * W + left) * C + channel
+        corner, top, left = window_of(pixel, H, W, C, out_H, out_W, stride_h, stride_w, pad_h, pad_w)
+        corner += channel
         total = tl.zeros((block,), tl.int32)
         if has_bias:
             total += tl.load(bias + channel, inside, 0)

@@ -349,8 +349,9 @@ class WeightedLayer(SpikeLayer):
             return self.operate_in_type(spikes.to(torch.promote_types(spikes.dtype, torch.float32)))
         if spikes.device.type != "cpu":
             spikes = spikes.contiguous(memory_format=order(spikes))  # as `exact_type` tries them
-            if self.convolves_on_gpu(spikes.device):
-                return self.gpu_weights()(spikes)
+            weights = self.gpu_weights(spikes.device)
+            if weights is not None:
+                return weights(spikes)
             return self.operate_in_type(spikes.to(self.gpu_type(spikes)))
         if not self.fits_float32():
             return self.operate_in_type(spikes.to(torch.float64))
@@ -392,10 +393,15 @@ class WeightedLayer(SpikeLayer):
         """Whether a GPU has a kernel in integers for this layer."""
         return False
 
-    def gpu_weights(self):
-        """The weights as that kernel takes them, prepared once."""
-        arguments = self.weight_q, self.bias_q, self.int8_arguments()
-        return self.prepared("gpu", lambda: GpuWeights(*arguments, self.largest_current()))
+    def gpu_weights(self, device):
+        """The weights as that kernel takes them, or None where it has none; prepared once."""
+
+        def prepare():
+            if not self.convolves_on_gpu(device):
+                return None
+            return GpuWeights(self.weight_q, self.bias_q, self.int8_arguments(), self.largest_current())
+
+        return self.prepared(("gpu", device), prepare)
 
     def packed_weights(self):
         """The weights as oneDNN takes them, packed once."""

@@ -85,7 +85,7 @@ def test_lambdas_are_learnt_and_converted():
 @pytest.mark.parametrize("of_weights", ["layer", "channel"])
 @pytest.mark.parametrize("of_lambdas", ["layer", "channel"])
 def test_integers_of_finetuning_are_those_of_the_conversion(of_lambdas, of_weights):
-    """Layers that meet in one neuron are finetuned in its unit: the conversion rounds next to no weight again."""
+    """Layers that meet in one neuron are finetuned in its unit: the conversion rounds no weight again."""
     net, images = small_model("shortcuts")
     ann = quantize_activations(prepared(net, images), [(images,)], "cpu", 4, granularity=of_lambdas)
     flags = SimpleNamespace(

@@ -14,6 +14,7 @@ import ann2snn
 from activation_levels import quantize_activations
 from neuron_kernels import order
 from runtime.cli import run_script
+from snn_weight_setter import trans_ann2snn_weight
 from spike_dag import load_dag
 from spike_finetune import GRADIENTS, finetune_spikes
 from spike_layers import IFNeuron
@@ -74,8 +75,6 @@ def test_listening_as_long_as_firing_is_the_network_of_levels(model):
 
 def convert_dag(dag, images, timesteps, bits, **options):
     """The spiking network of a prepared one."""
-    from snn_weight_setter import trans_ann2snn_weight
-
     return trans_ann2snn_weight(dag, [(images,)], images.device, timesteps, bits, **CHOICES, **options)
 
 

@@ -117,6 +117,20 @@ def test_the_gpu_kernels_compute_as_the_cpu(script, cases):
     assert (run.returncode, run.stdout.strip()) == (0, cases), run.stderr
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (7, 5)])
+def test_which_layers_a_gpu_convolves_in_integers(monkeypatch, capability):
+    """Plain and depthwise convolutions and poolings, where the GPU has int8 products; no others."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    layers = [nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.ReLU(), nn.Conv2d(4, 4, 1, groups=2)]
+    layers += [nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4, 3), nn.ReLU()]
+    snn = convert(nn.Sequential(*layers, nn.Linear(3, 2)), torch.rand(8, 2, 7, 7), 8, 8)
+    spiking = {n: e["op"] for n, e in snn.ops.items() if isinstance(e["op"], WeightedLayer) and e["op"].spiking}
+    chosen = {name for name, layer in spiking.items() if layer.gpu_weights(torch.device("cuda", 0)) is not None}
+    wanted = {"conv2", "avg_pool1", "conv4"} if capability >= (8, 0) else set()
+    assert chosen - {"conv1"} == wanted and {"conv3", "linear1"} <= set(spiking)  # conv1 reads the image
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     bits=st.integers(1, 8),
