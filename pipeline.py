@@ -119,6 +119,7 @@ def convert(qnet, loader, device, args, **changes):
         "quantile": args.quantile,
         "granularity": args.granularity,
         "correction": args.correction,
+        "hold_back": args.hold_back,
         "per_channel": args.weight_granularity == "channel",
         "avgpool": args.avgpool,
         "ann_layers": args.ann_layers,

@@ -340,7 +340,8 @@ def load_saved_snn(folder, manifest=None):
 def with_float_weights(op):
     """An op with the parameters that its module has; a layer that reads spikes does not use them."""
     tensors = op["tensors"]
-    for name in ("weight", "bias"):
+    names = ("weight", "bias") if op["config"].get("bias", True) else ("weight",)  # a correction alone can have a bias
+    for name in names:
         if f"{name}_q" in tensors and name not in tensors and op["type"] != "SpikeAvgPool2d":
             tensors[name] = tensors[f"{name}_q"].float()
     if op["type"] == "SpikeAvgPool2d" and "weight_q" in tensors:

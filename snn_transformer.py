@@ -37,8 +37,8 @@ class SNNTransformer:
     integers, a share of lr (`dampen`). per_channel: a weight scale per output channel. calibration_samples: the newest
     inputs that calibration sees.
     conversion: what `trans_ann2snn_weight` takes else (reset_mode, listen, threshold, quantile, granularity,
-    correction, initial_potential, maxpool, signed, avgpool, ann_layers). example_inputs: a tuple of arguments of the
-    network, with which the stretch is traced at once, so that `optimizer` exists before the first
+    correction, hold_back, initial_potential, maxpool, signed, avgpool, ann_layers). example_inputs: a tuple of
+    arguments of the network, with which the stretch is traced at once, so that `optimizer` exists before the first
     `inference_get_status`; without it, that call traces it.
 
     Raises ValueError for layers that the network lacks, and, when it traces, for a list with a gap, which it names, and
@@ -263,6 +263,7 @@ CONVERSION_OPTIONS = (
     "quantile",
     "granularity",
     "correction",
+    "hold_back",
     "maxpool",
     "signed",
     "avgpool",

@@ -83,6 +83,7 @@ def trans_ann2snn_weight(
     quantile=0.999,
     granularity="layer",
     correction="potential",
+    hold_back=0.25,
     per_channel=False,
     maxpool=None,
     signed=None,
@@ -106,7 +107,9 @@ def trans_ann2snn_weight(
     a "channel", whose integer Vthr then differ, and whose spikes the next layer's weights weigh accordingly (weights
     that were finetuned to few bits are then rounded again). correction: mean rates are corrected per channel against
     the ANN by the initial "potential", by the "bias" with the rest in the potential, or not at all ("none";
-    `correct_spikes`).
+    `correct_spikes`). hold_back: with a correction and reset by subtraction, the share of Vthr by which potentials
+    start lower, which a bias makes up for over the T steps, so that fewer spikes come too early (times 1 - d / T with
+    `listen`: at d = T none do).
     per_channel: the weights have a scale per output channel. maxpool: "gate" or "or" (`SpikeMaxPool2d`). signed: "pair"
     splits values without a ReLU by sign (`split_signs`). avgpool: an average pooling of spikes has a neuron and a Vthr
     of its own ("spike"), or is folded into the convolution or linear layer behind it ("fold", where it can be,
@@ -116,7 +119,16 @@ def trans_ann2snn_weight(
     weights or activations.
     """
     check_conversion(
-        timesteps, reset_mode, listen, threshold, quantile, granularity, correction, calibration_samples, avgpool
+        timesteps,
+        reset_mode,
+        listen,
+        threshold,
+        quantile,
+        granularity,
+        correction,
+        calibration_samples,
+        avgpool,
+        hold_back,
     )
     timesteps = operator.index(timesteps)  # a plain number, also of NumPy's
     if initial_potential is None:
@@ -144,7 +156,7 @@ def trans_ann2snn_weight(
     for neuron in snn.neurons().values():
         neuron.listen = listen
     if correction != "none":
-        correct_spikes(snn, qnet, loader, device, calibration_samples, with_bias=correction == "bias")
+        correct_spikes(snn, qnet, loader, device, calibration_samples, correction == "bias", hold_back)
     return snn
 
 
@@ -158,6 +170,7 @@ def check_conversion(
     correction="potential",
     calibration_samples=1000,
     avgpool="spike",
+    hold_back=0.25,
 ):
     """Raise ValueError for options of `trans_ann2snn_weight` that are out of range."""
     check_whole("timesteps", timesteps)
@@ -176,6 +189,8 @@ def check_conversion(
         raise ValueError(f"unknown correction '{correction}', use one of {', '.join(CORRECTIONS)}")
     if not 0 < quantile <= 1:
         raise ValueError(f"quantile {quantile}: use a share above 0, up to 1")
+    if not 0 <= hold_back <= 1:
+        raise ValueError(f"hold_back {hold_back}: use a share of Vthr from 0 to 1")
     if not calibration_samples >= 1:
         raise ValueError(f"calibration_samples {calibration_samples}: the calibration needs at least 1")
     check_avgpool(avgpool)

@@ -3,6 +3,10 @@
     correct_spikes(snn, qnet, loader, device, samples)
 
 What is shifted is what a chip can hold: initial membrane potentials and biases, integers behind the first layer.
+
+First every neuron is held back: its potential starts lower, by a share of Vthr, and a bias makes up for it over the T
+steps. A spike that was sent too early, before the current that speaks against it arrived, cannot be taken back; a
+neuron that starts lower sends fewer of them, and still gets the same sum. Then the mean rates are corrected.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +25,10 @@ CHUNK_BYTES = 2**25  # their float32 currents, of the images that a thread works
 
 
 @torch.no_grad()
-def correct_spikes(snn, qnet, loader, device, samples, with_bias=False):
+def correct_spikes(snn, qnet, loader, device, samples, with_bias=False, hold_back=0.25):
     """Shift initial potentials, and biases, until what is sent is on average what the ANN's activations are.
 
+    hold_back: the share of Vthr that neurons start lower by (`hold_back_neuron`).
     Layer after layer, each on the spikes that the corrected layers before it send (`correct_means`). snn: the converted
     network; qnet: its ANN, with the same ops. samples: images of `loader` to see, at most `MOST_IMAGES`; fewer where T
     steps of the largest layer would not fit into `MOST_BYTES`.
@@ -32,7 +37,7 @@ def correct_spikes(snn, qnet, loader, device, samples, with_bias=False):
     threads = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
     with one_thread_per_operator, ThreadPoolExecutor(threads) as pool:
         for name in tqdm(snn.neurons(), "correct", leave=False, delay=1):
-            images.correct(name, pool, with_bias)
+            images.correct(name, pool, with_bias, hold_back)
 
 
 class CorrectionImages:
@@ -46,14 +51,19 @@ class CorrectionImages:
         self.activations = [dict(zip(snn.inputs_nodes, inputs)) for inputs in chunks]
         self.values = [dict(known) for known in self.activations]
 
-    def correct(self, name, pool, with_bias):
-        """Correct the neurons of op `name`; those of the layers before it are corrected."""
+    def correct(self, name, pool, with_bias, hold_back):
+        """Hold back and correct the neurons of op `name`; those of the layers before it are corrected."""
         op, (out,) = self.snn.ops[name]["op"], self.snn.ops[name]["out_nodes"]
         before, _ = self.trace_back(self.snn.ops[name]["in_nodes"])
 
         def each(function, *lists):
             """`function` of the entries of every list, chunk by chunk, on all threads."""
             return list(pool.map(torch.no_grad()(function), *lists))
+
+        # of a pair of signs one bias cannot shift both
+        carrier = None if isinstance(op, SignedReLU) else bias_carrier(self.snn, self.snn.ops[name]["in_nodes"][0])
+        if carrier is not None:
+            hold_back_neuron(op.neuron, carrier, hold_back, self.timesteps)
 
         targets = each(lambda known: self.activation_of(name, before, known), self.activations)
         neuron, op.neuron = op.neuron, None  # without it the op returns its current
@@ -66,10 +76,8 @@ class CorrectionImages:
 
             return each(work, self.values, targets)
 
-        # of a pair of signs one bias cannot shift both
-        carrier = bias_carrier(self.snn, name) if with_bias and not isinstance(op, SignedReLU) else None
         try:
-            correct_means(neuron, each_current, carrier, self.timesteps)
+            correct_means(neuron, each_current, carrier if with_bias else None, self.timesteps)
         finally:
             op.neuron = neuron
         spikes = each(lambda known: self.spikes_of(name, before, known), self.values)
@@ -132,6 +140,23 @@ def calibration_images(loader, device, samples, qnet, timesteps):
     return chunks
 
 
+def hold_back_neuron(neuron, carrier, share, timesteps):
+    """Start the membrane potential lower by `share` of Vthr, and add a T-th of that to the `carrier`'s bias.
+
+    After T steps a neuron has got what it would have got else, in integers exactly: what is added at a step is rounded
+    and taken off T times. Where that is less than half an integer, and with reset to zero, a neuron stays as it is. Of
+    one that listens for d steps first, the share is 1 - d / T times as large: at d = T no spike comes too early.
+    """
+    if neuron.reset_mode != "subtraction":
+        return
+    share = share * (1 - neuron.listen / timesteps)
+    current = share * neuron.Vthr / timesteps
+    current = current if carrier.weight_q.is_floating_point() else current.round().to(torch.int32)
+    if current.any():
+        neuron.initial_potential = neuron.initial_potential - current * timesteps
+        add_bias(carrier, neuron, current)
+
+
 def correct_means(neuron, each_current, carrier, timesteps, rounds=4):
     """Shift u before the first step, and biases, until every channel's mean decoded rate is the ANN's mean activation.
 
@@ -147,7 +172,7 @@ def correct_means(neuron, each_current, carrier, timesteps, rounds=4):
     def shift(total):
         """Set the potentials; returns the current to add at every step."""
         current = total / timesteps if carrier is not None else torch.zeros_like(total)
-        current = current.trunc() if is_integer else current
+        current = current if carrier is None or carrier.weight_q.is_floating_point() else current.trunc()
         potential = initial + total - current * timesteps
         neuron.initial_potential = potential.round().to(torch.int32) if is_integer else potential.float()
         return current
@@ -178,28 +203,28 @@ def mean_difference(neuron, each_current, added):
     return sum(differences) / sum(images)
 
 
-def bias_carrier(snn, name):
-    """The layer whose bias flows into the neuron of op `name` and nowhere else, or None."""
-    while True:
-        node = snn.ops[name]["in_nodes"][0]
-        name = writer(snn, node)
-        if name is None or only_reader(snn, node) is None:
-            return None
-        op = snn.ops[name]["op"]
-        if is_trained(op) or isinstance(op, SpikeBatchNorm):
-            before = writer(snn, snn.ops[name]["in_nodes"][0])
-            reads_spikes = before is not None and snn.ops[before]["op"].spiking
-            return op if reads_spikes else None  # what the image causes has its bias in float
-        if not (isinstance(op, SpikeAdd) and op.branch_weight0 is None):
-            return None
+def bias_carrier(snn, node):
+    """A layer whose bias is a part of the current of a node, and flows nowhere else, or None."""
+    name = writer(snn, node)
+    if name is None or only_reader(snn, node) is None:
+        return None
+    op, in_nodes = snn.ops[name]["op"], snn.ops[name]["in_nodes"]
+    if is_trained(op) or isinstance(op, SpikeBatchNorm):
+        before = writer(snn, in_nodes[0])
+        reads_spikes = before is not None and snn.ops[before]["op"].spiking
+        return op if reads_spikes else None  # what the image causes has its bias in float
+    if not isinstance(op, SpikeAdd):
+        return None
+    plain = [node for node, w in zip(in_nodes, (op.branch_weight0, op.branch_weight1)) if w is None]
+    return next(filter(None, (bias_carrier(snn, node) for node in plain)), None)
 
 
 def add_bias(layer, neuron, current):
-    """Add a current per step, [C, 1, 1], to a converted layer's bias."""
+    """Add a current per step, [C, 1, 1] or a scalar, to a converted layer's bias."""
     if not isinstance(layer, SpikeBatchNorm):
         current = current.flatten()
-    before = torch.zeros_like(current) if layer.bias_q is None else layer.bias_q
-    layer.bias_q = (before + current).to(torch.int32 if neuron.largest_current is not None else current.dtype)
+    before = current.new_zeros(layer.output_channels) if layer.bias_q is None else layer.bias_q
+    layer.bias_q = (before + current).to(current.dtype if layer.weight_q.is_floating_point() else torch.int32)
     if neuron.largest_current is not None:
         neuron.largest_current += int(current.abs().max())
 

@@ -46,6 +46,7 @@ AFTER_FINETUNING = {  # flags that finetuning does not depend on: networks that 
     "threshold",
     "quantile",
     "correction",
+    "hold_back",
     "calibration_epochs",
     "finetune_snn",
     "finetune_snn_lr",

@@ -60,7 +60,8 @@ def repair_layers(args, qnet, loader, device, images, targets, expected):
         if name is not None:
             repair(snn, ann, name, unrounded_weight(qnet.ops[name]["op"]), scales)
         if args.correction != "none":
-            correct_spikes(snn, ann, loader, device, args.analysis_images, with_bias=args.correction == "bias")
+            with_bias = args.correction == "bias"
+            correct_spikes(snn, ann, loader, device, args.analysis_images, with_bias, args.hold_back)
         snn.set_engine(args.engine, args.memory_budget)
         results[name or "as asked for"] = measure(snn, images, targets, expected)
     return dict(sorted(results.items(), key=lambda item: item[1]["error"]))

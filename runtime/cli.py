@@ -276,6 +276,13 @@ def add_conversion_flags(parser):
         default="potential",
         help="what is shifted until mean rates are the ANN's: initial potentials, or biases too (%(default)s)",
     )
+    parser.add_argument(
+        "--hold_back",
+        type=real_number(0, 1),
+        default=0.25,
+        help="share of Vthr by which potentials start lower and that a bias makes up for over T steps, so that fewer "
+        "spikes come too early; with a correction and reset by subtraction (%(default)s)",
+    )
     add_graph_flags(parser)
     parser.add_argument(
         "--calibration_samples", type=whole_number(1), default=1000, help="images that calibration sees (%(default)s)"

@@ -311,7 +311,7 @@ def test_at_many_timesteps_it_is_the_ann():
 def test_finetuning_on_spikes(listen):
     """The forward pass is the simulation, the bounds are those of sums, and every spike holds afterwards."""
     net, images = poolings()
-    snn = convert(net, images, 8, 8, listen=listen, avgpool="fold")
+    snn = convert(net, images, 8, 8, listen=listen, avgpool="fold", hold_back=0)
     expected, layers = snn(images), shadow_weights(copy.deepcopy(snn))
     outputs, activations = tandem_forward(copy.deepcopy(snn), images)
     assert torch.allclose(outputs, expected, rtol=1e-5, atol=1e-5) and len(layers) == 7
