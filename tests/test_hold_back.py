@@ -1,0 +1,102 @@
+"""--hold_back: neurons start lower, and a bias makes up for it over the T steps."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from test_layers import Function, conv, small_model
+from test_spikes import assert_every_spike_is_reproduced, convert
+from torch import nn
+from torch.nn import functional as F
+
+from ann2snn import parse_args
+from build_network import build_trained_net
+from spike_correction import bias_carrier, hold_back_neuron
+
+ROOT = Path(__file__).parents[1]
+
+
+def held(snn, name, share):
+    """What is added to the bias at a step, and to u before the first step, of the neuron of op `name` of a copy."""
+    snn = copy.deepcopy(snn)
+    neuron, carrier = snn.ops[name]["op"].neuron, bias_carrier(snn, snn.ops[name]["in_nodes"][0])
+    bias, potential = carrier.bias_q.clone(), neuron.initial_potential.clone()
+    hold_back_neuron(neuron, carrier, share, snn.timesteps)
+    return carrier.bias_q - bias, neuron.initial_potential - potential, neuron
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+@pytest.mark.parametrize("timesteps", [4, 7])
+def test_what_a_neuron_lacks_at_first_it_gets_over_the_steps(timesteps, granularity):
+    """A T-th of the share at every step, in integers, and T times that less before the first."""
+    net, images = small_model("shortcuts")
+    snn = convert(net, images, timesteps, 8, granularity=granularity, correction="none")
+    for name in ("relu2", "relu3"):
+        added, potential, neuron = held(snn, name, 0.25)
+        assert added.dtype == torch.int32 and potential.dtype == torch.int32 and added.min() > 0
+        assert torch.equal(added, (neuron.Vthr * 0.25 / timesteps).round().int().flatten().expand_as(added))
+        assert torch.equal((added * timesteps + potential.flatten()).unique(), torch.zeros(1, dtype=torch.int32))
+
+
+def test_where_nothing_comes_too_early_nothing_is_held_back():
+    """With reset to zero, with as many steps of listening as of firing, and where it is less than half an integer."""
+    net, images = small_model("shortcuts")
+    for options in ({"reset_mode": "zero"}, {"listen": 8}):
+        snn = convert(net, images, 8, 8, correction="none", **options)
+        added, potential, _ = held(snn, "relu2", 0.25)
+        assert not added.any() and not potential.any()
+        assert torch.equal(
+            convert(net, images, 8, 8, **options)(images), convert(net, images, 8, 8, hold_back=0, **options)(images)
+        )
+    half = held(convert(net, images, 8, 8, correction="none", listen=4), "relu2", 0.5)[0]
+    assert torch.equal(half, held(convert(net, images, 8, 8, correction="none"), "relu2", 0.25)[0])
+    coarse = convert(net, images, 64, 2, correction="none")
+    assert not held(coarse, "relu2", 0.25)[0].any()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_either_branch_of_an_add_can_carry_the_bias(first):
+    torch.manual_seed(0)
+    net = Function(
+        lambda s, x: (
+            s.fc(F.relu((s.a(h) + h) if first else (h + s.a(h))).flatten(1))
+            if (h := F.relu(s.i(x))) is not None
+            else None
+        ),
+        i=conv(3, 4),
+        a=conv(4, 4),
+        fc=nn.Linear(256, 5),
+    )
+    images = torch.randn(4, 3, 8, 8)
+    snn = convert(net, images, 8, 8)
+    assert bias_carrier(snn, snn.ops["relu2"]["in_nodes"][0]) is snn.ops["conv2"]["op"]
+    assert bias_carrier(snn, snn.ops["relu1"]["in_nodes"][0]) is None  # what the image causes is no integer
+    assert not torch.equal(
+        snn.ops["conv2"]["op"].bias_q, convert(net, images, 8, 8, hold_back=0).ops["conv2"]["op"].bias_q
+    )
+    assert_every_spike_is_reproduced(snn, images, 8)
+
+
+def test_a_deep_network_comes_nearer_to_its_ann():
+    """The trained resnet20 on real digits, as large and as colourful as its own images."""
+    net = build_trained_net("resnet20", 3, 10, ROOT / "checkpoint" / "resnet20_cifar10_ann.pth").eval()
+    digits = torch.from_numpy(load_digits().images[:24]).float()[:, None] / 16  # [B, 1, 8, 8]
+    images = F.interpolate(digits, size=32, mode="bilinear").expand(-1, 3, -1, -1) * 4 - 2  # [B, 3, 32, 32]
+    with torch.no_grad():
+        expected = net(images)
+    errors = {}
+    for share in (0.0, 0.25):
+        snn = convert(net, images, 8, 8, threshold="mse", granularity="channel", hold_back=share)
+        errors[share] = ((snn(images) - expected).square().mean() / expected.var(0).mean()).item()
+    assert errors[0.25] < 0.8 * errors[0.0]
+
+
+def test_a_share_out_of_range_is_refused(capsys):
+    net, images = small_model("shortcuts")
+    with pytest.raises(ValueError, match="hold_back 2: use a share of Vthr from 0 to 1"):
+        convert(net, images, 8, 8, hold_back=2)
+    with pytest.raises(SystemExit) as stopped:
+        parse_args(["example_net", "--hold_back", "-1"])
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: ")
