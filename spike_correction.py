@@ -28,7 +28,7 @@ CHUNK_BYTES = 2**25  # their float32 currents, of the images that a thread works
 def correct_spikes(snn, qnet, loader, device, samples, with_bias=False, hold_back=0.25):
     """Shift initial potentials, and biases, until what is sent is on average what the ANN's activations are.
 
-    hold_back: the share of Vthr that neurons start lower by (`hold_back_neuron`).
+    hold_back: the share of Vthr that neurons start lower by (`current_held_back`).
     Layer after layer, each on the spikes that the corrected layers before it send (`correct_means`). snn: the converted
     network; qnet: its ANN, with the same ops. samples: images of `loader` to see, at most `MOST_IMAGES`; fewer where T
     steps of the largest layer would not fit into `MOST_BYTES`.
@@ -60,11 +60,8 @@ class CorrectionImages:
             """`function` of the entries of every list, chunk by chunk, on all threads."""
             return list(pool.map(torch.no_grad()(function), *lists))
 
-        # of a pair of signs one bias cannot shift both
-        carrier = None if isinstance(op, SignedReLU) else bias_carrier(self.snn, self.snn.ops[name]["in_nodes"][0])
-        if carrier is not None:
-            hold_back_neuron(op.neuron, carrier, hold_back, self.timesteps)
-
+        hold_back_neuron(self.snn, name, hold_back)
+        carrier = carrier_of(self.snn, name) if with_bias else None
         targets = each(lambda known: self.activation_of(name, before, known), self.activations)
         neuron, op.neuron = op.neuron, None  # without it the op returns its current
 
@@ -77,7 +74,7 @@ class CorrectionImages:
             return each(work, self.values, targets)
 
         try:
-            correct_means(neuron, each_current, carrier if with_bias else None, self.timesteps)
+            correct_means(neuron, each_current, carrier, self.timesteps)
         finally:
             op.neuron = neuron
         spikes = each(lambda known: self.spikes_of(name, before, known), self.values)
@@ -140,21 +137,28 @@ def calibration_images(loader, device, samples, qnet, timesteps):
     return chunks
 
 
-def hold_back_neuron(neuron, carrier, share, timesteps):
-    """Start the membrane potential lower by `share` of Vthr, and add a T-th of that to the `carrier`'s bias.
-
-    After T steps a neuron has got what it would have got else, in integers exactly: what is added at a step is rounded
-    and taken off T times. Where that is less than half an integer, and with reset to zero, a neuron stays as it is. Of
-    one that listens for d steps first, the share is 1 - d / T times as large: at d = T no spike comes too early.
-    """
-    if neuron.reset_mode != "subtraction":
-        return
-    share = share * (1 - neuron.listen / timesteps)
-    current = share * neuron.Vthr / timesteps
-    current = current if carrier.weight_q.is_floating_point() else current.round().to(torch.int32)
+def hold_back_neuron(snn, name, share):
+    """Start the neuron of op `name` lower, by what its bias then makes up for (`current_held_back`)."""
+    current, neuron = current_held_back(snn, name, share), snn.ops[name]["op"].neuron
     if current.any():
-        neuron.initial_potential = neuron.initial_potential - current * timesteps
-        add_bias(carrier, neuron, current)
+        neuron.initial_potential = neuron.initial_potential - current * snn.timesteps
+        add_bias(carrier_of(snn, name), neuron, current)
+
+
+def current_held_back(snn, name, share):
+    """What the neuron of op `name` gets at every step when it starts lower by `share` of Vthr: a T-th, like Vthr.
+
+    After T steps it has got what it would have got else, in integers exactly, for what is added at a step is rounded
+    and taken off T times. It is 0 where it is less than half an integer, where no layer can carry it, and with reset to
+    zero. Of a neuron that listens for d steps first, the share is 1 - d / T times as large: at d = T no spike comes too
+    early.
+    """
+    neuron, carrier = snn.ops[name]["op"].neuron, carrier_of(snn, name)
+    if carrier is None or neuron.reset_mode != "subtraction":
+        return torch.zeros_like(neuron.Vthr)
+    current = share * (1 - neuron.listen / snn.timesteps) * neuron.Vthr / snn.timesteps
+    is_float = carrier.weight_q.is_floating_point() and neuron.initial_potential.is_floating_point()
+    return current if is_float else current.round().to(torch.int32)
 
 
 def correct_means(neuron, each_current, carrier, timesteps, rounds=4):
@@ -203,6 +207,12 @@ def mean_difference(neuron, each_current, added):
     return sum(differences) / sum(images)
 
 
+def carrier_of(snn, name):
+    """The layer whose bias can shift the neuron of op `name`, or None: of a pair of signs one cannot shift both."""
+    entry = snn.ops[name]
+    return None if isinstance(entry["op"], SignedReLU) else bias_carrier(snn, entry["in_nodes"][0])
+
+
 def bias_carrier(snn, node):
     """A layer whose bias is a part of the current of a node, and flows nowhere else, or None."""
     name = writer(snn, node)
@@ -224,7 +234,7 @@ def add_bias(layer, neuron, current):
     if not isinstance(layer, SpikeBatchNorm):
         current = current.flatten()
     before = current.new_zeros(layer.output_channels) if layer.bias_q is None else layer.bias_q
-    layer.bias_q = (before + current).to(current.dtype if layer.weight_q.is_floating_point() else torch.int32)
+    layer.bias_q = (before + current).to(layer.weight_q.dtype if layer.weight_q.is_floating_point() else torch.int32)
     if neuron.largest_current is not None:
         neuron.largest_current += int(current.abs().max())
 

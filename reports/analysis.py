@@ -20,6 +20,7 @@ from reports.errors import PARTS, ErrorSums, decoded, initial_share, split_error
 from reports.observe import activations_on_spikes, node_values, observe
 from runtime.files import write_folder
 from snn_weight_setter import bitwidths_by_name, hardware_layers, node_shapes
+from spike_correction import current_held_back
 
 BATCH = 32  # images that are looked into at a time, at most
 MOST_PAIRS = 20_000  # of activations and decoded rates a layer that a figure shows
@@ -45,7 +46,8 @@ def analyse(args, net, qnet, snn, loaders, device, accuracies):
     net, qnet, snn = (each.to(device).eval() for each in (net, qnet, snn))
     images, targets = choose_images(loaders[0].dataset, args.analysis_images, args.seed, device)
     expected = scores(net, images)
-    looked = look_into_layers(net, qnet, snn, images, initial_share(args.initial_potential, args.reset_mode))
+    shares = initial_share(args.initial_potential, args.reset_mode), 0 if args.correction == "none" else args.hold_back
+    looked = look_into_layers(net, qnet, snn, images, *shares)
     operations = count_operations(snn, node_shapes(qnet, images[:1]), looked.spikes, snn.timesteps)
     result = {
         **what_was_run(args),
@@ -123,8 +125,11 @@ class LookedInto:
 
 
 @torch.no_grad()
-def look_into_layers(net, qnet, snn, images, share):
-    """LookedInto of every layer of neurons on images [B, ...]; share: initial potential before its correction."""
+def look_into_layers(net, qnet, snn, images, share, hold_back):
+    """LookedInto of every layer of neurons on images [B, ...].
+
+    share, hold_back: of Vthr, the initial potential before its correction, and what it then starts lower by.
+    """
     looked = LookedInto(snn.neurons())
     size = max(1, min(BATCH, snn.cut((images,), snn.timesteps)[0]))
     for part in tqdm(images.split(size), "look into layers", leave=False, delay=1):
@@ -134,7 +139,9 @@ def look_into_layers(net, qnet, snn, images, share):
         for name, neuron in snn.neurons().items():
             (out,) = snn.ops[name]["out_nodes"]
             known = activations[out], quantised[out], on_spikes[out], seen.currents[name], seen.counts[out]
-            looked.errors[name].add(split_error(*known, neuron, snn.timesteps, share), activations[out])
+            held_back = current_held_back(snn, name, hold_back) * snn.timesteps
+            parts = split_error(*known, neuron, snn.timesteps, share, held_back)
+            looked.errors[name].add(parts, activations[out])
             add_pairs(looked.pairs[name], activations[out], decoded(seen.counts[out], neuron, snn.timesteps), images)
         for node, counts in seen.counts.items():
             looked.spikes[node] = looked.spikes[node] + counts.sum(0) / len(images)

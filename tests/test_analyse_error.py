@@ -38,7 +38,7 @@ from reports.html import report_page
 from reports.observe import activations_on_spikes, node_values, observe
 from runtime.cli import run_script
 from runtime.files import check_folder, write_folder
-from spike_correction import correct_spikes
+from spike_correction import correct_spikes, current_held_back
 from spike_layers import IFNeuron
 
 ROOT = Path(__file__).parents[1]
@@ -72,17 +72,18 @@ def test_parts_of_one_neuron_are_those_counted_by_hand(data):
     T, Vthr = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 40))
     currents = data.draw(st.lists(st.integers(-30, 30), min_size=T, max_size=T))
     corrected, share = data.draw(st.integers(-50, 50)), data.draw(st.sampled_from([0.0, 0.3, 0.5]))
+    held = data.draw(st.integers(0, 5))  # added at every step, and taken off before the first
     scale = Vthr * data.draw(st.sampled_from([1 / 64, 1 / 16, 1 / 4]))
     a, q, read = (data.draw(st.integers(-64, 640)) / 64 for _ in range(3))
     neuron = IFNeuron(torch.tensor(Vthr), scale, torch.tensor(corrected), "subtraction", largest_current=30)
     u, sent = corrected, 0
     for current in currents:
-        u += current
+        u += current + held
         if u >= Vthr:
             u, sent = u - Vthr, sent + 1
-    totals = (torch.tensor([[float(x)]]) for x in (a, q, read, sum(currents), sent))
-    parts = split_error(*(x.double() for x in totals), neuron, T, share)
-    expected = brute_force_split(a, q, read, currents, sent, Vthr, corrected, int(Vthr * share), scale, T)
+    totals = (torch.tensor([[float(x)]]) for x in (a, q, read, sum(currents) + held * T, sent))
+    parts = split_error(*(x.double() for x in totals), neuron, T, share, held * T)
+    expected = brute_force_split(a, q, read, currents, sent, Vthr, corrected + held * T, int(Vthr * share), scale, T)
     assert {part: pytest.approx(value.item(), abs=1e-12) for part, value in parts.items()} == expected
     assert sum(value.item() for value in parts.values()) == pytest.approx(sent * scale / T - a, abs=1e-12)
 
@@ -103,7 +104,9 @@ def parts_of_net(net, images, T=6, bits=4, **options):
     for op, neuron in snn.neurons().items():
         (out,) = snn.ops[op]["out_nodes"]
         known = values[out], values[out] * 1.01, on_spikes[out], seen.currents[op], seen.counts[out]
-        found[op] = split_error(*known, neuron, T, share), values[out], decoded(seen.counts[out], neuron, T)
+        held_back = 0 if options.get("correction") == "none" else current_held_back(snn, op, 0.25) * T
+        parts = split_error(*known, neuron, T, share, held_back)
+        found[op] = parts, values[out], decoded(seen.counts[out], neuron, T)
     return found
 
 

@@ -23,7 +23,7 @@ def held(snn, name, share):
     snn = copy.deepcopy(snn)
     neuron, carrier = snn.ops[name]["op"].neuron, bias_carrier(snn, snn.ops[name]["in_nodes"][0])
     bias, potential = carrier.bias_q.clone(), neuron.initial_potential.clone()
-    hold_back_neuron(neuron, carrier, share, snn.timesteps)
+    hold_back_neuron(snn, name, share)
     return carrier.bias_q - bias, neuron.initial_potential - potential, neuron
 
 
@@ -82,7 +82,7 @@ def test_either_branch_of_an_add_can_carry_the_bias(first):
 def test_a_deep_network_comes_nearer_to_its_ann():
     """The trained resnet20 on real digits, as large and as colourful as its own images."""
     net = build_trained_net("resnet20", 3, 10, ROOT / "checkpoint" / "resnet20_cifar10_ann.pth").eval()
-    digits = torch.from_numpy(load_digits().images[:24]).float()[:, None] / 16  # [B, 1, 8, 8]
+    digits = torch.from_numpy(load_digits().images[:48]).float()[:, None] / 16  # [B, 1, 8, 8]
     images = F.interpolate(digits, size=32, mode="bilinear").expand(-1, 3, -1, -1) * 4 - 2  # [B, 3, 32, 32]
     with torch.no_grad():
         expected = net(images)
