@@ -25,13 +25,13 @@ CHUNK_BYTES = 2**25  # their float32 currents, of the images that a thread works
 
 
 @torch.no_grad()
-def correct_spikes(snn, qnet, loader, device, samples, with_bias=False, hold_back=0.25):
+def correct_spikes(snn, qnet, loader, device, samples, with_bias=False, hold_back=0.0):
     """Shift initial potentials, and biases, until what is sent is on average what the ANN's activations are.
 
-    hold_back: the share of Vthr that neurons start lower by (`current_held_back`).
     Layer after layer, each on the spikes that the corrected layers before it send (`correct_means`). snn: the converted
     network; qnet: its ANN, with the same ops. samples: images of `loader` to see, at most `MOST_IMAGES`; fewer where T
-    steps of the largest layer would not fit into `MOST_BYTES`.
+    steps of the largest layer would not fit into `MOST_BYTES`. with_bias: biases carry what they can of a shift.
+    hold_back: the share of Vthr that neurons start lower by, and get back over the T steps (`current_held_back`).
     """
     images = CorrectionImages(snn, qnet, calibration_images(loader, device, samples, qnet, snn.timesteps))
     threads = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
@@ -146,7 +146,7 @@ def hold_back_neuron(snn, name, share):
 
 
 def current_held_back(snn, name, share):
-    """What the neuron of op `name` gets at every step when it starts lower by `share` of Vthr: a T-th, like Vthr.
+    """What the neuron of op `name` gets at every step when it starts lower by `share` of Vthr: a T-th, shaped as Vthr.
 
     After T steps it has got what it would have got else, in integers exactly, for what is added at a step is rounded
     and taken off T times. It is 0 where it is less than half an integer, where no layer can carry it, and with reset to
@@ -157,6 +157,7 @@ def current_held_back(snn, name, share):
     if carrier is None or neuron.reset_mode != "subtraction":
         return torch.zeros_like(neuron.Vthr)
     current = share * (1 - neuron.listen / snn.timesteps) * neuron.Vthr / snn.timesteps
+    # float weights may stand before an integer neuron, where one layer is repaired, and a float neuron behind integers
     is_float = carrier.weight_q.is_floating_point() and neuron.initial_potential.is_floating_point()
     return current if is_float else current.round().to(torch.int32)
 

@@ -131,6 +131,7 @@ def look_into_layers(net, qnet, snn, images, share, hold_back):
     share, hold_back: of Vthr, the initial potential before its correction, and what it then starts lower by.
     """
     looked = LookedInto(snn.neurons())
+    held_back = {name: current_held_back(snn, name, hold_back) * snn.timesteps for name in snn.neurons()}
     size = max(1, min(BATCH, snn.cut((images,), snn.timesteps)[0]))
     for part in tqdm(images.split(size), "look into layers", leave=False, delay=1):
         seen = observe(snn, part, looked.note_potentials)
@@ -139,8 +140,7 @@ def look_into_layers(net, qnet, snn, images, share, hold_back):
         for name, neuron in snn.neurons().items():
             (out,) = snn.ops[name]["out_nodes"]
             known = activations[out], quantised[out], on_spikes[out], seen.currents[name], seen.counts[out]
-            held_back = current_held_back(snn, name, hold_back) * snn.timesteps
-            parts = split_error(*known, neuron, snn.timesteps, share, held_back)
+            parts = split_error(*known, neuron, snn.timesteps, share, held_back[name])
             looked.errors[name].add(parts, activations[out])
             add_pairs(looked.pairs[name], activations[out], decoded(seen.counts[out], neuron, snn.timesteps), images)
         for node, counts in seen.counts.items():

@@ -264,7 +264,7 @@ def test_a_repair_is_what_a_conversion_with_float_weights_there_gives(digits_loa
         ann = copy.deepcopy(qnet)
         snn = convert_by_flags(ann, loaders[3], "cpu", args, calibration_samples=24, correction="none")
         ann.ops[name]["op"].weight.data.copy_(net.ops[name]["op"].weight)
-        correct_spikes(snn, ann, loaders[3], "cpu", 24)
+        correct_spikes(snn, ann, loaders[3], "cpu", 24, hold_back=args.hold_back)
         assert measure(snn, *known)["error"] == pytest.approx(repaired[name]["error"], rel=1e-3)
         assert measure(snn, *known)["error"] < repaired["as asked for"]["error"]
 

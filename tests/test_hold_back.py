@@ -12,7 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ann2snn import parse_args
+from ann_parser import parse_ann_model
 from build_network import build_trained_net
+from dag_rewrites import prepare_conversion
+from reports.analysis import look_into_layers
 from spike_correction import bias_carrier, hold_back_neuron
 
 ROOT = Path(__file__).parents[1]
@@ -56,15 +59,11 @@ def test_where_nothing_comes_too_early_nothing_is_held_back():
     assert not held(coarse, "relu2", 0.25)[0].any()
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_either_branch_of_an_add_can_carry_the_bias(first):
+@pytest.mark.parametrize("join", [lambda a, h: a(h) + h, lambda a, h: h + a(h)])
+def test_either_branch_of_an_add_can_carry_the_bias(join):
     torch.manual_seed(0)
     net = Function(
-        lambda s, x: (
-            s.fc(F.relu((s.a(h) + h) if first else (h + s.a(h))).flatten(1))
-            if (h := F.relu(s.i(x))) is not None
-            else None
-        ),
+        lambda s, x: s.fc(F.relu(join(s.a, F.relu(s.i(x)))).flatten(1)),
         i=conv(3, 4),
         a=conv(4, 4),
         fc=nn.Linear(256, 5),
@@ -91,6 +90,18 @@ def test_a_deep_network_comes_nearer_to_its_ann():
         snn = convert(net, images, 8, 8, threshold="mse", granularity="channel", hold_back=share)
         errors[share] = ((snn(images) - expected).square().mean() / expected.var(0).mean()).item()
     assert errors[0.25] < 0.8 * errors[0.0]
+
+
+def test_what_is_held_back_is_no_part_of_an_error():
+    """Float weights leave nothing to "integers": what flows in is what the ANN's layer gives on the same spikes."""
+    net, images = small_model("shortcuts")
+    dag = prepare_conversion(parse_ann_model(net, (images,)))
+    snn = convert(net, images, 8, 32)
+    found = {}
+    for share in (0.25, 0.0):
+        errors = look_into_layers(dag, dag, snn, images, 0.5, share).errors
+        found[share] = max(abs(each.summary()["parts_of_squared_error"]["integers"]) for each in errors.values())
+    assert found[0.25] < 1e-4 < 1e-3 < found[0.0]
 
 
 def test_a_share_out_of_range_is_refused(capsys):
