@@ -158,7 +158,7 @@ def current_held_back(snn, name, share):
         return torch.zeros_like(neuron.Vthr)
     current = share * (1 - neuron.listen / snn.timesteps) * neuron.Vthr / snn.timesteps
     # float weights may stand before an integer neuron, where one layer is repaired, and a float neuron behind integers
-    is_float = carrier.weight_q.is_floating_point() and neuron.initial_potential.is_floating_point()
+    is_float = has_float_bias(carrier) and neuron.initial_potential.is_floating_point()
     return current if is_float else current.round().to(torch.int32)
 
 
@@ -177,7 +177,7 @@ def correct_means(neuron, each_current, carrier, timesteps, rounds=4):
     def shift(total):
         """Set the potentials; returns the current to add at every step."""
         current = total / timesteps if carrier is not None else torch.zeros_like(total)
-        current = current if carrier is None or carrier.weight_q.is_floating_point() else current.trunc()
+        current = current if carrier is None or has_float_bias(carrier) else current.trunc()
         potential = initial + total - current * timesteps
         neuron.initial_potential = potential.round().to(torch.int32) if is_integer else potential.float()
         return current
@@ -230,12 +230,17 @@ def bias_carrier(snn, node):
     return next(filter(None, (bias_carrier(snn, node) for node in plain)), None)
 
 
+def has_float_bias(layer):
+    """Whether a converted layer adds real numbers: it has float weights, or adds to what the image causes."""
+    return (layer.weight_q if layer.bias_q is None else layer.bias_q).is_floating_point()
+
+
 def add_bias(layer, neuron, current):
     """Add a current per step, [C, 1, 1] or a scalar, to a converted layer's bias."""
     if not isinstance(layer, SpikeBatchNorm):
         current = current.flatten()
     before = current.new_zeros(layer.output_channels) if layer.bias_q is None else layer.bias_q
-    layer.bias_q = (before + current).to(layer.weight_q.dtype if layer.weight_q.is_floating_point() else torch.int32)
+    layer.bias_q = (before + current).to(torch.float32 if has_float_bias(layer) else torch.int32)
     if neuron.largest_current is not None:
         neuron.largest_current += int(current.abs().max())
 

@@ -76,7 +76,8 @@ def compute(op, inputs):
         value = convolve_transposed(inputs[0], tensors["weight_q"].astype(np.int64), op["config"])
         return value + tensors["bias_q"].astype(np.int64)[:, None, None] if "bias_q" in tensors else value
     if op["type"] == "SpikeBatchNorm":
-        return inputs[0] * tensors["weight_q"].astype(np.int64) + tensors["bias_q"].astype(np.int64)
+        kind = inputs[0].dtype  # float32 on the way of the image's current
+        return inputs[0] * tensors["weight_q"].astype(kind) + tensors["bias_q"].astype(kind)
     if op["type"] == "SignedReLU":
         return np.stack([inputs[0], -inputs[0]], 2).reshape(len(inputs[0]), -1, *inputs[0].shape[2:])
     if op["type"] == "SpikePad":

@@ -43,6 +43,19 @@ def test_what_a_neuron_lacks_at_first_it_gets_over_the_steps(timesteps, granular
         assert torch.equal((added * timesteps + potential.flatten()).unique(), torch.zeros(1, dtype=torch.int32))
 
 
+def test_what_is_added_to_the_image_s_current_stays_a_real_number():
+    """The BatchNorms along the skip of a pre-activation ResNet add to float currents: nothing there is rounded."""
+    net, images = small_model("preactivated")
+    snn = convert(net, images, 8, 4, correction="none")
+    norm = snn.ops["batch_norm1"]["op"]
+    assert norm.bias_q.dtype == torch.float32 and norm.bias_q.frac().any()
+    added, potential, neuron = held(snn, "relu1", 0.25)
+    assert torch.allclose(added, (neuron.Vthr * 0.25 / 8).expand_as(added), atol=1e-5)
+    assert torch.allclose(potential, -8 * added, atol=1e-5)
+    shifted = convert(net, images, 8, 4, correction="bias", hold_back=0).ops["batch_norm1"]["op"].bias_q
+    assert shifted.dtype == torch.float32 and (shifted - norm.bias_q).abs().max() < neuron.Vthr.max()
+
+
 def test_where_nothing_comes_too_early_nothing_is_held_back():
     """With reset to zero, with as many steps of listening as of firing, and where it is less than half an integer."""
     net, images = small_model("shortcuts")

@@ -130,6 +130,23 @@ class Upwards(nn.Module):
         return self.fc(F.pad(x, (0, 0, 1, 0)).flatten(1))
 
 
+class Preactivated(nn.Module):
+    """What pre-activation ResNets do: the image's own current flows along the skip, past every BatchNorm and ReLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.fc = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Linear(4 * 49, 3)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(4))
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1, bias=False) for _ in range(4))
+
+    def forward(self, x):  # [B, 2, 7, 7]
+        x = self.first(x)
+        for i in (0, 2):
+            y = self.convs[i](F.relu(self.norms[i](x)))
+            x = x + self.convs[i + 1](F.relu(self.norms[i + 1](y)))
+        return self.fc(F.relu(self.last(x)).flatten(1))
+
+
 class Twice(nn.Module):
     """The output of a layer, read by two others and concatenated."""
 
@@ -142,7 +159,13 @@ class Twice(nn.Module):
         return torch.cat([self.first(x), self.second(x)], 1)
 
 
-MODELS = {"dense": Dense, "bottlenecks": Bottlenecks, "shortcuts": Shortcuts, "upwards": Upwards}
+MODELS = {
+    "dense": Dense,
+    "bottlenecks": Bottlenecks,
+    "shortcuts": Shortcuts,
+    "upwards": Upwards,
+    "preactivated": Preactivated,
+}
 
 
 def small_model(name):
