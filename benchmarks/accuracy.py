@@ -80,7 +80,7 @@ def main(args):
     from spike_dag import format_table
 
     check_writable(args.results)
-    methods = METHODS if args.methods is None else dict(named_flags(text) for text in args.methods)
+    methods = METHODS if args.methods is None else named_methods(args.methods)
     rows = [("network", "bits", "method", "T", "ANN %", "SNN %", "points", "interval", "latency", "spikes", "synops")]
     found, loaders = [], {}
     for network in args.networks:
@@ -100,6 +100,16 @@ def main(args):
     print(format_table(rows))
 
 
+def named_methods(texts):
+    """Name -> flags of the methods to compare. Raises ValueError for a name that two of them have."""
+    methods = {}
+    for name, flags in map(named_flags, texts):
+        if name in methods:
+            raise ValueError(f"two methods are named '{name}', give each its own name")
+        methods[name] = flags
+    return methods
+
+
 def named_flags(text):
     """`name, flags` of "name: flags". Raises ValueError for other text."""
     name, colon, flags = text.partition(":")
@@ -113,7 +123,7 @@ def conversion_args(network, bits, flags, timesteps, seed, dataset):
     parser = OneLineParser(prog="a method of benchmarks/accuracy.py")
     add_conversion_flags(parser)
     name, colon, file = network.rpartition(":")
-    if not colon:
+    if not colon or name == "torchvision":
         raise ValueError(f"network '{network}' has no weights, write it as NAME:FILE")
     given = [word.replace("T", str(timesteps)) if word == "T" else word for word in flags.split()]
     given += ["--timesteps", str(timesteps), "--seed", str(seed), "--dataset", dataset, "--ann_weight", file]
@@ -131,13 +141,15 @@ def measure(args, flags, loaders, finetuned):
     import torch
 
     from build_network import input_size
-    from datasets import get_dataset
+    from datasets import DETECTION_DATASETS, get_dataset
     from pipeline import check_command_line, choose_measure, convert, load_network, with_levels
     from quantization import equalize_channels, quantize_finetune
     from runtime.device import choose_device, seed_everything
     from spike_finetune import finetune_on_spikes
 
     check_command_line(flags)
+    if flags.dataset in DETECTION_DATASETS:
+        raise ValueError(f"--dataset {flags.dataset} is for detectors, this table compares classifiers")
     device = choose_device(flags.device)
     flags.image_size = input_size(flags.net_name)
     images_key = str([getattr(flags, name) for name in DATA_FLAGS])

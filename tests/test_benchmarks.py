@@ -82,7 +82,10 @@ def test_speed_has_a_row_for_every_mode(tmp_path):
     "script, argv, message",
     [
         (accuracy, ["--networks", "example_net"], "network 'example_net' has no weights, write it as NAME:FILE"),
+        (accuracy, ["--networks", "torchvision:resnet18"], "'torchvision:resnet18' has no weights"),
         (accuracy, ["--networks", NETWORK, "--methods", "-e 0"], "method '-e 0' has no name"),
+        (accuracy, ["--networks", NETWORK, "--methods", "a: -e 0", "a: -e 1"], "two methods are named 'a'"),
+        (accuracy, ["--networks", "yolo_tiny:x.pth", "--dataset", "COCO"], "--dataset COCO is for detectors"),
         (accuracy, ["--networks", "nonet:x.pth"], "nonet"),
     ],
 )
