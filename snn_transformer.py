@@ -283,7 +283,7 @@ def check_values(timesteps, calibration_samples, damping, conversion):
     """Raise ValueError for values that the conversion, at the end of a training, would not take."""
     from snn_weight_setter import check_conversion, check_whole
 
-    elsewhere = ("initial_potential", "maxpool", "signed", "ann_layers")  # not checked, or when the stretch is traced
+    elsewhere = ("maxpool", "signed", "ann_layers")  # checked when the stretch is traced
     options = {name: value for name, value in conversion.items() if name not in elsewhere}
     check_whole("calibration_samples", calibration_samples)
     check_conversion(timesteps, calibration_samples=calibration_samples, **options)

@@ -14,6 +14,7 @@ Vthr = lambda_out / unit = lambda_out * s_w / lambda_in.
 """
 
 import copy
+import numbers
 import operator
 from collections import defaultdict
 from contextlib import contextmanager
@@ -129,6 +130,7 @@ def trans_ann2snn_weight(
         calibration_samples,
         avgpool,
         hold_back,
+        initial_potential,
     )
     timesteps = operator.index(timesteps)  # a plain number, also of NumPy's
     if initial_potential is None:
@@ -171,6 +173,7 @@ def check_conversion(
     calibration_samples=1000,
     avgpool="spike",
     hold_back=0.25,
+    initial_potential=None,
 ):
     """Raise ValueError for options of `trans_ann2snn_weight` that are out of range."""
     check_whole("timesteps", timesteps)
@@ -187,13 +190,20 @@ def check_conversion(
         raise ValueError(f"unknown granularity '{granularity}', use one of {', '.join(GRANULARITIES)}")
     if correction not in CORRECTIONS:
         raise ValueError(f"unknown correction '{correction}', use one of {', '.join(CORRECTIONS)}")
-    if not 0 < quantile <= 1:
+    if not (is_share(quantile) and quantile > 0):
         raise ValueError(f"quantile {quantile}: use a share above 0, up to 1")
-    if not 0 <= hold_back <= 1:
+    if not is_share(hold_back):
         raise ValueError(f"hold_back {hold_back}: use a share of Vthr from 0 to 1")
+    if not (initial_potential is None or is_share(initial_potential)):
+        raise ValueError(f"initial_potential {initial_potential}: use a share of Vthr from 0 to 1")
     if not calibration_samples >= 1:
         raise ValueError(f"calibration_samples {calibration_samples}: the calibration needs at least 1")
     check_avgpool(avgpool)
+
+
+def is_share(value):
+    """Whether an option is a number from 0 to 1."""
+    return isinstance(value, numbers.Real) and 0 <= value <= 1
 
 
 def check_whole(name, value):

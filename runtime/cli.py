@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+LARGEST = 2**31 - 1  # of whole numbers: what counters of any library hold
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -42,8 +43,10 @@ def whole_number(least, most=None, also=()):
             number = int(text)
         except ValueError:
             number = None
-        if number is None or not ((least <= number and (most is None or number <= most)) or number in also):
+        if number is None or not (least <= number <= (number if most is None else most) or number in also):
             raise argparse.ArgumentTypeError(f"{text} is not a whole number from {span}")
+        if number > LARGEST:
+            raise argparse.ArgumentTypeError(f"{text} is over {LARGEST}")
         return number
 
     return convert

@@ -308,6 +308,8 @@ def refused(capsys, *argv):
         ("example_net --weight_bitwidth 9", ["--weight_bitwidth", "9", "1 to 8"]),
         ("example_net --weight_bitwidth 4.5", ["--weight_bitwidth", "4.5", "1 to 8"]),
         ("example_net --timesteps 0", ["--timesteps", "0", "1 to 65536"]),
+        ("example_net --batch_size 99999999999999999999", ["--batch_size", "is over 2147483647"]),
+        ("example_net --activation_levels 4", ["--activation_levels", "--finetune_epochs"]),
         ("example_net --finetune_lr nan", ["--finetune_lr", "nan"]),
         ("example_net --seed -1", ["--seed", "-1"]),
         ("example_net --reset_mode soft", ["--reset_mode", "soft", "subtraction"]),
