@@ -83,9 +83,10 @@ class SpikeDAGModule(nn.Module):
     def forward(self, *inputs, timesteps=None, every_step=False):
         """The network's output(s): [B, ...].
 
-        Converted: simulates `timesteps` steps (default: those it was converted for); with `every_step` the outputs
-        after each step of the last spiking layer, [T, B, ...], which are those of shorter simulations where no layer
-        listens first or between stays ANN. Only what stays ANN behind the last spikes has gradients.
+        Converted: simulates `timesteps` steps (default: those it was converted for; what `hold_back` adds to biases
+        suits no others); with `every_step` the outputs after each step of the last spiking layer, [T, B, ...], which
+        are those of shorter simulations where no layer listens first or between stays ANN. Only what stays ANN behind
+        the last spikes has gradients.
         """
         if len(inputs) != len(self.inputs_nodes):
             raise ValueError(f"the network takes {len(self.inputs_nodes)} inputs, got {len(inputs)}")
