@@ -329,9 +329,8 @@ def remove_empty_folders(path, but):
 def list_image_folder(path):
     """Files, labels and class names of `path/<class>/*`, in alphabetical order."""
     if not os.path.isdir(path):
-        raise FileNotFoundError(
-            f"no image folder {path}, expected train/<class>/ and test/<class>/ below --dataset_root"
-        )
+        parent = os.path.dirname(path)
+        raise FileNotFoundError(f"no image folder {path}, expected train/<class>/ and test/<class>/ in {parent}")
     classes = tuple(sorted(entry.name for entry in os.scandir(path) if entry.is_dir()))
     files, labels = [], []
     for label, name in enumerate(classes):
