@@ -4,9 +4,10 @@
 
 What is shifted is what a chip can hold: initial membrane potentials and biases, integers behind the first layer.
 
-First every neuron is held back: its potential starts lower, by a share of Vthr, and a bias makes up for it over the T
-steps. A spike that was sent too early, before the current that speaks against it arrived, cannot be taken back; a
-neuron that starts lower sends fewer of them, and still gets the same sum. Then the mean rates are corrected.
+First neurons are held back, where a bias reaches them: the potential starts lower, by a share of Vthr, and the bias
+makes up for it over the T steps. A spike that was sent too early, before the current that speaks against it arrived,
+cannot be taken back; a neuron that starts lower sends fewer of them, and still gets the same sum. Then the mean rates
+are corrected.
 """
 
 from concurrent.futures import ThreadPoolExecutor

@@ -311,6 +311,7 @@ def test_at_many_timesteps_it_is_the_ann():
 def test_finetuning_on_spikes(listen):
     """The forward pass is the simulation, the bounds are those of sums, and every spike holds afterwards."""
     net, images = poolings()
+    # what is held back adds its size to a bound, which is then no longer the least
     snn = convert(net, images, 8, 8, listen=listen, avgpool="fold", hold_back=0)
     expected, layers = snn(images), shadow_weights(copy.deepcopy(snn))
     outputs, activations = tandem_forward(copy.deepcopy(snn), images)
