@@ -41,7 +41,8 @@ from spike_layers import ConcatOp, SpikeAdd, SpikeAvgPool2d, SpikeBatchNorm, Spi
 from spike_tensor import Memory, SpikeTensor
 
 BATCH = 32  # calibration images a step
-LR_TIMES_T = 0.03  # learning rate times timesteps; it is a share of a layer's weights
+LR_TIMES_T = 0.03  # learning rate times timesteps, without labels; it is a share of a layer's weights
+LR_WITH_LABELS = 0.04  # learning rate times the root of the timesteps, with labels: 0.02 at T = 4, 0.01 at T = 16
 MOST_THROUGH_TIME = 4  # timesteps; at 8 the tandem gradient gave resnet20 as much, in half the time
 MOST_UNROLLED = {"cpu": 128, "cuda": 512}  # images times timesteps that are kept for one backward pass
 INTERVAL = 0.49  # of a step on either side of an integer: what surely rounds to it
@@ -55,8 +56,7 @@ def finetune_spikes(
 
     criterion: loss of the outputs against the labels of `loader`, or None. teacher: the ANN, whose outputs and (times
     `features`) activations are learnt, without labels. lr: how far a step moves the weights and biases of a layer, as a
-    share of the root mean square of its weights; `LR_TIMES_T` / T by default, for the more timesteps, the less is there
-    to gain. It falls to 0 along a cosine.
+    share of the root mean square of its weights (`default_lr`). It falls to 0 along a cosine.
 
     qnet: the quantised network that was converted, whose weights in full precision (`weight_back`) are then moved, so
     that those near the edge of their rounding interval take another integer first (as in AdaRound; Nagel et al., Up or
@@ -79,7 +79,8 @@ def finetune_spikes(
     part_size = max(1, most // snn.timesteps) if gradient == "time" else sys.maxsize
     layers = shadow_weights(snn, qnet)
     parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
-    optimizer = QuantAdam(groups_of(layers, LR_TIMES_T / snn.timesteps if lr is None else lr))
+    lr = default_lr(snn.timesteps, criterion is not None) if lr is None else lr
+    optimizer = QuantAdam(groups_of(layers, lr))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * len(loader)))
     for epoch in range(1, epochs + 1):
         for inputs, targets in tqdm(loader, f"finetune spikes, epoch {epoch}", leave=False, delay=1):
@@ -97,6 +98,14 @@ def finetune_spikes(
         raise ValueError(f"finetuning on spikes diverged in epoch {epochs}, lower its learning rate")
     bound_currents(snn)
     return snn
+
+
+def default_lr(timesteps, with_labels):
+    """The learning rate, a share of the weights: the more timesteps, the less is there to gain.
+
+    Labels and all training images, thousands of steps, allow a larger one than the outputs of the ANN on a few.
+    """
+    return LR_WITH_LABELS / timesteps**0.5 if with_labels else LR_TIMES_T / timesteps
 
 
 def groups_of(layers, lr):

@@ -222,7 +222,7 @@ def add_conversion_flags(parser):
         "--finetune_snn_lr",
         type=real_number(0, 1),
         default=None,
-        help="learning rate of --finetune_snn and --calibration_epochs, a share of the weights (0.03 / timesteps)",
+        help="their learning rate, a share of the weights (0.04 / root of T with labels, 0.03 / T without)",
     )
     parser.add_argument(
         "--finetune_snn_gradient",

@@ -298,6 +298,20 @@ def test_the_learning_rate_is_a_share_of_the_weights():
     assert groups_of([layer], 0.01)[0]["lr"] == pytest.approx(0.01 / 4)  # all integers are 0: their step counts
 
 
+@pytest.mark.parametrize(("with_labels", "lr"), [(True, 0.02), (False, 0.0075)])
+def test_the_learning_rate_of_four_timesteps(digits_images, with_labels, lr):
+    ann, qnet, snn = example_of_digits(digits_images, 4, 4)
+    batches = [(digits_images[:16], torch.arange(16) % 10)]
+    criterion = nn.CrossEntropyLoss() if with_labels else None
+
+    def first_weights(**options):
+        tuned = finetune_spikes(snn, batches, "cpu", 1, teacher=ann, qnet=qnet, criterion=criterion, **options)
+        return next(iter(tuned.weighted_layers().values())).weight.weight_back
+
+    assert torch.equal(first_weights(), first_weights(lr=lr))
+    assert not torch.equal(first_weights(), first_weights(lr=1.1 * lr))
+
+
 def test_float_weights_start_as_they_are(digits_images):
     """Their scale, the lambda of what they read, is no interval to stay in."""
     _, qnet, _ = example_of_digits(digits_images, 32, 8)
