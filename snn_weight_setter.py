@@ -1011,6 +1011,16 @@ class SpikeSetter:
         value = value.round().to(torch.int32)
         return value if least is None else value.clamp_min(least)
 
+    def largest_of(self, op, in_nodes):
+        """The bound of |current| per step that an op sends, None where real numbers flow."""
+        largest = self.largest_read(in_nodes)
+        return None if largest is None else op.largest_sum(largest)
+
+    def largest_read(self, in_nodes):
+        """The bounds of what an op reads at a step, 1 for spikes; None where it reads real numbers."""
+        largest = [None if self.plan.kinds[node] == ANALOG else self.largest.get(node, 1) for node in in_nodes]
+        return None if self.is_float or None in largest else largest
+
     # layers
 
     def set_weight(self, name, op, in_nodes, out):
@@ -1033,7 +1043,7 @@ class SpikeSetter:
             bias_q = None if bias_q is None or from_image else bias_q.round().to(torch.int32)
         op.set_integers(weight_q, bias_q, op.output_view(unit_per_output))
         op.largest_input = self.peaks.get(in_nodes[0], 1)
-        self.largest[out] = None if from_image or self.is_float else op.largest_current()
+        self.largest[out] = self.largest_of(op, in_nodes)
 
     def scale_in_unit(self, op, node, unit):
         """s_w of a layer that reads the spikes of a node: a spike's value over that of one integer step."""
@@ -1055,16 +1065,16 @@ class SpikeSetter:
 
         Folded, it sums spikes for the layers behind it, whose weights then weigh units of lambda / (k*k).
         """
-        (node,), window = in_nodes, op.window
-        unit = self.value_of(node) / window
+        (node,) = in_nodes
+        unit = self.value_of(node) / op.window
         op.set_integers(torch.ones_like(op.weight, dtype=torch.int8), None, unit)
         if op.folded:
             self.scales[out] = unit
         elif self.plan.kinds[node] == SPIKES:
-            self.set_neuron(name, op, out, unit, None if self.is_float else window)
+            self.set_neuron(name, op, out, unit, self.largest_of(op, in_nodes))
         else:
             self.units[out] = unit
-            self.largest[out] = None if self.largest[node] is None else self.largest[node] * window
+            self.largest[out] = self.largest_of(op, in_nodes)
 
     def set_relu(self, name, op, in_nodes, out):
         """A neuron where a current flows into a ReLU; spikes pass."""
@@ -1098,17 +1108,16 @@ class SpikeSetter:
         integer = torch.ones_like(wanted) if self.is_float else wanted
         unit = unit / integer
         weight_q = torch.where(silent, 0.0, weight.sign()) * integer
-        largest = self.largest.get(node, None if self.is_float else 1)
-        bias_q = bias / unit if largest is None else self.rounded(bias / unit)
+        bias_q = bias / unit if self.largest_read(in_nodes) is None else self.rounded(bias / unit)
         op.set_integers(weight_q if self.is_float else weight_q.to(torch.int32), bias_q)
         self.units[out] = unit
-        self.largest[out] = None if largest is None else (largest * integer + bias_q.abs()).max().item()
+        self.largest[out] = self.largest_of(op, in_nodes)
 
     def set_add(self, name, op, in_nodes, out):
         """Integer weights for the inputs that have another unit; a neuron where no ReLU follows."""
         fires = name in self.plan.firing
         unit = self.spike_sum_unit(in_nodes) if fires else self.unit_of(out)
-        weights, largest = [], 0
+        weights = []
         for node in in_nodes:
             weight = None
             if self.plan.kinds[node] == ANALOG:
@@ -1116,14 +1125,12 @@ class SpikeSetter:
             elif self.plan.kinds[node] == SPIKES or node not in self.components[out]:
                 weight = self.branch_weight(name, node, unit)
             weights.append(weight)
-            if self.plan.kinds[node] == ANALOG or self.is_float or self.largest.get(node, 1) is None:
-                largest = None
-            elif largest is not None:
-                largest += self.largest.get(node, 1) * (1 if weight is None else weight.abs().max().item())
         op.set_branch_weights(weights)
-        self.largest[out] = largest
+        largest = self.largest_of(op, in_nodes)
         if fires:
             self.set_neuron(name, op, out, unit, largest)
+        else:
+            self.largest[out] = largest
 
     def branch_weight(self, name, node, unit):
         """The weight of spikes, or of a current with a unit of its own, at a neuron's add."""
@@ -1153,8 +1160,7 @@ class SpikeSetter:
             self.scales[out] = joined
             return
         self.units[out] = joined
-        bounds = [self.largest.get(node, None if self.is_float else 1) for node in in_nodes]
-        self.largest[out] = None if None in bounds else max(bounds)
+        self.largest[out] = self.largest_of(op, in_nodes)
 
     def set_view(self, name, op, in_nodes, out):
         """The same values in another shape."""

@@ -39,6 +39,7 @@ def correct_spikes(snn, qnet, loader, device, samples, with_bias=False, hold_bac
     with one_thread_per_operator, ThreadPoolExecutor(threads) as pool:
         for name in tqdm(snn.neurons(), "correct", leave=False, delay=1):
             images.correct(name, pool, with_bias, hold_back)
+    snn.bound_currents()
 
 
 class CorrectionImages:

@@ -232,6 +232,19 @@ class SpikeDAGModule(nn.Module):
         """Op name -> IFNeuron of every spiking layer, in order; empty for an ANN."""
         return {name: e["op"].neuron for name, e in self.ops.items() if e["op"].neuron is not None}
 
+    def bound_currents(self):
+        """Set the bound of |current| per step, `largest_current`, of every neuron of integers anew, from these."""
+        largest = {}  # node of currents -> bound; spikes are at most 1
+        for entry in self.ops.values():
+            op, (out,) = entry["op"], entry["out_nodes"]
+            if not op.spiking:
+                continue
+            largest[out] = op.largest_sum([largest.get(node, 1) for node in entry["in_nodes"]])
+            if op.neuron is not None:
+                if op.neuron.largest_current is not None:  # else real numbers flow, of the image or of float weights
+                    op.neuron.largest_current = int(largest[out])
+                largest[out] = 1
+
     def duration(self, timesteps=None):
         """Timesteps that the chip needs: "firing" T, "interval" from image to image, "latency" from image to answer.
 

@@ -37,7 +37,7 @@ from quantization import (
 )
 from snn_weight_setter import LARGEST_INTEGER
 from spike_dag import one_thread_per_operator, run_ops
-from spike_layers import ConcatOp, SpikeAdd, SpikeAvgPool2d, SpikeBatchNorm, SpikeMaxPool2d, WeightedLayer
+from spike_layers import SpikeMaxPool2d
 from spike_tensor import Memory, SpikeTensor
 
 BATCH = 32  # calibration images a step
@@ -96,7 +96,7 @@ def finetune_spikes(
             set_integers(layers)
     if not all(torch.isfinite(p).all() for p in parameters):
         raise ValueError(f"finetuning on spikes diverged in epoch {epochs}, lower its learning rate")
-    bound_currents(snn)
+    snn.bound_currents()
     return snn
 
 
@@ -320,34 +320,3 @@ def set_integers(layers):
             weight_q = weight_q.to(torch.int8)
             bias_q = None if bias_q is None else bias_q.round().clamp(-LARGEST_INTEGER, LARGEST_INTEGER).to(torch.int32)
         layer.set_integers(weight_q, bias_q, layer.unit)
-
-
-def bound_currents(snn):
-    """Set the bound of |current| per step, `largest_current`, of every neuron anew, from the integers before it."""
-    bounds = {}  # node of currents -> bound, None where they are no integers; spikes are at most 1, sums a window
-    for entry in snn.ops.values():
-        op, (out,) = entry["op"], entry["out_nodes"]
-        if not op.spiking:
-            continue
-        before = [bounds.get(node, 1) for node in entry["in_nodes"]]
-        bound = bound_of(op, before) if None not in before else None
-        if op.neuron is not None:
-            if op.neuron.largest_current is not None:
-                op.neuron.largest_current = int(bound)
-            bound = 1
-        bounds[out] = bound
-    return bounds
-
-
-def bound_of(op, before):
-    """The bound of what an op sends, from those of what it reads."""
-    if isinstance(op, SpikeAvgPool2d):
-        return before[0] * op.window
-    if isinstance(op, WeightedLayer):
-        return op.largest_current()
-    if isinstance(op, SpikeAdd):
-        weights = [op.branch_weight0, op.branch_weight1]
-        return sum(b * (1 if w is None else w.abs().max().item()) for b, w in zip(before, weights))
-    if isinstance(op, SpikeBatchNorm):
-        return (before[0] * op.weight_q.abs() + op.bias_q.abs()).max().item()
-    return max(before) if isinstance(op, ConcatOp) else before[0]

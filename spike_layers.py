@@ -262,6 +262,10 @@ class SpikeLayer(nn.Module):
         """Whether `forward` takes a `memory`: what the layer keeps from step to step."""
         return self.neuron is not None
 
+    def largest_sum(self, largest_read):
+        """The bound of |current| per step that leaves this op for a neuron, from those of what it reads."""
+        return max(largest_read)
+
     def config(self):
         """The constructor's arguments, as plain data."""
         return {}
@@ -384,6 +388,9 @@ class WeightedLayer(SpikeLayer):
         """The bound of |current| per step."""
         reach = self.rows(self.weight_q.double()).abs().sum(1) * self.largest_input  # [C_out]
         return (reach + (0 if self.bias_q is None else self.bias_q.double().abs())).max().item()
+
+    def largest_sum(self, largest_read):
+        return self.largest_current()
 
     def packs_int8(self):
         """Whether this layer and this machine compute in 8-bit integers."""
@@ -511,6 +518,9 @@ class SpikeAvgPool2d(SpikeConv2d):
     def window(self):
         """Inputs of one output."""
         return self.weight[0].numel()
+
+    def largest_sum(self, largest_read):
+        return largest_read[0] * self.window
 
     def extra_repr(self):
         return super().extra_repr() + ", folded" * self.folded
@@ -703,6 +713,9 @@ class SpikeBatchNorm(SpikeLayer):
         current = data * self.weight_q.to(data.dtype) + self.bias_q.to(data.dtype)
         return Current(current, x.timesteps, isinstance(x, Current) and x.constant)
 
+    def largest_sum(self, largest_read):
+        return (largest_read[0] * self.weight_q.abs() + self.bias_q.abs()).max().item()
+
 
 class SpikePad(SpikeLayer):
     """Zeros around height and width: `pads` is (left, right, top, bottom), as in F.pad; negative values crop."""
@@ -768,6 +781,10 @@ class SpikeAdd(SpikeLayer):
         data = x.total() if isinstance(x, Current) else x.data
         data = data.to(torch.float32) if data.dtype == torch.uint8 else data
         return Current(data * weight.to(data.dtype), x.timesteps, isinstance(x, Current) and x.constant)
+
+    def largest_sum(self, largest_read):
+        weights = (self.branch_weight0, self.branch_weight1)
+        return sum(b * (1 if w is None else w.abs().max().item()) for b, w in zip(largest_read, weights))
 
 
 class ConcatOp(SpikeLayer):

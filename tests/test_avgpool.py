@@ -28,7 +28,7 @@ from saved_snn import replay
 from snn_transformer import SNNTransformer
 from snn_weight_setter import hardware_layers, node_shapes, plan_conversion
 from spike_dag import from_dict, load_dag, run_ops
-from spike_finetune import bound_currents, finetune_spikes, shadow_weights, tandem_forward
+from spike_finetune import finetune_spikes, shadow_weights, tandem_forward
 from spike_layers import SpikeAvgPool2d, SpikeConv2d, SpikeLinear
 from spike_tensor import Memory, SpikeTensor
 
@@ -311,14 +311,13 @@ def test_at_many_timesteps_it_is_the_ann():
 def test_finetuning_on_spikes(listen):
     """The forward pass is the simulation, the bounds are those of sums, and every spike holds afterwards."""
     net, images = poolings()
-    # what is held back adds its size to a bound, which is then no longer the least
-    snn = convert(net, images, 8, 8, listen=listen, avgpool="fold", hold_back=0)
+    snn = convert(net, images, 8, 8, listen=listen, avgpool="fold")
     expected, layers = snn(images), shadow_weights(copy.deepcopy(snn))
     outputs, activations = tandem_forward(copy.deepcopy(snn), images)
     assert torch.allclose(outputs, expected, rtol=1e-5, atol=1e-5) and len(layers) == 7
     assert [name for name, _ in activations if name.startswith("avg")] == FIRING
     bounds = {name: neuron.largest_current for name, neuron in snn.neurons().items()}
-    bound_currents(snn)
+    snn.bound_currents()
     assert bounds == {name: neuron.largest_current for name, neuron in snn.neurons().items()}
     ann = parse_ann_model(net, (images[:1],))
     trained = finetune_spikes(snn, [(images, torch.zeros(8))], "cpu", 2, teacher=ann)

@@ -21,7 +21,6 @@ from spike_dag import load_dag
 from spike_finetune import (
     GRADIENTS,
     MOST_THROUGH_TIME,
-    bound_currents,
     decoded_rates,
     finetune_spikes,
     groups_of,
@@ -342,13 +341,14 @@ def test_a_qnet_with_other_layers_is_refused():
         finetune_spikes(snn, [(images, None)], "cpu", 1, teacher=qnet, qnet=qnet)
 
 
+@pytest.mark.parametrize("correction", ["none", "bias"])
 @pytest.mark.parametrize("name", MODELS)
-def test_bounds_of_currents_are_those_of_the_conversion(name):
+def test_bounds_of_currents_are_those_of_the_conversion(name, correction):
     net, images = small_model(name)
-    snn = convert(net, images, 8, 8, correction="none", **CHOICES)
+    snn = convert(net, images, 8, 8, correction=correction, **CHOICES)
     bounds = {layer: neuron.largest_current for layer, neuron in snn.neurons().items()}
-    bound_currents(snn)
-    assert all(bounds[n] is None or neuron.largest_current <= bounds[n] for n, neuron in snn.neurons().items())
+    snn.bound_currents()
+    assert bounds == {layer: neuron.largest_current for layer, neuron in snn.neurons().items()}
     for layer, neuron in snn.neurons().items():
         if neuron.largest_current is not None:
             assert neuron.largest_current >= largest_current_of(snn, layer, images)
