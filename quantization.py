@@ -346,9 +346,7 @@ def float_teacher(net, loader):
 def as_dag(net, loader):
     """A copy of `net` as a SpikeDAGModule; a plain module is traced on one image of `loader`."""
     if isinstance(net, SpikeDAGModule):
-        dag = copy.deepcopy(net)
-        dag.scales_of_conversion = net.scales_of_conversion  # a copy has what can be saved alone
-        return dag
+        return copy.deepcopy(net)
     from ann_parser import parse_ann_model  # a layer above this one
 
     device = next((p.device for p in net.parameters()), torch.device("cpu"))

@@ -126,6 +126,8 @@ def write_saved_snn(folder, snn, inputs, details):
 
 def check_target(folder):
     """Raise OSError unless `folder` is new, empty, or an earlier result, in a folder that exists."""
+    if not os.fspath(folder):
+        raise OSError("cannot write to an empty folder name, name a folder")
     parent = os.path.dirname(os.path.realpath(folder))
     if not os.path.isdir(parent):
         raise OSError(f"cannot write {folder}, there is no folder {parent}, create it first")

@@ -553,7 +553,7 @@ def calibrate(dag, loader, device, samples, choose_scales, granularity="layer"):
 
     choose_scales(values [N], channels [N], C) gives the scale of every channel, [C].
     """
-    with pool_activations(dag, samples) as (input_pool, output_pool):
+    with pool_activations(dag, samples, granularity == "channel") as (input_pool, output_pool):
         run_samples(dag, loader, device, samples)
         statistics = {}
         for name, pool in output_pool.items():
@@ -610,11 +610,12 @@ def run_samples(dag, loader, device, samples):
 class Pool:
     """Evenly spaced elements, at most `most`, of the activations of `samples` images.
 
-    count, dim: channels, and dimensions, of the tensors that they are taken from.
+    with_channels: whether the channel of each is known, too. count, dim: channels, and dimensions, of the tensors that
+    they are taken from.
     """
 
-    def __init__(self, most, samples):
-        self.most, self.samples = most, samples
+    def __init__(self, most, samples, with_channels=False):
+        self.most, self.samples, self.with_channels = most, samples, with_channels
         self.parts, self.seen, self.stride = [], 0, None
         self.channel_parts, self.count, self.dim = [], 1, 0
 
@@ -624,10 +625,11 @@ class Pool:
         self.stride = self.stride or sampling_stride(size * self.samples, self.most, size)
         first, self.count, self.dim = -self.seen % self.stride, values.shape[1], values.dim()
         self.parts.append(in_memory_order(values)[first :: self.stride].clone())
-        place = torch.arange(first, values.numel(), self.stride)
-        run = 1 if is_channels_last(values) else values[0, 0].numel()  # elements of a channel that lie side by side
-        self.channel_parts.append((place // run % self.count).to(torch.int32))
         self.seen += values.numel()
+        if self.with_channels:
+            place = torch.arange(first, values.numel(), self.stride)
+            run = 1 if is_channels_last(values) else values[0, 0].numel()  # elements of a channel that lie side by side
+            self.channel_parts.append((place // run % self.count).to(torch.int32))
 
     def values(self):
         """The sample, [N]."""
@@ -649,13 +651,14 @@ def in_memory_order(values):
 
 
 @contextmanager
-def pool_activations(dag, samples):
+def pool_activations(dag, samples, with_channels=False):
     """`input_pool, output_pool`: op name -> Pool, filled by the forward passes of `samples` images in the `with`."""
     input_pool, output_pool = ({}, {})
     layers = {n: e["op"] for n, e in dag.ops.items() if not isinstance(e["op"], (ViewOp, ConcatOp, SoftmaxOp))}
     try:
         for name, layer in layers.items():
-            input_pool[name], output_pool[name] = Pool(MOST_SAMPLES, samples), Pool(MOST_SAMPLES, samples)
+            input_pool[name] = Pool(MOST_SAMPLES, samples)
+            output_pool[name] = Pool(MOST_SAMPLES, samples, with_channels)
             warp_spike_layer(layer, input_pool[name], output_pool[name])
         yield input_pool, output_pool
     finally:

@@ -5,6 +5,7 @@ in the user's network}. `torch.save(dag, file)` writes plain data, and `torch.lo
 `weights_only=True`, rebuilds the network from it once this module is imported.
 """
 
+import copy
 import threading
 from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -331,6 +332,12 @@ class SpikeDAGModule(nn.Module):
 
     def __reduce__(self):
         return from_dict, (self.to_dict(),)
+
+    def __deepcopy__(self, memo):
+        copied = from_dict(copy.deepcopy(self.to_dict(), memo))
+        copied.memory_budget = self.memory_budget  # not saved: they belong to this run
+        copied.scales_of_conversion = self.scales_of_conversion
+        return copied
 
 
 def from_dict(data):

@@ -54,9 +54,9 @@ def finetune_spikes(
 ):
     """A copy of a converted network whose weights and biases are finetuned for `epochs` passes over `loader`.
 
-    criterion: loss of the outputs against the labels of `loader`, or None. teacher: the ANN, whose outputs and (times
-    `features`) activations are learnt, without labels. lr: how far a step moves the weights and biases of a layer, as a
-    share of the root mean square of its weights (`default_lr`). It falls to 0 along a cosine.
+    criterion: loss of the outputs against the labels of `loader`, or None. teacher: the ANN, on `device`, whose outputs
+    and (times `features`) activations are learnt, without labels. lr: how far a step moves the weights and biases of a
+    layer, as a share of the root mean square of its weights (`default_lr`). It falls to 0 along a cosine.
 
     qnet: the quantised network that was converted, whose weights in full precision (`weight_back`) are then moved, so
     that those near the edge of their rounding interval take another integer first (as in AdaRound; Nagel et al., Up or

@@ -94,7 +94,7 @@ def decode(counts, scale_factor, timesteps):
 class Current:
     """What flows into neurons: per step [T*B, ...], or [B, ...] where it is the same at every step (`constant`).
 
-    data: float32 or float64, or float16 where a GPU layer's currents are exact in it.
+    data: float32 or float64; of a GPU layer also float16, where its currents are exact in it, or int32.
     spikes: (0 or 1 [T*B, ...], weight) that flow in too and were not added yet, or None.
     """
 
@@ -107,7 +107,8 @@ class Current:
 
     def total(self):
         """All of it as one tensor, in a type wide enough for sums of currents."""
-        data = self.data.to(torch.promote_types(self.data.dtype, torch.float32))
+        of_integers = torch.float64 if self.data.dtype == torch.int32 else torch.float32
+        data = self.data.to(torch.promote_types(self.data.dtype, of_integers))
         if self.spikes is None:
             return data
         spikes, weight = self.spikes

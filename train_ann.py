@@ -2,11 +2,13 @@
 
     python3 train_ann.py example_net --epochs 60 --save_file checkpoint/example_net_ann.pth
 
-The checkpoint holds the state dict under "state_dict", with the network, data set and accuracy it belongs to.
+The checkpoint holds the state dict under "state_dict", with the network, data set, seed and number of epochs. It is
+written at the end; until then every epoch goes to a file beside it, FILE.part, from which --ann_weight can go on.
 """
 
 import argparse
 import copy
+import os
 import sys
 
 from runtime.cli import OneLineParser, add_data_flags, add_run_flags, real_number, run_script, whole_number
@@ -56,10 +58,12 @@ def main(args):
     from validate import evaluate
 
     save_file = args.save_file or f"checkpoint/{args.net_name}_ann.pth"
+    unfinished = f"{save_file}.part"
     args.image_size = input_size(args.net_name)
     check_dataset_name(args.dataset)
     check_flags(args)
     check_writable(save_file)
+    check_writable(unfinished)
     device = choose_device(args.device)
     seed_everything(args.seed)
     test_loader, val_loader, train_loader, _ = get_dataset(args)
@@ -102,11 +106,12 @@ def main(args):
         if len(val_loader.dataset):
             line += f"  validation {measured(measure(net, val_loader, device, criterion))}"
         print(line, file=sys.stderr)
-        write_atomically(save_file, save)
+        write_atomically(unfinished, save)
 
     if args.average:
         average_weights(net, start, args.average, train_loader, device)
-        write_atomically(save_file, save)
+    write_atomically(save_file, save)
+    os.remove(unfinished)
     plain_criterion = nn.CrossEntropyLoss() if measure is evaluate else criterion
     result = measure(net, test_loader, device, plain_criterion)
     print(f"test {measured(result)} of {result['samples']} images, loss {result['loss']:.4f}")

@@ -10,7 +10,7 @@ import sys
 import torch
 from tqdm import tqdm
 
-from pipeline import convert
+from pipeline import convert, with_levels
 from quantization import FLOAT_BITS, init_quantize_net, quantize_finetune
 from reports.observe import run_spiking
 from spike_correction import correct_spikes
@@ -128,9 +128,10 @@ def alternatives(args, net, qnet):
         found[f"--timesteps {2 * T}"] = qnet, {"timesteps": 2 * T}, ""
     if args.listen < T:
         found[f"--listen {T}"] = qnet, {"listen": T}, ""
-    if args.threshold != "mse":
+    is_learnt = args.activation_levels is not None  # lambda, which then no flag chooses
+    if args.threshold != "mse" and not is_learnt:
         found["--threshold mse"] = qnet, {"threshold": "mse"}, ""
-    if args.granularity == "layer":
+    if args.granularity == "layer" and not is_learnt:
         found["--granularity channel"] = qnet, {"granularity": "channel"}, ""
     if args.correction == "none":
         found["--correction potential"] = qnet, {"correction": "potential"}, ""
@@ -179,7 +180,8 @@ def sweep(args, net, train_loader, loader, device, images, targets, bit_widths, 
     criterion, results = torch.nn.CrossEntropyLoss(), {}
     for bits in tqdm(bit_widths, "sweep", leave=False):
         with_bits = type(args)(**{**vars(args), "weight_bitwidth": bits})
-        qnet = quantize_finetune(net, train_loader, criterion, device, with_bits)
+        leveled = with_levels(net, loader, device, with_bits)
+        qnet = quantize_finetune(leveled, train_loader, criterion, device, with_bits)
         results[bits] = {}
         for T in timesteps:
             options = {"timesteps": T, "listen": min(args.listen, T), "calibration_samples": args.analysis_images}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from dag_rewrites import is_trained
-from spike_layers import SpikeAdd, SpikeAvgPool2d, SpikeBatchNorm, WeightedLayer
+from spike_layers import SignedReLU, SpikeAdd, SpikeAvgPool2d, SpikeBatchNorm, WeightedLayer
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,19 @@ def count_operations(snn, shapes, spikes, timesteps):
     shapes: node -> shape of a sample. spikes: node -> mean spike counts over `timesteps` steps, [C, H, W] or [N], for
     every node of spikes. "synops", part of "snn_ac", are spikes times fan-out; the rest are biases, and the constant
     current of the image, which are added at every step. What stays ANN costs the same in both. A folded pooling costs
-    nothing: the layer behind it has a synapse for every spike of a window, and reads as many as the window's sum.
+    nothing: the layer behind it has a synapse for every spike of a window, and reads as many as the window's sum. Where
+    signs were split (`--signed pair`), the ANN has half the synapses.
     """
-    return {name: operations(entry, shapes, spikes, timesteps) for name, entry in snn.ops.items()}
+    pairs = {entry["out_nodes"][0] for entry in snn.ops.values() if isinstance(entry["op"], SignedReLU)}
+    return {name: operations(entry, shapes, spikes, timesteps, pairs) for name, entry in snn.ops.items()}
 
 
-def operations(entry, shapes, spikes, timesteps):
-    """The operations of one op (`count_operations`)."""
+def operations(entry, shapes, spikes, timesteps, pairs):
+    """The operations of one op (`count_operations`). pairs: nodes of two channels for each of the ANN."""
     op, in_nodes, (out,) = entry["op"], entry["in_nodes"], entry["out_nodes"]
     outputs = torch.Size(shapes[out]).numel()
     mac, ac = ann_operations(op, shapes[in_nodes[0]], outputs)
+    mac = mac / 2 if in_nodes[0] in pairs else mac
     ann = {"ann_mac": mac, "ann_ac": ac}
     if not op.spiking:
         return {**ann, "snn_mac": mac, "snn_ac": ac, "synops": 0.0}

@@ -25,7 +25,7 @@ def run_script(main, args):
     try:
         main(args)
     except KeyboardInterrupt:
-        print("interrupted, nothing was written", file=sys.stderr)
+        print("interrupted, no result is half-written", file=sys.stderr)
         sys.exit(1)
     except (ValueError, NotImplementedError, OSError) as error:
         if args.debug:

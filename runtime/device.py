@@ -28,8 +28,11 @@ def least_loaded_gpu():
     """The name of the GPU with the lowest load; the first one where nvidia-smi gives no answer."""
     import GPUtil
 
-    ids = GPUtil.getAvailable(order="load", limit=1, maxLoad=1.0, maxMemory=1.0)
-    return f"cuda:{ids[0]}" if ids and ids[0] < torch.cuda.device_count() else "cuda:0"
+    # nvidia-smi numbers all GPUs, torch those that CUDA_VISIBLE_DEVICES leaves, in an order of its own
+    visible = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    index_of = {f"GPU-{each.uuid}": index for index, each in enumerate(visible)}
+    loads = {gpu.uuid: gpu.load for gpu in GPUtil.getGPUs() if gpu.uuid in index_of and gpu.load == gpu.load}  # no NaN
+    return f"cuda:{index_of[min(loads, key=loads.get)] if loads else 0}"
 
 
 def seed_everything(seed):

@@ -15,11 +15,12 @@ def check_writable(path):
         raise OSError(f"cannot write {path}, it is a device or a pipe, name a file")
     if os.path.isdir(path):
         raise OSError(f"cannot write {path}, it is a folder, name a file")
-    folder = os.path.dirname(path) or "."
+    target = os.path.realpath(path) if os.path.islink(path) else path  # the file that a link names is replaced
+    folder = os.path.dirname(target) or "."
     if not os.path.isdir(folder):
         raise OSError(f"cannot write {path}, there is no folder {folder}, create it first")
     try:
-        temporary = temporary_beside(path)
+        temporary = temporary_beside(target)
         open(temporary, "xb").close()
         os.remove(temporary)
     except OSError as error:

@@ -295,6 +295,7 @@ def test_alternatives_are_what_their_flags_give(digits_loaders):
         ("--weight_bitwidth 32", ["--weight_bitwidth 32", "--weight_bitwidth 8", "--weight_granularity channel"]),
         ("--threshold mse --listen 8", ["--threshold mse", "--listen 8"]),
         ("--weight_bitwidth 8 --weight_granularity channel", ["--weight_bitwidth 8", "--weight_granularity channel"]),
+        ("--activation_levels 4", ["--threshold mse", "--granularity channel"]),  # lambda is learnt
     ],
 )
 def test_what_was_asked_for_is_no_alternative(digits_loaders, flags, missing):

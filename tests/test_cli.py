@@ -467,6 +467,12 @@ def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path):
     assert path.is_fifo()
 
 
+def test_a_link_into_a_folder_that_is_not_there(tmp_path):
+    (tmp_path / "link").symlink_to("nowhere/file")
+    with pytest.raises(OSError, match=f"cannot write {tmp_path}/link, there is no folder {tmp_path}/nowhere, create"):
+        check_writable(str(tmp_path / "link"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # what else a user can get wrong
 

@@ -684,6 +684,9 @@ def test_an_earlier_result_is_replaced_and_nothing_else(saved, tmp_path, monkeyp
     ):
         with pytest.raises(OSError, match=message):
             transformer.save_snn(tmp_path / name)
+    monkeypatch.chdir(tmp_path / "thesis")
+    with pytest.raises(OSError, match="cannot write to an empty folder name, name a folder"):
+        transformer.save_snn("")
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter1.txt"]
 
 

@@ -320,8 +320,10 @@ def test_deepcopy_of_a_spiking_network():
 
 def test_deepcopy_keeps_the_engine():
     snn, _ = spiking_dag("debug_net2")
-    snn.set_engine("reference")
-    assert {neuron.spike_type for neuron in copy.deepcopy(snn).neurons().values()} == {torch.float64}
+    snn.set_engine("reference", memory_budget=12345)
+    clone = copy.deepcopy(snn)
+    assert {neuron.spike_type for neuron in clone.neurons().values()} == {torch.float64}
+    assert clone.memory_budget == 12345
 
 
 # Files

@@ -199,6 +199,7 @@ def test_large_potentials_stay_exact():
     current = Current(torch.full((4, 1), 2.0**23 + 1), 4)
     assert neuron.membrane_type(4) == torch.float64 and neuron.membrane_type(1) == torch.float32
     assert neuron(current).data.flatten().tolist() == [1, 1, 1, 1]
+    assert Current(torch.tensor([[2**24 + 1]], dtype=torch.int32), 1).total().item() == 2**24 + 1
     with pytest.raises(ValueError, match="reset mode 'hard'"):
         IFNeuron(torch.tensor(3), torch.tensor(1.0), torch.tensor(0), "hard")
 

@@ -27,6 +27,25 @@ def test_average_is_the_mean_of_start_and_end(tmp_path, capsys):
     assert "test top-1 9" in capsys.readouterr().out
 
 
+def test_an_interrupted_training_leaves_the_old_file(tmp_path, monkeypatch, capsys):
+    train(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["ann.pth"]
+    before, train_epoch = (tmp_path / "ann.pth").read_bytes(), train_ann.train_epoch
+
+    def interrupt_second(*args):
+        if args[7] == "epoch 2":
+            raise KeyboardInterrupt
+        return train_epoch(*args)
+
+    monkeypatch.setattr(train_ann, "train_epoch", interrupt_second)
+    line = f"example_net --epochs 2 --lr 0.01 --save_file {tmp_path}/ann.pth"
+    with pytest.raises(SystemExit) as end:
+        run_script(train_ann.main, train_ann.parse_args(line.split()))
+    assert end.value.code == 1 and "interrupted, no result is half-written" in capsys.readouterr().err
+    assert (tmp_path / "ann.pth").read_bytes() == before
+    assert torch.load(tmp_path / "ann.pth.part", weights_only=True)["epochs"] == 1
+
+
 def test_average_estimates_batch_norms_anew():
     torch.manual_seed(0)
     net, other = (nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)) for _ in range(2))
