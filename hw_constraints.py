@@ -153,8 +153,9 @@ def main(args):
     from spike_dag import format_table
 
     size = input_size(args.net_name)
-    net = get_net_by_name(args.net_name, args.in_channels or default_channels(args.net_name), args.num_classes)
-    channels = args.in_channels or next(p.shape[1] for p in net.parameters() if p.dim() == 4)
+    wanted = args.in_channels or default_channels(args.net_name)
+    net = get_net_by_name(args.net_name, wanted, args.num_classes)
+    channels = args.in_channels or next((m.in_channels for m in net.modules() if hasattr(m, "in_channels")), wanted)
     dag = parse_ann_model(net, (torch.zeros(1, channels, size, size),))
     dag = prepare_conversion(dag, args.maxpool, args.signed, args.avgpool)
     hardware, layers = HARDWARE[args.hardware], hardware_layers(dag, args.ann_layers)

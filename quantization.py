@@ -138,7 +138,7 @@ def equalize_channels(dag):
     A ReLU and an average pooling let a factor per channel pass, so each channel is divided by its largest |W| (over
     the layer's mean) and the next layer's inputs multiplied by it. One scale per layer then serves all channels
     (weight equalisation; Nagel et al., Data-Free Quantization, ICCV 2019). Layers whose output is added,
-    concatenated or read twice stay as they are.
+    concatenated, read twice or gathered into channels by a view stay as they are.
     """
     dag = copy.deepcopy(dag)
     for name, layer in dag.weighted_layers().items():
@@ -146,9 +146,11 @@ def equalize_channels(dag):
         if reader is None:
             continue
         largest = layer.rows(layer.weight).abs().amax(1)  # [C]
+        inputs = reader.in_features if isinstance(reader, SpikeLinear) else reader.in_channels
+        if inputs % len(largest):
+            continue  # a view has gathered several of them into one channel
         factor = torch.where(largest > 0, largest / largest.mean(), 1.0)
         layer.scale_output(1 / factor)
-        inputs = reader.in_features if isinstance(reader, SpikeLinear) else reader.in_channels
         per_input = factor.repeat_interleave(inputs // len(factor))  # a view spreads channels
         reader.weight.mul_(reader.input_view(per_input))
     return dag
@@ -199,6 +201,30 @@ class QuantAdam(ShadowStep, torch.optim.Adam):
     """torch.optim.Adam on the weights' shadows (`ShadowStep`)."""
 
 
+def groups_of(layers, lr):
+    """Parameter groups of an optimizer: each layer learns at `lr` times the root mean square of its shadow weights.
+
+    Where these are all 0, at `lr` times the step of an integer.
+    """
+    groups = []
+    for layer in layers:
+        size = layer.weight.weight_back.square().mean().sqrt()
+        size = size if size > 0 else (1 / layer.weight_scale).mean()
+        groups.append({"params": [p for p in (layer.weight, layer.bias) if p is not None], "lr": lr * size.item()})
+    return groups
+
+
+def relative_groups(net, lr):
+    """Parameter groups of all that `net` trains: of its layers (`groups_of`), and of others, each by its own size."""
+    groups = groups_of(net.weighted_layers().values(), lr)
+    grouped = {id(p) for group in groups for p in group["params"]}
+    for p in net.parameters():
+        if id(p) not in grouped:
+            groups.append({"params": [p], "lr": lr * (p.detach().square().mean().sqrt().item() or 1.0)})
+    trained = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
+    return [group for group in trained if group["params"]]
+
+
 def init_quantize_net(net, weight_bitwidth, per_channel=False):
     """Give every weight of the convolutions and linear layers its shadow `weight.weight_back`, and quantise it."""
     set_bitwidths(net, weight_bitwidth)
@@ -246,11 +272,21 @@ def dampen(net, strength):
 
 
 def quantize_train(
-    net, train_loader, criterion, optimizer, device, damping=0.0, name="finetune", teacher=None, distill=0.0
+    net,
+    train_loader,
+    criterion,
+    optimizer,
+    device,
+    damping=0.0,
+    name="finetune",
+    teacher=None,
+    distill=0.0,
+    schedule=None,
 ):
     """One epoch on the quantised weights; the mean loss per sample. Raises ValueError where it is not finite.
 
-    `distill`, 0 to 1, is the share of the loss that asks for the outputs of `teacher` instead of the labels. A gradient
+    `distill`, 0 to 1, is the share of the loss that asks for the outputs of `teacher` instead of the labels. `schedule`
+    of the learning rate, if given, steps with every batch. A gradient
     longer than `LONGEST_GRADIENT` is cut to it, so that a deep network whose BatchNorm was folded survives its first
     steps (Pascanu et al., On the Difficulty of Training Recurrent Neural Networks, ICML 2013).
     """
@@ -269,6 +305,8 @@ def quantize_train(
         torch.nn.utils.clip_grad_norm_(net.parameters(), LONGEST_GRADIENT)
         dampen(net, damping)
         optimizer.step()
+        if schedule is not None:
+            schedule.step()
         quantize_layers(net)
         total += loss.detach() * len(targets)
         samples += len(targets)
@@ -299,10 +337,15 @@ def quantize_finetune(net, train_loader, criterion, device, args):
     """A quantised and finetuned copy of `net`, as a SpikeDAGModule.
 
     A plain nn.Module is parsed first, on one image of `train_loader`. Of `args` it needs finetune_lr, finetune_epochs,
-    finetune_wd, finetune_momentum and weight_bitwidth (a number, or one for each layer); finetune_nesterov (False),
-    finetune_damping (0.1, reached by the last epoch), finetune_distill (0, the share of the loss that asks for the
-    outputs of `net` instead of the labels) and weight_granularity ("layer" or "channel") have defaults. The learning
-    rate falls to a tenth at 50 % and at 75 % of the epochs; with no epochs the weights are only quantised.
+    finetune_wd, finetune_momentum and weight_bitwidth (a number, or one for each layer); finetune_optimizer ("sgd", or
+    "adam", which needs no finetune_wd and finetune_momentum), finetune_nesterov (False), finetune_damping (0.1, reached
+    by the last epoch), finetune_distill (0, the share of the loss that asks for the outputs of `net` instead of the
+    labels) and weight_granularity ("layer" or "channel") have defaults.
+
+    With "sgd" the learning rate falls to a tenth at 50 % and at 75 % of the epochs. With "adam" it is a share of the
+    weights of each layer (`relative_groups`), as large a step for all of them, wherever folded BatchNorms made them
+    large, and falls to 0 along a cosine. With no epochs the weights are only quantised.
+
     Raises ValueError for NaN weights, another bit width, or a loss that diverges.
     """
     per_channel = getattr(args, "weight_granularity", "layer") == "channel"
@@ -310,17 +353,10 @@ def quantize_finetune(net, train_loader, criterion, device, args):
     init_quantize_net(qnet, args.weight_bitwidth, per_channel)
     if not args.finetune_epochs:
         return qnet
-    optimizer = QuantSGD(
-        [p for p in qnet.parameters() if p.requires_grad],
-        args.finetune_lr,
-        args.finetune_momentum,
-        weight_decay=args.finetune_wd,
-        nesterov=getattr(args, "finetune_nesterov", False),
-    )
     epochs, largest_damping = args.finetune_epochs, getattr(args, "finetune_damping", 0.1)
+    optimizer, epoch_schedule, batch_schedule = choose_optimizer(qnet, args, epochs * len(train_loader))
     distill = getattr(args, "finetune_distill", 0.0)
     teacher = float_teacher(net, train_loader).to(device, memory_format=torch.channels_last) if distill else None
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, sorted({epochs // 2, epochs * 3 // 4} - {0}), gamma=0.1)
     with tqdm(range(1, epochs + 1), "finetune") as bar:
         for epoch in bar:
             if epoch <= epochs // 2:  # afterwards, at smaller learning rates, the integers settle on fixed scales
@@ -328,10 +364,35 @@ def quantize_finetune(net, train_loader, criterion, device, args):
                 quantize_layers(qnet)
             damping = largest_damping * epoch / epochs
             name = f"finetune epoch {epoch}"
-            loss = quantize_train(qnet, train_loader, criterion, optimizer, device, damping, name, teacher, distill)
-            schedule.step()
+            loss = quantize_train(
+                qnet, train_loader, criterion, optimizer, device, damping, name, teacher, distill, batch_schedule
+            )
+            if epoch_schedule is not None:
+                epoch_schedule.step()
             bar.set_postfix(loss=f"{loss:.4f}")
     return qnet
+
+
+def choose_optimizer(qnet, args, batches):
+    """`optimizer, epoch_schedule, batch_schedule`: what `args` choose to finetune by; one of the schedules is None.
+
+    batches: of all epochs together. Raises ValueError for another `finetune_optimizer`.
+    """
+    name, epochs = getattr(args, "finetune_optimizer", "sgd"), args.finetune_epochs
+    if name == "sgd":
+        optimizer = QuantSGD(
+            [p for p in qnet.parameters() if p.requires_grad],
+            args.finetune_lr,
+            args.finetune_momentum,
+            weight_decay=args.finetune_wd,
+            nesterov=getattr(args, "finetune_nesterov", False),
+        )
+        falls = sorted({epochs // 2, epochs * 3 // 4} - {0})
+        return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, falls, gamma=0.1), None
+    if name == "adam":
+        optimizer = QuantAdam(relative_groups(qnet, args.finetune_lr))
+        return optimizer, None, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, batches))
+    raise ValueError(f"unknown finetune optimizer '{name}', use sgd or adam")
 
 
 def float_teacher(net, loader):

@@ -86,6 +86,16 @@ def nodes_from_spikes(snn):
     return nodes
 
 
+def nodes_of_reals(snn):
+    """Nodes of images and of activations, also of layers that stay ANN behind spikes, and of what they cause."""
+    nodes = set(snn.inputs_nodes)
+    for entry in snn.ops.values():
+        op = entry["op"]
+        if not op.spiking or (op.neuron is None and not nodes.isdisjoint(entry["in_nodes"])):
+            nodes.update(entry["out_nodes"])
+    return nodes
+
+
 def tensor_of(value):
     """An activation, or a current that is the same at every step: [B, ...]."""
     return value.data if isinstance(value, Current) else value
@@ -197,10 +207,10 @@ def write_contents(folder, snn, inputs, details):
 
 def hardware_dict(snn):
     """`SpikeDAGModule.to_dict()` without the float weights of layers that read spikes: theirs are integers alone."""
-    data, from_spikes = snn.to_dict(), nodes_from_spikes(snn)
+    data, reals = snn.to_dict(), nodes_of_reals(snn)
     for op in data["ops"]:
         del op["frozen"]  # only a training needs it
-        if op["spiking"] and op["in_nodes"][0] in from_spikes and "weight_q" in op["tensors"]:
+        if op["spiking"] and op["in_nodes"][0] not in reals and "weight_q" in op["tensors"]:
             unused = ("weight", "bias", "weight_scale")
             op["tensors"] = {name: tensor for name, tensor in op["tensors"].items() if name not in unused}
         if op["neuron"] is not None:
@@ -345,7 +355,8 @@ def with_float_weights(op):
     names = ("weight", "bias") if op["config"].get("bias", True) else ("weight",)  # a correction alone can have a bias
     for name in names:
         if f"{name}_q" in tensors and name not in tensors and op["type"] != "SpikeAvgPool2d":
-            tensors[name] = tensors[f"{name}_q"].float()
+            integers = tensors[f"{name}_q"].float()
+            tensors[name] = integers.flatten() if op["type"] == "SpikeBatchNorm" else integers
     if op["type"] == "SpikeAvgPool2d" and "weight_q" in tensors:
         tensors.setdefault("weight", tensors["weight_q"].float())
     return op

@@ -893,7 +893,7 @@ class SpikeSetter:
             if len(layers) + len(others) > 1 and not self.is_float:
                 unit = self.least_error_unit(natural, layers, others)
         elif others:
-            unit = torch.stack([self.expected_value(n).max() for n in others]).max() / self.most
+            unit = self.spike_sum_unit([self.expected_value(n) for n in others])
         else:
             unit = torch.tensor(float(self.timesteps))
         if layers and not self.is_float:
@@ -1119,7 +1119,7 @@ class SpikeSetter:
     def set_add(self, name, op, in_nodes, out):
         """Integer weights for the inputs that have another unit; a neuron where no ReLU follows."""
         fires = name in self.plan.firing
-        unit = self.spike_sum_unit(in_nodes) if fires else self.unit_of(out)
+        unit = self.spike_sum_unit([self.scales[n] for n in in_nodes]) if fires else self.unit_of(out)
         weights = []
         for node in in_nodes:
             weight = None
@@ -1145,16 +1145,21 @@ class SpikeSetter:
             )
         return self.rounded(ratio, least=1)
 
-    def spike_sum_unit(self, in_nodes):
-        """The unit of an add of spikes alone: the strongest gets the largest integer, at few bits 7."""
-        most = self.most if self.is_float else max(self.most, 7)  # so that 1 bit can tell one input from another
-        return torch.stack([self.scales[node].max() for node in in_nodes]).max() / most
+    def spike_sum_unit(self, scales):
+        """The unit of a sum of spikes alone: the strongest gets the largest integer, at few bits 7, the weakest 1."""
+        scales = torch.cat([scale.flatten() for scale in scales])
+        if self.is_float:
+            return scales.max() / self.most
+        unit = scales.max() / max(self.most, 7)  # so that 1 bit can tell one input from another
+        weakest = torch.where(scales > 0, scales, scales.max()).min()
+        return torch.minimum(unit, weakest.clamp_min(scales.max() / LARGEST_INTEGER))
 
     def set_concat(self, name, op, in_nodes, out):
         """What is joined keeps its lambda or its unit."""
         values = [self.value_of(node).float() for node in in_nodes]
         joined = values[0]
-        if any(not torch.equal(value, joined) for value in values):
+        by_channel = op.dim == 1 and joined.numel() > 1  # each input brings the channels of its own
+        if by_channel or any(not torch.equal(value, joined) for value in values):
             if op.dim != 1:
                 self.check_same_scale(name, torch.stack([value.max() for value in values]))
             joined = concat_scales(values, [self.shapes[node] for node in in_nodes], op.dim - 1)

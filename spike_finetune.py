@@ -31,6 +31,7 @@ from quantization import (
     FLOAT_BITS,
     QuantAdam,
     distillation_loss,
+    groups_of,
     largest_integer,
     quantize_layer,
     round_to_integers,
@@ -106,19 +107,6 @@ def default_lr(timesteps, with_labels):
     Labels and all training images, thousands of steps, allow a larger one than the outputs of the ANN on a few.
     """
     return LR_WITH_LABELS / timesteps**0.5 if with_labels else LR_TIMES_T / timesteps
-
-
-def groups_of(layers, lr):
-    """Parameter groups of an optimizer: each layer learns at `lr` times the root mean square of its shadow weights.
-
-    Where these are all 0, at `lr` times the step of an integer.
-    """
-    groups = []
-    for layer in layers:
-        size = layer.weight.weight_back.square().mean().sqrt()
-        size = size if size > 0 else (1 / layer.weight_scale).mean()
-        groups.append({"params": [p for p in (layer.weight, layer.bias) if p is not None], "lr": lr * size.item()})
-    return groups
 
 
 def finetune_on_spikes(snn, qnet, ann, train_loader, calibration_loader, criterion, device, args):

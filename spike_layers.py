@@ -805,7 +805,8 @@ class ConcatOp(SpikeLayer):
         data = torch.cat([x.data for x in inputs], self.dim)
         scales = [x.scale_factor for x in inputs]
         scale = scales[0]
-        if any(not torch.equal(s, scale) for s in scales):
+        by_channel = self.dim == 1 and scale.numel() > 1
+        if by_channel or any(not torch.equal(s, scale) for s in scales):
             scale = concat_scales(scales, [x.data.shape[1:] for x in inputs], self.dim - 1)
         return SpikeTensor.like(data, inputs[0].timesteps, scale)
 

@@ -180,6 +180,12 @@ def add_conversion_flags(parser):
         help="finetune epochs, 0 only quantizes (%(default)s)",
     )
     parser.add_argument("--finetune_lr", type=real_number(0), default=0.01, help="finetune learning rate (%(default)s)")
+    parser.add_argument(
+        "--finetune_optimizer",
+        choices=["sgd", "adam"],
+        default="sgd",
+        help="sgd, or adam with --finetune_lr as a share of the weights, which learns few bits faster (%(default)s)",
+    )
     parser.add_argument("--finetune_wd", type=real_number(0), default=1e-4, help="finetune weight decay (%(default)s)")
     parser.add_argument(
         "--finetune_momentum", type=real_number(0, 1), default=0.9, help="finetune momentum (%(default)s)"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import build_network
 import hw_constraints
 from ann_parser import parse_ann_model
 from hw_constraints import HARDWARE, Layer, check_hardware, hardware_table, largest_bitwidth, violations
@@ -179,6 +180,17 @@ def test_script_ends_with_status_2_over_the_limit_and_still_prints_the_table():
 def test_script_knows_the_channels_of_every_network(capsys, name, layers):
     hw_constraints.main(hw_constraints.parse_args([name]))
     assert len(capsys.readouterr().out.splitlines()) == 1 + layers
+
+
+def test_script_takes_a_network_without_convolutions(capsys, monkeypatch):
+    monkeypatch.setattr(build_network, "NETWORKS", {})
+
+    @build_network.network(image_size=8)
+    def perceptron(channels, classes):
+        return nn.Sequential(nn.Flatten(), nn.Linear(64 * channels, 8), nn.ReLU(), nn.Linear(8, classes))
+
+    hw_constraints.main(hw_constraints.parse_args(["perceptron"]))
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["linear1", "linear2"]
 
 
 def test_in_channels_are_those_of_the_command_line(capsys):

@@ -13,6 +13,7 @@ from ann_parser import as_tuple, parse_ann_model
 from build_network import NETWORKS, get_net_by_name
 from dag_rewrites import prepare_conversion
 from quantization import init_quantize_net, quantize_finetune
+from saved_snn import load_saved_snn, replay, write_saved_snn
 from snn_weight_setter import plan_conversion, trans_ann2snn_weight
 from spike_correction import calibration_images
 from spike_dag import load_dag
@@ -444,6 +445,25 @@ def test_converted_layers_of_every_type_can_be_saved(tmp_path):
         assert torch.equal(load_dag(tmp_path / "snn.pth")(images), snn(images))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_converted_layers_of_every_type_replay(name, tmp_path):
+    net, images = small_model(name)
+    snn = convert(net, images, maxpool="gate", signed="pair")
+    write_saved_snn(tmp_path / "saved", snn, (images,), {})
+    assert replay(tmp_path / "saved").startswith("identical: ")
+    assert torch.equal(load_saved_snn(tmp_path / "saved")(images), snn(images))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_that_stay_ann_between_spikes_replay(bias, tmp_path):
+    torch.manual_seed(0)
+    convolutions = [nn.Sequential(nn.Conv2d(c, 4, 3, padding=1, bias=bias), nn.ReLU()) for c in (1, 4, 4, 4)]
+    net, images = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(144, 5)), torch.rand(6, 1, 6, 6)
+    snn = convert(net, images, 8, 6, ann_layers=("1",))
+    write_saved_snn(tmp_path / "saved", snn, (images,), {})
+    assert replay(tmp_path / "saved").startswith("identical: ")
+
+
 def test_prepared_networks_convert_after_quantisation():
     net, images = small_model("bottlenecks")
     dag = parse_ann_model(net, (images,))
@@ -534,6 +554,46 @@ def test_values_finer_than_the_weights_beside_them_are_refused():
     )
     with pytest.raises(ValueError, match="add1 adds values that are finer than a step of the 4-bit weights"):
         convert(net, torch.randn(4, 3, 8, 8), bits=4)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 32])
+@pytest.mark.parametrize("reader", ["add", "convolution"])
+def test_a_shortcut_joined_with_itself_has_a_scale_for_every_channel(reader, bits):
+    torch.manual_seed(0)
+    net = Function(
+        lambda s, x: (
+            s.fc(F.relu(s.b(h := F.relu(s.a(x))) + torch.cat([h, h], 1)).flatten(1))
+            if reader == "add"
+            else s.fc(F.relu(s.c(torch.cat([h := F.relu(s.a(x)), h], 1))).flatten(1))
+        ),
+        a=conv(3, 4),
+        b=conv(4, 8),
+        c=conv(8, 8),
+        fc=nn.Linear(512, 10),
+    )
+    net.a.weight.data *= torch.tensor([1.0, 2, 4, 8]).view(4, 1, 1, 1)
+    images = torch.randn(4, 3, 8, 8)
+    snn = convert(net, images, 32, bits, granularity="channel")
+    assert snn.ops["relu1"]["op"].neuron.scale_factor.numel() == 4
+    if bits != 32:
+        assert_every_spike_is_reproduced(snn, images, 32)
+    assert relative_error(net, images, bits=32, granularity="channel", threshold="max") < 0.02
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_sums_of_spikes_alone_convert_at_few_bits(bits, granularity):
+    torch.manual_seed(0)
+    net = Function(
+        lambda s, x: s.fc(F.relu((y := (h := F.relu(s.a(x))) + F.relu(s.b(h))) + F.relu(s.d(y))).flatten(1)),
+        a=conv(1, 6),
+        b=conv(6, 6),
+        d=conv(6, 6, 1),
+        fc=nn.Linear(384, 10),
+    )
+    net.b.weight.data *= torch.logspace(-2, 0, 6).view(6, 1, 1, 1)
+    images = torch.rand(4, 1, 8, 8)
+    assert_every_spike_is_reproduced(convert(net, images, 8, bits, granularity=granularity), images, 8)
 
 
 def test_spikes_of_different_scales_do_not_share_a_channel():

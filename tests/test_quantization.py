@@ -16,6 +16,7 @@ from ann_parser import parse_ann_model
 from build_network import get_net_by_name, load_weights
 from quantization import (
     LONGEST_GRADIENT,
+    QuantAdam,
     QuantSGD,
     distillation_loss,
     equalize_channels,
@@ -39,6 +40,10 @@ def arguments(**changes):
 
 def digits_net():
     return load_weights(get_net_by_name("example_net"), "checkpoint/example_net_ann.pth")
+
+
+def digits_dag():
+    return parse_ann_model(digits_net(), (torch.zeros(1, 1, 32, 32),))
 
 
 @settings(max_examples=60, deadline=None)
@@ -163,13 +168,14 @@ def test_no_epochs_only_quantise(digits_loaders):
     assert all(torch.equal(net.state_dict()[key], value) for key, value in before.items())
 
 
-def test_finetuning_wins_back_what_two_bits_lose(digits_loaders):
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_finetuning_wins_back_what_two_bits_lose(digits_loaders, optimizer):
     test_loader, _, train_loader, _ = digits_loaders
     torch.manual_seed(0)
     criterion = nn.CrossEntropyLoss()
     top1 = {}
     for epochs in (0, 8):
-        args = arguments(weight_bitwidth=2, finetune_epochs=epochs)
+        args = arguments(weight_bitwidth=2, finetune_epochs=epochs, finetune_optimizer=optimizer)
         qnet = quantize_finetune(digits_net(), train_loader, criterion, "cpu", args)
         top1[epochs] = validate_ann(qnet, test_loader, "cpu", criterion)[0]
     assert top1[8] > top1[0] and top1[8] > 93
@@ -190,6 +196,34 @@ def test_learning_rate_falls_at_half_and_three_quarters(digits_loaders, monkeypa
     assert rates == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
 
 
+def test_adam_learns_every_layer_by_its_size_along_a_cosine(digits_loaders, monkeypatch):
+    groups, step = [], QuantAdam.step
+
+    def recorded(self, closure=None):
+        groups.append([(group["lr"], group["params"]) for group in self.param_groups])
+        return step(self, closure)
+
+    monkeypatch.setattr(QuantAdam, "step", recorded)
+    leveled = quantize_activations(digits_dag(), digits_loaders[3], "cpu", 8)
+    loader = [next(iter(digits_loaders[2]))] * 2
+    args = arguments(finetune_epochs=2, finetune_lr=0.01, finetune_optimizer="adam")
+    quantize_finetune(leveled, loader, nn.CrossEntropyLoss(), "cpu", args)
+    start = digits_net().state_dict()
+    sizes = [start[f"{name}.weight"].square().mean().sqrt().item() for name in ("conv1", "conv2", "conv3", "fc")]
+    sizes += [entry["op"].levels.scale.abs().item() for entry in leveled.ops.values() if entry["op"].levels is not None]
+    assert [lr for lr, _ in groups[0]] == pytest.approx([0.01 * size for size in sizes])
+    cosine = [(1 + np.cos(np.pi * batch / 4)) / 2 for batch in range(4)]
+    assert [each[0][0] for each in groups] == pytest.approx([0.01 * sizes[0] * share for share in cosine])
+    trained = [p for p in leveled.parameters() if p.requires_grad]
+    assert sum(len(parameters) for _, parameters in groups[0]) == len(trained)
+
+
+def test_an_unknown_optimizer_is_refused(digits_loaders):
+    args = arguments(finetune_epochs=1, finetune_optimizer="lbfgs")
+    with pytest.raises(ValueError, match="unknown finetune optimizer 'lbfgs', use sgd or adam"):
+        quantize_finetune(digits_net(), digits_loaders[2], nn.CrossEntropyLoss(), "cpu", args)
+
+
 def test_biases_are_trained_and_not_quantised():
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
     loader = [(torch.rand(8, 1, 6, 6), torch.randint(0, 2, (8,)))]
@@ -199,13 +233,32 @@ def test_biases_are_trained_and_not_quantised():
 
 
 def test_nan_and_divergence_are_errors(digits_loaders):
-    dag = parse_ann_model(digits_net(), (torch.zeros(1, 1, 32, 32),))
+    dag = digits_dag()
     dag.ops["conv2"]["op"].weight.data[0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"conv2 \(conv2\) has NaN or infinite weights"):
         init_quantize_net(dag, 4)
     args = arguments(finetune_epochs=3, finetune_lr=1e8)
     with pytest.raises(ValueError, match=r"finetuning diverged in finetune epoch \d .*lower --finetune_lr"):
         quantize_finetune(digits_net(), digits_loaders[2], nn.CrossEntropyLoss(), "cpu", args)
+
+
+def test_features_that_a_view_gathers_into_channels_are_not_equalised():
+    torch.manual_seed(0)
+
+    class Gathers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features, self.conv, self.fc = nn.Linear(36, 32), nn.Conv2d(8, 6, 1), nn.Linear(24, 10)
+
+        def forward(self, x):
+            maps = torch.relu(self.features(x)).view(-1, 8, 2, 2)
+            return self.fc(torch.relu(self.conv(maps)).flatten(1))
+
+    dag = parse_ann_model(Gathers(), (torch.rand(1, 36),))
+    inputs, equal = torch.rand(4, 36), equalize_channels(dag)
+    assert torch.equal(equal.ops["linear1"]["op"].weight, dag.ops["linear1"]["op"].weight)
+    assert torch.allclose(equal(inputs), dag(inputs), atol=1e-5)
+    assert not torch.equal(equal.ops["conv1"]["op"].weight, dag.ops["conv1"]["op"].weight)
 
 
 def test_equalised_channels_compute_the_same(digits_images):
@@ -232,7 +285,7 @@ def test_layers_that_are_read_twice_are_not_equalised():
 
 
 def test_quantize_layers_follows_the_shadow():
-    dag = parse_ann_model(digits_net(), (torch.zeros(1, 1, 32, 32),))
+    dag = digits_dag()
     init_quantize_net(dag, 8)
     layer = dag.ops["conv1"]["op"]
     layer.weight.weight_back.mul_(0.5)
@@ -242,7 +295,7 @@ def test_quantize_layers_follows_the_shadow():
 
 def test_damping_pulls_the_shadow_to_the_integers():
     """With no gradient from the loss, every step moves the shadow by lr * damping of its way."""
-    dag = parse_ann_model(digits_net(), (torch.zeros(1, 1, 32, 32),))
+    dag = digits_dag()
     init_quantize_net(dag, 4)
     layer = dag.ops["conv2"]["op"]
     before = layer.weight.weight_back - layer.weight.detach()
@@ -255,7 +308,7 @@ def test_damping_pulls_the_shadow_to_the_integers():
 
 def test_a_long_gradient_is_cut():
     """A loss a million times as steep: a step of SGD moves all weights together by lr times the longest gradient."""
-    dag = parse_ann_model(digits_net(), (torch.zeros(1, 1, 32, 32),))
+    dag = digits_dag()
     init_quantize_net(dag, 8)
     parameters = list(dag.parameters())
     before = [getattr(p, "weight_back", p).detach().clone() for p in parameters]
@@ -273,7 +326,7 @@ def test_a_long_gradient_is_cut():
 def test_distilling_alone_needs_no_labels(levels):
     """With a share of 1 the labels do not matter, and the outputs come nearer to those of the float network."""
     torch.manual_seed(0)
-    images, dag = torch.rand(32, 1, 32, 32), parse_ann_model(digits_net(), (torch.zeros(1, 1, 32, 32),))
+    images, dag = torch.rand(32, 1, 32, 32), digits_dag()
     net = dag if levels is None else quantize_activations(dag, [(images,)], "cpu", levels)
     wanted = dag(images).detach()
 

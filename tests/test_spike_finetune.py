@@ -14,7 +14,7 @@ import ann2snn
 from ann_parser import parse_ann_model
 from build_network import get_net_by_name, load_weights
 from dag_rewrites import prepare_conversion
-from quantization import distillation_loss, init_quantize_net, largest_integer
+from quantization import distillation_loss, groups_of, init_quantize_net, largest_integer
 from runtime.cli import run_script
 from snn_weight_setter import trans_ann2snn_weight
 from spike_dag import load_dag
@@ -23,7 +23,6 @@ from spike_finetune import (
     MOST_THROUGH_TIME,
     decoded_rates,
     finetune_spikes,
-    groups_of,
     set_integers,
     shadow_weights,
     tandem_forward,
