@@ -338,9 +338,9 @@ def quantize_finetune(net, train_loader, criterion, device, args):
 
     A plain nn.Module is parsed first, on one image of `train_loader`. Of `args` it needs finetune_lr, finetune_epochs,
     finetune_wd, finetune_momentum and weight_bitwidth (a number, or one for each layer); finetune_optimizer ("sgd", or
-    "adam", which needs no finetune_wd and finetune_momentum), finetune_nesterov (False), finetune_damping (0.1, reached
-    by the last epoch), finetune_distill (0, the share of the loss that asks for the outputs of `net` instead of the
-    labels) and weight_granularity ("layer" or "channel") have defaults.
+    "adam", which uses no finetune_wd, finetune_momentum and finetune_damping), finetune_nesterov (False),
+    finetune_damping (0.1, reached by the last epoch), finetune_distill (0, the share of the loss that asks for the
+    outputs of `net` instead of the labels) and weight_granularity ("layer" or "channel") have defaults.
 
     With "sgd" the learning rate falls to a tenth at 50 % and at 75 % of the epochs. With "adam" it is a share of the
     weights of each layer (`relative_groups`), as large a step for all of them, wherever folded BatchNorms made them
@@ -355,6 +355,8 @@ def quantize_finetune(net, train_loader, criterion, device, args):
         return qnet
     epochs, largest_damping = args.finetune_epochs, getattr(args, "finetune_damping", 0.1)
     optimizer, epoch_schedule, batch_schedule = choose_optimizer(qnet, args, epochs * len(train_loader))
+    if batch_schedule is not None:
+        largest_damping = 0.0  # steps that fall to 0 settle by themselves
     distill = getattr(args, "finetune_distill", 0.0)
     teacher = float_teacher(net, train_loader).to(device, memory_format=torch.channels_last) if distill else None
     with tqdm(range(1, epochs + 1), "finetune") as bar:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dag_rewrites import is_trained, only_reader, writer
 from spike_dag import as_inputs, as_spiking, one_thread_per_operator, run_ops
-from spike_layers import SignedReLU, SpikeAdd, SpikeBatchNorm
+from spike_layers import SignedReLU, SpikeAdd, SpikeBatchNorm, WeightedLayer
 from spike_tensor import Memory
 
 MOST_IMAGES = 256  # the mean of a channel is known from few
@@ -62,7 +62,7 @@ class CorrectionImages:
             """`function` of the entries of every list, chunk by chunk, on all threads."""
             return list(pool.map(torch.no_grad()(function), *lists))
 
-        hold_back_neuron(self.snn, name, hold_back)
+        hold_back_neuron(self.snn, self.qnet, name, hold_back)
         carrier = carrier_of(self.snn, name) if with_bias else None
         targets = each(lambda known: self.activation_of(name, before, known), self.activations)
         neuron, op.neuron = op.neuron, None  # without it the op returns its current
@@ -139,29 +139,58 @@ def calibration_images(loader, device, samples, qnet, timesteps):
     return chunks
 
 
-def hold_back_neuron(snn, name, share):
+def bias_beyond(snn, qnet, name):
+    """What the biases of the converted network give the neuron of op `name` at a step beyond those of the ANN.
+
+    By rounding, what is held back, and corrections; in units of its potential, shaped as Vthr, or [C, 1, 1] ([N]).
+    It is 0 with reset to zero, which forgets what came before the first step.
+    """
+    op = snn.ops[name]["op"]
+    neuron, beyond = op.neuron, torch.zeros_like(op.neuron.Vthr, dtype=torch.float32)
+    if neuron.reset_mode != "subtraction" or isinstance(op, SignedReLU):
+        return beyond
+    for carrier in bias_carriers(snn, snn.ops[name]["in_nodes"][0]):
+        layer, bias = snn.ops[carrier]["op"], qnet.ops[carrier]["op"].bias
+        spatial = [1] * (layer.spatial if isinstance(layer, WeightedLayer) else layer.bias_q.dim() - 1)
+        if layer.bias_q is not None:
+            beyond = beyond + layer.bias_q.view(-1, *spatial)
+        if bias is not None:
+            beyond = beyond - bias.detach().view(-1, *spatial) * (neuron.Vthr / neuron.scale_factor)
+    return beyond
+
+
+def hold_back_neuron(snn, qnet, name, share):
     """Start the neuron of op `name` lower, by what its bias then makes up for (`current_held_back`)."""
-    current, neuron = current_held_back(snn, name, share), snn.ops[name]["op"].neuron
+    current, rounded = current_held_back(snn, qnet, name, share)
+    neuron, lower = snn.ops[name]["op"].neuron, (current - rounded) * snn.timesteps
+    if lower.any():
+        lower = lower if neuron.initial_potential.is_floating_point() else lower.round().to(torch.int32)
+        neuron.initial_potential = neuron.initial_potential - lower
     if current.any():
-        neuron.initial_potential = neuron.initial_potential - current * snn.timesteps
         add_bias(carrier_of(snn, name), neuron, current)
 
 
-def current_held_back(snn, name, share):
-    """What the neuron of op `name` gets at every step when it starts lower by `share` of Vthr: a T-th, shaped as Vthr.
+@torch.no_grad()
+def current_held_back(snn, qnet, name, share):
+    """What the bias of the neuron of op `name` gets more when it starts lower by `share` of Vthr, and what it lacked.
 
-    After T steps it has got what it would have got else, in integers exactly, for what is added at a step is rounded
-    and taken off T times. It is 0 where it is less than half an integer, where no layer can carry it, and with reset to
-    zero. Of a neuron that listens for d steps first, the share is 1 - d / T times as large: at d = T no spike comes too
-    early.
+    Both are currents a step; T times the difference is what the neuron starts lower by. After T steps it has got what
+    it would have got else. A bias takes whole numbers only, so a T-th of the share is rounded. Where it is below 1, at
+    few bits, the rounding of the bias itself weighs as much (`bias_beyond`): then the sum of both is rounded, and the
+    rest goes into the start. Nothing is held back where no layer can carry it, and with reset to zero. Of a neuron that
+    listens for d steps first, the share is 1 - d / T times as large: at d = T no spike comes too early.
     """
     neuron, carrier = snn.ops[name]["op"].neuron, carrier_of(snn, name)
+    nothing = torch.zeros_like(neuron.Vthr)
     if carrier is None or neuron.reset_mode != "subtraction":
-        return torch.zeros_like(neuron.Vthr)
+        return nothing, nothing
     current = share * (1 - neuron.listen / snn.timesteps) * neuron.Vthr / snn.timesteps
     # float weights may stand before an integer neuron, where one layer is repaired, and a float neuron behind integers
-    is_float = has_float_bias(carrier) and neuron.initial_potential.is_floating_point()
-    return current if is_float else current.round().to(torch.int32)
+    if has_float_bias(carrier):
+        is_float = neuron.initial_potential.is_floating_point()
+        return (current if is_float else current.round().to(torch.int32)), nothing
+    rounded = torch.where((current > 0) & (current < 1), -bias_beyond(snn, qnet, name), 0.0)
+    return (current + rounded).round().to(torch.int32), rounded
 
 
 def correct_means(neuron, each_current, carrier, timesteps, rounds=4):
@@ -217,19 +246,24 @@ def carrier_of(snn, name):
 
 
 def bias_carrier(snn, node):
-    """A layer whose bias is a part of the current of a node, and flows nowhere else, or None."""
+    """The first of the layers whose bias is a part of the current of a node (`bias_carriers`), or None."""
+    return next((snn.ops[name]["op"] for name in bias_carriers(snn, node)), None)
+
+
+def bias_carriers(snn, node):
+    """Op names of the layers whose biases, as they are, are a part of the current of a node, and flow nowhere else."""
     name = writer(snn, node)
     if name is None or only_reader(snn, node) is None:
-        return None
+        return []
     op, in_nodes = snn.ops[name]["op"], snn.ops[name]["in_nodes"]
     if is_trained(op) or isinstance(op, SpikeBatchNorm):
         before = writer(snn, in_nodes[0])
         reads_spikes = before is not None and snn.ops[before]["op"].spiking
-        return op if reads_spikes else None  # what the image causes has its bias in float
+        return [name] if reads_spikes else []  # what the image causes has its bias in float
     if not isinstance(op, SpikeAdd):
-        return None
+        return []
     plain = [node for node, w in zip(in_nodes, (op.branch_weight0, op.branch_weight1)) if w is None]
-    return next(filter(None, (bias_carrier(snn, node) for node in plain)), None)
+    return [name for node in plain for name in bias_carriers(snn, node)]
 
 
 def has_float_bias(layer):

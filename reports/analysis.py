@@ -20,7 +20,7 @@ from reports.errors import PARTS, ErrorSums, decoded, initial_share, split_error
 from reports.observe import activations_on_spikes, node_values, observe
 from runtime.files import write_folder
 from snn_weight_setter import bitwidths_by_name, hardware_layers, node_shapes
-from spike_correction import current_held_back
+from spike_correction import bias_beyond
 
 BATCH = 32  # images that are looked into at a time, at most
 MOST_PAIRS = 20_000  # of activations and decoded rates a layer that a figure shows
@@ -46,8 +46,8 @@ def analyse(args, net, qnet, snn, loaders, device, accuracies):
     net, qnet, snn = (each.to(device).eval() for each in (net, qnet, snn))
     images, targets = choose_images(loaders[0].dataset, args.analysis_images, args.seed, device)
     expected = scores(net, images)
-    shares = initial_share(args.initial_potential, args.reset_mode), 0 if args.correction == "none" else args.hold_back
-    looked = look_into_layers(net, qnet, snn, images, *shares)
+    share = initial_share(args.initial_potential, args.reset_mode)
+    looked = look_into_layers(net, qnet, snn, images, share, args.correction != "none")
     operations = count_operations(snn, node_shapes(qnet, images[:1]), looked.spikes, snn.timesteps)
     result = {
         **what_was_run(args),
@@ -125,13 +125,14 @@ class LookedInto:
 
 
 @torch.no_grad()
-def look_into_layers(net, qnet, snn, images, share, hold_back):
+def look_into_layers(net, qnet, snn, images, share, is_corrected=True):
     """LookedInto of every layer of neurons on images [B, ...].
 
-    share, hold_back: of Vthr, the initial potential before its correction, and what it then starts lower by.
+    share: of Vthr, the initial potential before its correction. is_corrected: whether the conversion moved currents
+    between it and the biases.
     """
     looked = LookedInto(snn.neurons())
-    held_back = {name: current_held_back(snn, name, hold_back) * snn.timesteps for name in snn.neurons()}
+    moved = {name: bias_beyond(snn, qnet, name) * snn.timesteps * is_corrected for name in snn.neurons()}
     size = max(1, min(BATCH, snn.cut((images,), snn.timesteps)[0]))
     for part in tqdm(images.split(size), "look into layers", leave=False, delay=1):
         seen = observe(snn, part, looked.note_potentials)
@@ -140,7 +141,7 @@ def look_into_layers(net, qnet, snn, images, share, hold_back):
         for name, neuron in snn.neurons().items():
             (out,) = snn.ops[name]["out_nodes"]
             known = activations[out], quantised[out], on_spikes[out], seen.currents[name], seen.counts[out]
-            parts = split_error(*known, neuron, snn.timesteps, share, held_back[name])
+            parts = split_error(*known, neuron, snn.timesteps, share, moved[name])
             looked.errors[name].add(parts, activations[out])
             add_pairs(looked.pairs[name], activations[out], decoded(seen.counts[out], neuron, snn.timesteps), images)
         for node, counts in seen.counts.items():

@@ -43,7 +43,7 @@ def split_error(activation, quantised, on_spikes, current, counts, neuron, times
     activation, quantised: of the float and of the quantised ANN; on_spikes: of the latter where it reads decoded
     spikes, [B, ...]. current: the sum of T steps into the neurons, counts: the spikes that they sent, [B, ...]. share:
     the initial potential before its correction, in Vthr; held_back: what it was lowered by, and the biases made up for
-    (`spike_correction.current_held_back`): no part of either. The parts add up to
+    (`spike_correction.bias_beyond`, T times): no part of either. The parts add up to
     `decoded(counts, neuron, timesteps) - activation`.
     """
     activation, quantised = activation.double(), quantised.double()

@@ -38,7 +38,7 @@ from reports.html import report_page
 from reports.observe import activations_on_spikes, node_values, observe
 from runtime.cli import run_script
 from runtime.files import check_folder, write_folder
-from spike_correction import correct_spikes, current_held_back
+from spike_correction import bias_beyond, correct_spikes
 from spike_layers import IFNeuron
 
 ROOT = Path(__file__).parents[1]
@@ -104,8 +104,8 @@ def parts_of_net(net, images, T=6, bits=4, **options):
     for op, neuron in snn.neurons().items():
         (out,) = snn.ops[op]["out_nodes"]
         known = values[out], values[out] * 1.01, on_spikes[out], seen.currents[op], seen.counts[out]
-        held_back = 0 if options.get("correction") == "none" else current_held_back(snn, op, 0.25) * T
-        parts = split_error(*known, neuron, T, share, held_back)
+        moved = 0 if options.get("correction") == "none" else bias_beyond(snn, dag, op) * T
+        parts = split_error(*known, neuron, T, share, moved)
         found[op] = parts, values[out], decoded(seen.counts[out], neuron, T)
     return found
 

@@ -16,17 +16,22 @@ from ann_parser import parse_ann_model
 from build_network import build_trained_net
 from dag_rewrites import prepare_conversion
 from reports.analysis import look_into_layers
-from spike_correction import bias_carrier, hold_back_neuron
+from spike_correction import bias_beyond, bias_carrier, bias_carriers, hold_back_neuron
 
 ROOT = Path(__file__).parents[1]
 
 
-def held(snn, name, share):
+def ann_of(net, images):
+    """What `convert` converts."""
+    return prepare_conversion(parse_ann_model(net, (images,)))
+
+
+def held(snn, ann, name, share):
     """What is added to the bias at a step, and to u before the first step, of the neuron of op `name` of a copy."""
     snn = copy.deepcopy(snn)
     neuron, carrier = snn.ops[name]["op"].neuron, bias_carrier(snn, snn.ops[name]["in_nodes"][0])
     bias, potential = carrier.bias_q.clone(), neuron.initial_potential.clone()
-    hold_back_neuron(snn, name, share)
+    hold_back_neuron(snn, ann, name, share)
     return carrier.bias_q - bias, neuron.initial_potential - potential, neuron
 
 
@@ -35,9 +40,9 @@ def held(snn, name, share):
 def test_what_a_neuron_lacks_at_first_it_gets_over_the_steps(timesteps, granularity):
     """A T-th of the share at every step, in integers, and T times that less before the first."""
     net, images = small_model("shortcuts")
-    snn = convert(net, images, timesteps, 8, granularity=granularity, correction="none")
+    snn, ann = convert(net, images, timesteps, 8, granularity=granularity, correction="none"), ann_of(net, images)
     for name in ("relu2", "relu3"):
-        added, potential, neuron = held(snn, name, 0.25)
+        added, potential, neuron = held(snn, ann, name, 0.25)
         assert added.dtype == torch.int32 and potential.dtype == torch.int32 and added.min() > 0
         assert torch.equal(added, (neuron.Vthr * 0.25 / timesteps).round().int().flatten().expand_as(added))
         assert torch.equal((added * timesteps + potential.flatten()).unique(), torch.zeros(1, dtype=torch.int32))
@@ -46,10 +51,10 @@ def test_what_a_neuron_lacks_at_first_it_gets_over_the_steps(timesteps, granular
 def test_what_is_added_to_the_image_s_current_stays_a_real_number():
     """The BatchNorms along the skip of a pre-activation ResNet add to float currents: nothing there is rounded."""
     net, images = small_model("preactivated")
-    snn = convert(net, images, 8, 4, correction="none")
+    snn, ann = convert(net, images, 8, 4, correction="none"), ann_of(net, images)
     norm = snn.ops["batch_norm1"]["op"]
     assert norm.bias_q.dtype == torch.float32 and norm.bias_q.frac().any()
-    added, potential, neuron = held(snn, "relu1", 0.25)
+    added, potential, neuron = held(snn, ann, "relu1", 0.25)
     assert torch.allclose(added, (neuron.Vthr * 0.25 / 8).expand_as(added), atol=1e-5)
     assert torch.allclose(potential, -8 * added, atol=1e-5)
     shifted = convert(net, images, 8, 4, correction="bias", hold_back=0).ops["batch_norm1"]["op"].bias_q
@@ -59,17 +64,40 @@ def test_what_is_added_to_the_image_s_current_stays_a_real_number():
 def test_where_nothing_comes_too_early_nothing_is_held_back():
     """With reset to zero, with as many steps of listening as of firing, and where it is less than half an integer."""
     net, images = small_model("shortcuts")
+    ann = ann_of(net, images)
     for options in ({"reset_mode": "zero"}, {"listen": 8}):
         snn = convert(net, images, 8, 8, correction="none", **options)
-        added, potential, _ = held(snn, "relu2", 0.25)
+        added, potential, _ = held(snn, ann, "relu2", 0.25)
         assert not added.any() and not potential.any()
         assert torch.equal(
             convert(net, images, 8, 8, **options)(images), convert(net, images, 8, 8, hold_back=0, **options)(images)
         )
-    half = held(convert(net, images, 8, 8, correction="none", listen=4), "relu2", 0.5)[0]
-    assert torch.equal(half, held(convert(net, images, 8, 8, correction="none"), "relu2", 0.25)[0])
+    half = held(convert(net, images, 8, 8, correction="none", listen=4), ann, "relu2", 0.5)[0]
+    assert torch.equal(half, held(convert(net, images, 8, 8, correction="none"), ann, "relu2", 0.25)[0])
     coarse = convert(net, images, 64, 2, correction="none")
-    assert not held(coarse, "relu2", 0.25)[0].any()
+    assert not held(coarse, ann, "relu2", 0.0)[0].any()
+
+
+@pytest.mark.parametrize("name", ["shortcuts", "upwards"])
+def test_where_biases_are_coarse_what_is_held_back_is_rounded_with_them(name):
+    """At 2 bits and 16 steps a bias is off by up to 8, of a Vthr below 64: the start has what rounding took."""
+    net, images = small_model(name)
+    snn, ann, T = convert(net, images, 16, 2, correction="none"), ann_of(net, images), 16
+    checked = 0
+    for op, neuron in snn.neurons().items():
+        if not bias_carriers(snn, snn.ops[op]["in_nodes"][0]):
+            continue
+        added, potential = (each.flatten() for each in held(snn, ann, op, 0.25)[:2])
+        wanted, rounded = (0.25 * neuron.Vthr / T).flatten().expand_as(added), -bias_beyond(snn, ann, op).flatten()
+        coarse = wanted < 1
+        assert torch.equal(added[coarse], (wanted + rounded).round().int()[coarse])
+        late = (added - rounded)[coarse] * T
+        if not coarse.any():
+            continue
+        assert (potential[coarse] + late).abs().max() <= 0.5 + 1e-3
+        assert (late - T * wanted[coarse]).abs().max() <= T / 2 + 1e-3  # as near as a whole bias allows
+        checked += coarse.sum().item()
+    assert checked > 4
 
 
 @pytest.mark.parametrize("join", [lambda a, h: a(h) + h, lambda a, h: h + a(h)])
@@ -108,13 +136,13 @@ def test_a_deep_network_comes_nearer_to_its_ann():
 def test_what_is_held_back_is_no_part_of_an_error():
     """Float weights leave nothing to "integers": what flows in is what the ANN's layer gives on the same spikes."""
     net, images = small_model("shortcuts")
-    dag = prepare_conversion(parse_ann_model(net, (images,)))
-    snn = convert(net, images, 8, 32)
-    found = {}
+    ann = ann_of(net, images)
     for share in (0.25, 0.0):
-        errors = look_into_layers(dag, dag, snn, images, 0.5, share).errors
-        found[share] = max(abs(each.summary()["parts_of_squared_error"]["integers"]) for each in errors.values())
-    assert found[0.25] < 1e-4 < 1e-3 < found[0.0]
+        snn = convert(net, images, 8, 32, hold_back=share)
+        beyond = max(bias_beyond(snn, ann, name).abs().max() / snn.neurons()[name].Vthr.max() for name in snn.neurons())
+        assert beyond == pytest.approx(share / 8, abs=1e-5)
+        errors = look_into_layers(ann, ann, snn, images, 0.5).errors
+        assert max(abs(each.summary()["parts_of_squared_error"]["integers"]) for each in errors.values()) < 1e-4
 
 
 def test_a_share_out_of_range_is_refused(capsys):
