@@ -210,7 +210,8 @@ def groups_of(layers, lr):
     for layer in layers:
         size = layer.weight.weight_back.square().mean().sqrt()
         size = size if size > 0 else (1 / layer.weight_scale).mean()
-        groups.append({"params": [p for p in (layer.weight, layer.bias) if p is not None], "lr": lr * size.item()})
+        trained = [p for p in (layer.weight, layer.bias) if p is not None and p.requires_grad]
+        groups.append({"params": trained, "lr": lr * size.item()})
     return groups
 
 
@@ -219,10 +220,9 @@ def relative_groups(net, lr):
     groups = groups_of(net.weighted_layers().values(), lr)
     grouped = {id(p) for group in groups for p in group["params"]}
     for p in net.parameters():
-        if id(p) not in grouped:
+        if p.requires_grad and id(p) not in grouped:
             groups.append({"params": [p], "lr": lr * (p.detach().square().mean().sqrt().item() or 1.0)})
-    trained = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
-    return [group for group in trained if group["params"]]
+    return groups
 
 
 def init_quantize_net(net, weight_bitwidth, per_channel=False):
@@ -286,9 +286,9 @@ def quantize_train(
     """One epoch on the quantised weights; the mean loss per sample. Raises ValueError where it is not finite.
 
     `distill`, 0 to 1, is the share of the loss that asks for the outputs of `teacher` instead of the labels. `schedule`
-    of the learning rate, if given, steps with every batch. A gradient
-    longer than `LONGEST_GRADIENT` is cut to it, so that a deep network whose BatchNorm was folded survives its first
-    steps (Pascanu et al., On the Difficulty of Training Recurrent Neural Networks, ICML 2013).
+    of the learning rate, if given, steps with every batch. A gradient longer than `LONGEST_GRADIENT` is cut to it, so
+    that a deep network whose BatchNorm was folded survives its first steps (Pascanu et al., On the Difficulty of
+    Training Recurrent Neural Networks, ICML 2013).
     """
     net.train()
     total, samples = torch.zeros((), device=device), 0
@@ -353,10 +353,8 @@ def quantize_finetune(net, train_loader, criterion, device, args):
     init_quantize_net(qnet, args.weight_bitwidth, per_channel)
     if not args.finetune_epochs:
         return qnet
-    epochs, largest_damping = args.finetune_epochs, getattr(args, "finetune_damping", 0.1)
-    optimizer, epoch_schedule, batch_schedule = choose_optimizer(qnet, args, epochs * len(train_loader))
-    if batch_schedule is not None:
-        largest_damping = 0.0  # steps that fall to 0 settle by themselves
+    epochs = args.finetune_epochs
+    optimizer, epoch_schedule, batch_schedule, largest_damping = choose_optimizer(qnet, args, train_loader)
     distill = getattr(args, "finetune_distill", 0.0)
     teacher = float_teacher(net, train_loader).to(device, memory_format=torch.channels_last) if distill else None
     with tqdm(range(1, epochs + 1), "finetune") as bar:
@@ -375,10 +373,10 @@ def quantize_finetune(net, train_loader, criterion, device, args):
     return qnet
 
 
-def choose_optimizer(qnet, args, batches):
-    """`optimizer, epoch_schedule, batch_schedule`: what `args` choose to finetune by; one of the schedules is None.
+def choose_optimizer(qnet, args, train_loader):
+    """`optimizer, epoch_schedule, batch_schedule, damping`: what `args` choose to finetune by.
 
-    batches: of all epochs together. Raises ValueError for another `finetune_optimizer`.
+    One of the schedules is None. Raises ValueError for another `finetune_optimizer`.
     """
     name, epochs = getattr(args, "finetune_optimizer", "sgd"), args.finetune_epochs
     if name == "sgd":
@@ -390,10 +388,12 @@ def choose_optimizer(qnet, args, batches):
             nesterov=getattr(args, "finetune_nesterov", False),
         )
         falls = sorted({epochs // 2, epochs * 3 // 4} - {0})
-        return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, falls, gamma=0.1), None
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, falls, gamma=0.1)
+        return optimizer, schedule, None, getattr(args, "finetune_damping", 0.1)
     if name == "adam":
         optimizer = QuantAdam(relative_groups(qnet, args.finetune_lr))
-        return optimizer, None, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, batches))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * len(train_loader)))
+        return optimizer, None, schedule, 0.0  # integers settle by themselves where steps fall to 0
     raise ValueError(f"unknown finetune optimizer '{name}', use sgd or adam")
 
 

@@ -1157,13 +1157,11 @@ class SpikeSetter:
     def set_concat(self, name, op, in_nodes, out):
         """What is joined keeps its lambda or its unit."""
         values = [self.value_of(node).float() for node in in_nodes]
-        joined = values[0]
-        by_channel = op.dim == 1 and joined.numel() > 1  # each input brings the channels of its own
-        if by_channel or any(not torch.equal(value, joined) for value in values):
-            if op.dim != 1:
-                self.check_same_scale(name, torch.stack([value.max() for value in values]))
-            joined = concat_scales(values, [self.shapes[node] for node in in_nodes], op.dim - 1)
-            joined = joined if op.dim == 1 else joined.mean()
+        if op.dim != 1:
+            self.check_same_scale(name, torch.stack([value.max() for value in values]))
+        joined = concat_scales(values, [self.shapes[node] for node in in_nodes], op.dim - 1)
+        if op.dim != 1 and joined is not values[0]:
+            joined = joined.mean()  # of next to equal ones
         if self.plan.kinds[out] == SPIKES:
             self.scales[out] = joined
             return

@@ -804,10 +804,7 @@ class ConcatOp(SpikeLayer):
             return self.join_currents(inputs)
         data = torch.cat([x.data for x in inputs], self.dim)
         scales = [x.scale_factor for x in inputs]
-        scale = scales[0]
-        by_channel = self.dim == 1 and scale.numel() > 1
-        if by_channel or any(not torch.equal(s, scale) for s in scales):
-            scale = concat_scales(scales, [x.data.shape[1:] for x in inputs], self.dim - 1)
+        scale = concat_scales(scales, [x.data.shape[1:] for x in inputs], self.dim - 1)
         return SpikeTensor.like(data, inputs[0].timesteps, scale)
 
     def join_currents(self, inputs):
@@ -820,7 +817,12 @@ class ConcatOp(SpikeLayer):
 
 
 def concat_scales(scales, shapes, dim):
-    """One scale for concatenated spikes: every input's own scale, repeated along `dim` over its channels."""
+    """One scale for concatenated spikes: every input's own scale, repeated along `dim` over its channels.
+
+    One that all inputs have stays as it is, but along the channels, `dim` 0, where each brings its own.
+    """
+    if (dim or scales[0].numel() == 1) and all(torch.equal(scale, scales[0]) for scale in scales):
+        return scales[0]
     rank = len(shapes[0])
     extents = [max([1] + [s.shape[i - rank] for s in scales if s.dim() >= rank - i]) for i in range(rank)]
     full = [s.expand([n if i == dim else extents[i] for i, n in enumerate(shape)]) for s, shape in zip(scales, shapes)]

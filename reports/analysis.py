@@ -132,7 +132,7 @@ def look_into_layers(net, qnet, snn, images, share, is_corrected=True):
     between it and the biases.
     """
     looked = LookedInto(snn.neurons())
-    moved = {name: bias_beyond(snn, qnet, name) * snn.timesteps * is_corrected for name in snn.neurons()}
+    moved = {name: bias_beyond(snn, qnet, name) * snn.timesteps if is_corrected else 0 for name in snn.neurons()}
     size = max(1, min(BATCH, snn.cut((images,), snn.timesteps)[0]))
     for part in tqdm(images.split(size), "look into layers", leave=False, delay=1):
         seen = observe(snn, part, looked.note_potentials)

@@ -37,18 +37,18 @@ def timeless_count(current, initial, Vthr, timesteps):
     return torch.div(current + initial, Vthr, rounding_mode="floor").clamp(0, timesteps)
 
 
-def split_error(activation, quantised, on_spikes, current, counts, neuron, timesteps, share, held_back=0):
+def split_error(activation, quantised, on_spikes, current, counts, neuron, timesteps, share, moved=0):
     """The error of one layer's neurons on one batch, part -> float64 [B, ...] in units of activation (`PARTS`).
 
     activation, quantised: of the float and of the quantised ANN; on_spikes: of the latter where it reads decoded
     spikes, [B, ...]. current: the sum of T steps into the neurons, counts: the spikes that they sent, [B, ...]. share:
-    the initial potential before its correction, in Vthr; held_back: what it was lowered by, and the biases made up for
-    (`spike_correction.bias_beyond`, T times): no part of either. The parts add up to
-    `decoded(counts, neuron, timesteps) - activation`.
+    the initial potential before its correction, in Vthr. moved: what the biases give over T steps beyond the ANN's
+    (`spike_correction.bias_beyond`), which the potential starts lower for; it counts as a part of the potential. The
+    parts add up to `decoded(counts, neuron, timesteps) - activation`.
     """
     activation, quantised = activation.double(), quantised.double()
     Vthr, corrected, scale = neuron.Vthr.double(), neuron.initial_potential.double(), neuron.scale_factor.double()
-    current, corrected = current - held_back, corrected + held_back
+    current, corrected = current - moved, corrected + moved
     initial, nudge = Vthr * share, 0.0
     if neuron.largest_current is not None:  # integers: sums lie on the edge of a step, float32 leaves some just below
         initial, nudge = initial.floor(), 0.01

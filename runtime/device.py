@@ -1,5 +1,6 @@
 """Which device to run on, and seeds."""
 
+import math
 import random
 
 import numpy as np
@@ -31,7 +32,7 @@ def least_loaded_gpu():
     # nvidia-smi numbers all GPUs, torch those that CUDA_VISIBLE_DEVICES leaves, in an order of its own
     visible = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     index_of = {f"GPU-{each.uuid}": index for index, each in enumerate(visible)}
-    loads = {gpu.uuid: gpu.load for gpu in GPUtil.getGPUs() if gpu.uuid in index_of and gpu.load == gpu.load}  # no NaN
+    loads = {gpu.uuid: gpu.load for gpu in GPUtil.getGPUs() if gpu.uuid in index_of and not math.isnan(gpu.load)}
     return f"cuda:{index_of[min(loads, key=loads.get)] if loads else 0}"
 
 
