@@ -1,6 +1,7 @@
 """Fast ways to compute what a spiking layer computes, each exact; chosen by what the machine has.
 
     if_steps             all timesteps of integrate-and-fire neurons in one pass, by numba (CPU) or Triton (GPU)
+    learning_steps       the same where autograd follows, and back through time
     Int8Weights          CPU: convolutions and linear layers of spikes with 8-bit weights, by oneDNN in integers
     GpuWeights           GPU: convolutions of spikes with integer weights, by Triton in integers
     exact_type           GPU, other layers: the narrowest floating-point type in which currents are exact, tried out
@@ -10,8 +11,10 @@ Where one of them is missing, `spike_layers` computes the same with plain PyTorc
 
 import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 
 try:
@@ -75,6 +78,56 @@ if njit is not None:
                         s[i] = fires
                         u[i] = u[i] - u[i] if fires else u[i]
 
+    @compiled
+    def run_learning_neurons(first, stop, steps, Vthr, start, potentials, spikes, listen, subtract):
+        """Fill potentials, before the reset, and spikes, float32 [T, B, N] as steps, of samples `first` to `stop` - 1.
+
+        Vthr, start: [N].
+        """
+        zero, one = np.float32(0), np.float32(1)
+        timesteps, _, neurons = steps.shape
+        for b in range(first, stop):
+            u = start.copy()
+            for t in range(listen):
+                u += steps[t, b]
+            for t in range(timesteps):
+                if t + listen < timesteps:
+                    u += steps[t + listen, b]
+                p, s = potentials[t, b], spikes[t, b]
+                for i in range(neurons):
+                    v, V = u[i], Vthr[i]
+                    p[i] = v
+                    s[i] = one if v >= V else zero
+                    u[i] = v - (V if subtract else v) if v >= V else v
+
+    @compiled
+    def run_learning_neurons_back(first, stop, gradient, potentials, Vthr, of_steps, listen, subtract):
+        """Fill of_steps, what `gradient` of the spikes is for the currents, with a triangle for that of a spike."""
+        timesteps, _, neurons = gradient.shape
+        zero, one = np.float32(0), np.float32(1)
+        for b in range(first, stop):
+            m = np.zeros(neurons, np.float32)  # the gradient for the membrane potential
+            for t in range(timesteps - 1, -1, -1):
+                g, p = gradient[t, b], potentials[t, b]
+                c = of_steps[min(t + listen, timesteps - 1), b]  # what is written there too early is overwritten
+                if subtract:
+                    for i in range(neurons):
+                        away = p[i] / Vthr[i] - one
+                        slope = one - (away if away > zero else -away)
+                        slope = (slope if slope > zero else zero) / Vthr[i]
+                        m[i] += slope * (g[i] - Vthr[i] * m[i])
+                        c[i] = m[i]
+                else:
+                    for i in range(neurons):
+                        away = p[i] / Vthr[i] - one
+                        slope = one - (away if away > zero else -away)
+                        slope = (slope if slope > zero else zero) / Vthr[i]
+                        kept = zero if p[i] >= Vthr[i] else m[i]
+                        m[i] = kept + slope * (g[i] - p[i] * m[i])
+                        c[i] = m[i]
+            for t in range(listen):
+                of_steps[t, b] = m
+
 
 if triton is not None:
 
@@ -116,6 +169,72 @@ if triton is not None:
             u = tl.where(fires, u - threshold if subtract else 0.0, u)
             at += neurons
         tl.store(membrane + i, u, inside)
+
+    @triton.jit
+    def run_learning_neurons_on_gpu(
+        steps,
+        Vthr,
+        start,
+        potentials,
+        spikes,
+        timesteps,
+        neurons,
+        period,
+        listen,
+        subtract: tl.constexpr,
+        block: tl.constexpr,
+    ):
+        """As `run_learning_neurons`, for `block` of B * N neurons; Vthr and start repeat after `period` of them."""
+        i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+        inside = i < neurons
+        u = tl.load(start + i % period, inside, 0.0)
+        threshold = tl.load(Vthr + i % period, inside, 1.0)
+        read, write = i, i
+        for _ in range(listen):
+            u += tl.load(steps + read, inside, 0.0)
+            read += neurons
+        for t in range(timesteps):
+            if t + listen < timesteps:
+                u += tl.load(steps + read, inside, 0.0)
+                read += neurons
+            fires = u >= threshold
+            tl.store(potentials + write, u, inside)
+            tl.store(spikes + write, fires.to(tl.float32), inside)
+            u = tl.where(fires, u - threshold if subtract else 0.0, u)
+            write += neurons
+
+    @triton.jit
+    def run_learning_neurons_back_on_gpu(
+        gradient,
+        potentials,
+        Vthr,
+        of_steps,
+        timesteps,
+        neurons,
+        period,
+        listen,
+        last,
+        subtract: tl.constexpr,
+        block: tl.constexpr,
+    ):
+        """As `run_learning_neurons_back`, for `block` of B * N neurons; `last` is where the last step begins."""
+        i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+        inside = i < neurons
+        V = tl.load(Vthr + i % period, inside, 1.0)
+        m = tl.zeros((block,), tl.float32)
+        read, write = i + last, i + last
+        for t in range(timesteps):
+            g, p = tl.load(gradient + read, inside, 0.0), tl.load(potentials + read, inside, 0.0)
+            slope = tl.maximum(0.0, 1.0 - tl.abs(p / V - 1.0)) / V
+            kept = m if subtract else tl.where(p >= V, 0.0, m)
+            m = kept + slope * (g - (V if subtract else p) * m)
+            read -= neurons
+            if t >= listen:
+                tl.store(of_steps + write, m, inside)
+                write -= neurons
+        for _ in range(listen):
+            tl.store(of_steps + write, m, inside)
+            write -= neurons
 
     @triton.jit
     def window_of(pixel, H, W, C, out_H, out_W, stride_h, stride_w, pad_h, pad_w):
@@ -281,6 +400,91 @@ def if_steps_on_gpu(steps, constant, extra, Vthr, membrane, spikes, subtract, ti
     kinds = {"is_constant": constant is not None, "has_extra": extra is not None, "subtract": subtract, "block": block}
     with on_its_gpu(membrane):
         run_neurons_on_gpu[(triton.cdiv(neurons, block),)](*arguments, **kinds)
+
+
+def learning_steps(steps, Vthr, start, listen, subtract):
+    """Membrane potentials before the reset, and spikes, of integrate-and-fire neurons: float32 [T, B, ...].
+
+    steps: their currents, float32 [T, B, ...], of which `listen` come before the first spike. Vthr, start: each
+    broadcastable to a sample.
+    """
+    last = is_channels_last(steps)
+    sample, steps = steps.shape[2:], in_memory_order(steps, last)
+    potentials, spikes = torch.empty_like(steps), torch.empty_like(steps)
+    run = learning_steps_on_cpu if steps.device.type == "cpu" else learning_steps_on_gpu
+    run(steps, each_neuron(Vthr, sample, last), each_neuron(start, sample, last), potentials, spikes, listen, subtract)
+    return in_usual_order(potentials, last), in_usual_order(spikes, last)
+
+
+def learning_steps_on_cpu(steps, Vthr, start, potentials, spikes, listen, subtract):
+    """Fill `potentials` and `spikes` by the kernel that numba compiles."""
+    share_samples(run_learning_neurons, (steps, Vthr, start, potentials, spikes), listen, subtract)
+
+
+def learning_steps_on_gpu(steps, Vthr, start, potentials, spikes, listen, subtract):
+    """Fill `potentials` and `spikes` by the kernel that Triton compiles."""
+    neurons, block = steps[0].numel(), 512
+    with on_its_gpu(steps):
+        run_learning_neurons_on_gpu[(triton.cdiv(neurons, block),)](
+            steps, Vthr, start, potentials, spikes, len(steps), neurons, len(Vthr), listen, subtract, block
+        )
+
+
+def learning_steps_back(gradient, potentials, Vthr, listen, subtract):
+    """The gradient for the currents of `learning_steps`, [T, B, ...], from that for the spikes."""
+    last = is_channels_last(potentials)
+    Vthr = each_neuron(Vthr, potentials.shape[2:], last)
+    gradient, potentials = in_memory_order(gradient, last), in_memory_order(potentials, last)
+    of_steps = torch.empty_like(gradient)
+    run = learning_steps_back_on_cpu if gradient.device.type == "cpu" else learning_steps_back_on_gpu
+    run(gradient, potentials, Vthr, of_steps, listen, subtract)
+    return in_usual_order(of_steps, last)
+
+
+def learning_steps_back_on_cpu(gradient, potentials, Vthr, of_steps, listen, subtract):
+    """Fill `of_steps` by the kernel that numba compiles."""
+    share_samples(run_learning_neurons_back, (gradient, potentials, Vthr, of_steps), listen, subtract)
+
+
+def learning_steps_back_on_gpu(gradient, potentials, Vthr, of_steps, listen, subtract):
+    """Fill `of_steps` by the kernel that Triton compiles."""
+    neurons, block = gradient[0].numel(), 512
+    last = gradient[:-1].numel()
+    with on_its_gpu(gradient):
+        run_learning_neurons_back_on_gpu[(triton.cdiv(neurons, block),)](
+            gradient, potentials, Vthr, of_steps, len(gradient), neurons, len(Vthr), listen, last, subtract, block
+        )
+
+
+def is_channels_last(steps):
+    """Whether steps [T, B, C, H, W] lie in memory as [T, B, H, W, C]."""
+    return steps.dim() == 5 and steps[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def in_memory_order(steps, last):
+    """Steps [T, B, ...], or with channels `last` [T, B, H, W, C], without gaps."""
+    return (steps.movedim(2, -1) if last else steps).contiguous()
+
+
+def in_usual_order(steps, last):
+    """The inverse of `in_memory_order`, without a copy."""
+    return steps.movedim(-1, 2) if last else steps
+
+
+def each_neuron(values, sample, last):
+    """Values broadcastable to a sample's shape, as one for every neuron in memory order: float32 [N]."""
+    values = values.to(torch.float32).expand(sample)
+    return (values.movedim(0, -1) if last else values).flatten().contiguous()
+
+
+def share_samples(kernel, tensors, listen, subtract):
+    """Run a learning kernel on tensors [T, B, ...] and [N]: every thread has some of the samples."""
+    samples = tensors[0].shape[1]
+    arrays = [tensor.flatten(2).numpy() if tensor.dim() > 1 else tensor.numpy() for tensor in tensors]
+    threads = min(torch.get_num_threads(), samples)
+    bounds = [samples * n // threads for n in range(threads + 1)]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda first, stop: kernel(first, stop, *arrays, listen, subtract), bounds, bounds[1:]))
 
 
 def on_its_gpu(tensor):

@@ -21,6 +21,8 @@ from neuron_kernels import (
     exact_type,
     if_steps,
     int8_is_exact,
+    learning_steps,
+    learning_steps_back,
     order,
 )
 from spike_tensor import Current, Memory, SpikeTensor
@@ -54,33 +56,50 @@ class SpikesThroughTime(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, steps, Vthr, initial_potential, reset_mode, listen):
-        potentials, spikes = torch.empty_like(steps), torch.empty_like(steps)
-        membrane = initial_potential + steps[:listen].sum(0)
-        for t, (potential, spike) in enumerate(zip(potentials, spikes)):
-            if t + listen < len(steps):
-                membrane = membrane + steps[t + listen]
-            potential.copy_(membrane)  # before the reset
-            spike.copy_(potential >= Vthr)
-            membrane = membrane - Vthr * spike if reset_mode == "subtraction" else membrane * (1 - spike)
-        ctx.save_for_backward(potentials, spikes, Vthr)
+        run = learning_steps if learns_compiled(steps) else learning_steps_in_turn
+        potentials, spikes = run(steps, Vthr, initial_potential, listen, reset_mode == "subtraction")
+        ctx.save_for_backward(potentials, Vthr)
         ctx.reset_mode, ctx.listen = reset_mode, listen
         return spikes
 
     @staticmethod
     def backward(ctx, gradient):
-        (potentials, spikes, Vthr), listen = ctx.saved_tensors, ctx.listen
-        of_steps, of_membrane = torch.empty_like(potentials), torch.zeros_like(potentials[0])
-        of_spike = (potentials / Vthr).sub_(1).abs_().neg_().add_(1).clamp_min_(0).div_(Vthr)  # [T, B, ...]
-        for t in reversed(range(len(potentials))):
-            if ctx.reset_mode == "subtraction":
-                of_membrane = of_membrane + of_spike[t] * (gradient[t] - Vthr * of_membrane)
-            else:
-                kept = of_membrane * (1 - spikes[t])
-                of_membrane = kept + of_spike[t] * (gradient[t] - potentials[t] * of_membrane)
-            if t + listen < len(potentials):
-                of_steps[t + listen] = of_membrane
-        of_steps[:listen] = of_membrane
+        potentials, Vthr = ctx.saved_tensors
+        run = learning_steps_back if learns_compiled(potentials) else learning_steps_back_in_turn
+        of_steps = run(gradient, potentials, Vthr, ctx.listen, ctx.reset_mode == "subtraction")
         return of_steps, None, None, None, None
+
+
+def learns_compiled(steps):
+    """Whether `learning_steps` can be used."""
+    return steps.dtype == torch.float32 and can_run_compiled(steps)
+
+
+def learning_steps_in_turn(steps, Vthr, start, listen, subtract):
+    """As `learning_steps`, in any floating-point type."""
+    potentials, spikes = torch.empty_like(steps), torch.empty_like(steps)
+    membrane = start + steps[:listen].sum(0)
+    for t, (potential, spike) in enumerate(zip(potentials, spikes)):
+        if t + listen < len(steps):
+            membrane = membrane + steps[t + listen]
+        potential.copy_(membrane)
+        spike.copy_(potential >= Vthr)
+        membrane = membrane - Vthr * spike if subtract else membrane * (1 - spike)
+    return potentials, spikes
+
+
+def learning_steps_back_in_turn(gradient, potentials, Vthr, listen, subtract):
+    """As `learning_steps_back`, in any floating-point type."""
+    of_steps, of_membrane = torch.empty_like(potentials), torch.zeros_like(potentials[0])
+    of_spike = (potentials / Vthr).sub_(1).abs_().neg_().add_(1).clamp_min_(0).div_(Vthr)  # [T, B, ...]
+    for t in reversed(range(len(potentials))):
+        kept = of_membrane if subtract else of_membrane * (potentials[t] < Vthr)
+        reset = Vthr if subtract else potentials[t]
+        of_membrane = kept + of_spike[t] * (gradient[t] - reset * of_membrane)
+        if t + listen < len(potentials):
+            of_steps[t + listen] = of_membrane
+    of_steps[:listen] = of_membrane
+    return of_steps
 
 
 class IFNeuron(nn.Module):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_kernels import neuron_inputs, thresholds
+from test_kernels import assert_learn_alike, learn, learning_inputs, neuron_inputs, thresholds
 from test_layers import MODELS, small_model
 from test_spike_finetune import CHOICES, prepared
 from test_spikes import assert_every_spike_is_reproduced, convert
@@ -12,12 +12,12 @@ from torch import nn
 
 import ann2snn
 from activation_levels import quantize_activations
-from neuron_kernels import order
+from neuron_kernels import learning_steps, learning_steps_back, order
 from runtime.cli import run_script
 from snn_weight_setter import trans_ann2snn_weight
 from spike_dag import load_dag
 from spike_finetune import GRADIENTS, finetune_spikes
-from spike_layers import IFNeuron
+from spike_layers import IFNeuron, learning_steps_back_in_turn, learning_steps_in_turn
 from spike_tensor import Current
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -46,6 +46,16 @@ def test_compiled_neurons_fire_as_the_plain_ones(shape, granularity, kind):
         on_gpu = torch.empty_like(membrane, memory_format=order(membrane), device="cuda").copy_(membrane)
         spikes = neuron.cuda().run_compiled(Current(given.cuda(), 5, steps is None, extra), on_gpu)
         assert torch.equal(spikes.cpu(), plain) and torch.equal(on_gpu.cpu(), potentials)
+
+
+@pytest.mark.parametrize("subtract", [True, False])
+@pytest.mark.parametrize("granularity", ["layer", "channel", "neuron"])
+@pytest.mark.parametrize("shape", [(1, 3, 5, 7, 6), (4, 2, 1, 3, 3), (16, 4, 33), (5, 1, 2000)])
+def test_compiled_neurons_learn_as_the_plain_ones(shape, granularity, subtract):
+    for listen in {0, 1, shape[0]}:
+        given = *(each.cuda() for each in learning_inputs(shape, granularity, listen)), listen, subtract
+        found = learn(learning_steps, learning_steps_back, *given)
+        assert_learn_alike(found, learn(learning_steps_in_turn, learning_steps_back_in_turn, *given))
 
 
 @pytest.mark.parametrize("options", [{}, {"reset_mode": "zero"}, {"granularity": "channel"}, {"listen": 16}], ids=str)

@@ -62,6 +62,46 @@ def test_compiled_neurons_fire_as_the_plain_ones(shape, timesteps, granularity, 
     assert torch.equal(spikes, plain) and torch.equal(membrane, potentials)
 
 
+def learning_inputs(shape, granularity, seed):
+    """Integer currents [T, B, ...], at even seeds with channels last in memory, Vthr, u[0], and a gradient."""
+    torch.manual_seed(seed)
+    sample = shape[1:]
+    steps, Vthr = torch.randint(-10, 15, shape).float(), thresholds(sample, granularity, seed).float() + 3
+    if len(sample) == 4 and seed % 2 == 0:
+        steps = steps.movedim(2, -1).contiguous().movedim(-1, 2)
+    return steps, Vthr, (Vthr / 2).round(), torch.randn(shape)
+
+
+def assert_learn_alike(found, expected):
+    """Potentials and spikes bit for bit, the gradients to the last digits of float32."""
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert torch.allclose(found[2], expected[2], rtol=1e-4, atol=1e-6)
+
+
+def learn(forward, backward, steps, Vthr, start, gradient, listen, subtract):
+    """Potentials, spikes, and the gradient of the currents."""
+    potentials, spikes = forward(steps, Vthr, start, listen, subtract)
+    return potentials, spikes, backward(gradient, potentials, Vthr, listen, subtract)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.sampled_from([(1, 3, 5, 7, 6), (4, 2, 1, 3, 3), (16, 4, 33), (5, 1, 2000)]),
+    granularity=st.sampled_from(["layer", "channel", "neuron"]),
+    listen=st.integers(0, 5),
+    subtract=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_compiled_neurons_learn_as_the_plain_ones(shape, granularity, listen, subtract, seed):
+    pytest.importorskip("numba")
+    given, listen = learning_inputs(shape, granularity, seed), min(listen, shape[0])
+    found = learn(neuron_kernels.learning_steps, neuron_kernels.learning_steps_back, *given, listen, subtract)
+    plain = learn(
+        spike_layers.learning_steps_in_turn, spike_layers.learning_steps_back_in_turn, *given, listen, subtract
+    )
+    assert_learn_alike(found, plain)
+
+
 GPU_NEURONS = """
 import torch
 from neuron_kernels import if_steps_on_cpu, if_steps_on_gpu, order
@@ -80,6 +120,26 @@ for shape in [(3, 5, 7, 6), (4, 33), (1, 700)]:
                 if_steps_on_cpu(steps, constant, extra, Vthr, membrane, expected, subtract, 5)
                 if_steps_on_gpu(given, constant, extra, Vthr, potentials, spikes, subtract, 5)
                 assert torch.equal(spikes, expected) and torch.equal(potentials, membrane), (shape, granularity, kind)
+                checked += 1
+print(checked)
+"""
+
+GPU_LEARNING = """
+import torch
+import neuron_kernels
+from spike_layers import learning_steps_back_in_turn, learning_steps_in_turn
+from test_kernels import assert_learn_alike, learn, learning_inputs
+
+neuron_kernels.learning_steps_on_cpu = neuron_kernels.learning_steps_on_gpu
+neuron_kernels.learning_steps_back_on_cpu = neuron_kernels.learning_steps_back_on_gpu
+checked = 0
+for shape in [(1, 3, 5, 7, 6), (4, 2, 1, 3, 3), (5, 4, 33)]:
+    for granularity in ("layer", "channel", "neuron"):
+        for listen in {0, 1, shape[0]}:
+            for subtract in (True, False):
+                given = *learning_inputs(shape, granularity, checked), listen, subtract
+                found = learn(neuron_kernels.learning_steps, neuron_kernels.learning_steps_back, *given)
+                assert_learn_alike(found, learn(learning_steps_in_turn, learning_steps_back_in_turn, *given))
                 checked += 1
 print(checked)
 """
@@ -107,7 +167,11 @@ print(checked)
 """
 
 
-@pytest.mark.parametrize("script, cases", [(GPU_NEURONS, "72"), (GPU_CONVOLUTIONS, "30")], ids=["neurons", "convs"])
+@pytest.mark.parametrize(
+    "script, cases",
+    [(GPU_NEURONS, "72"), (GPU_LEARNING, "48"), (GPU_CONVOLUTIONS, "30")],
+    ids=["neurons", "learning", "convs"],
+)
 def test_the_gpu_kernels_compute_as_the_cpu(script, cases):
     """In Triton's interpreter, which runs a kernel without a GPU."""
     pytest.importorskip("triton")
