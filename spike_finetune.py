@@ -43,7 +43,7 @@ from spike_tensor import Memory, SpikeTensor
 
 BATCH = 32  # calibration images a step
 LR_TIMES_T = 0.03  # learning rate times timesteps, without labels; it is a share of a layer's weights
-LR_WITH_LABELS = 0.04  # learning rate times the root of the timesteps, with labels: 0.02 at T = 4, 0.01 at T = 16
+LR_WITH_LABELS = 0.02  # learning rate times the root of the timesteps, with labels: 0.01 at T = 4, 0.005 at T = 16
 MOST_THROUGH_TIME = 4  # timesteps; at 8 the tandem gradient gave resnet20 as much, in half the time
 MOST_UNROLLED = {"cpu": 128, "cuda": 512}  # images times timesteps that are kept for one backward pass
 INTERVAL = 0.49  # of a step on either side of an integer: what surely rounds to it

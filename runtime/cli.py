@@ -228,7 +228,7 @@ def add_conversion_flags(parser):
         "--finetune_snn_lr",
         type=real_number(0, 1),
         default=None,
-        help="their learning rate, a share of the weights (0.04 / root of T with labels, 0.03 / T without)",
+        help="their learning rate, a share of the weights (0.02 / root of T with labels, 0.03 / T without)",
     )
     parser.add_argument(
         "--finetune_snn_gradient",
