@@ -296,7 +296,7 @@ def test_the_learning_rate_is_a_share_of_the_weights():
     assert groups_of([layer], 0.01)[0]["lr"] == pytest.approx(0.01 / 4)  # all integers are 0: their step counts
 
 
-@pytest.mark.parametrize(("with_labels", "lr"), [(True, 0.02), (False, 0.0075)])
+@pytest.mark.parametrize(("with_labels", "lr"), [(True, 0.01), (False, 0.0075)])
 def test_the_learning_rate_of_four_timesteps(digits_images, with_labels, lr):
     ann, qnet, snn = example_of_digits(digits_images, 4, 4)
     batches = [(digits_images[:16], torch.arange(16) % 10)]
