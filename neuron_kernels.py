@@ -101,10 +101,16 @@ if njit is not None:
                     u[i] = v - (V if subtract else v) if v >= V else v
 
     @compiled
+    def slope_of_spike(potential, Vthr):
+        """The triangle that stands for the derivative of a spike (`spike_layers.SpikesThroughTime`)."""
+        away = potential / Vthr - np.float32(1)
+        slope = np.float32(1) - (away if away > np.float32(0) else -away)  # branches vectorise, max and abs do not
+        return (slope if slope > np.float32(0) else np.float32(0)) / Vthr
+
+    @compiled
     def run_learning_neurons_back(first, stop, gradient, potentials, Vthr, of_steps, listen, subtract):
         """Fill of_steps, what `gradient` of the spikes is for the currents, with a triangle for that of a spike."""
         timesteps, _, neurons = gradient.shape
-        zero, one = np.float32(0), np.float32(1)
         for b in range(first, stop):
             m = np.zeros(neurons, np.float32)  # the gradient for the membrane potential
             for t in range(timesteps - 1, -1, -1):
@@ -112,17 +118,13 @@ if njit is not None:
                 c = of_steps[min(t + listen, timesteps - 1), b]  # what is written there too early is overwritten
                 if subtract:
                     for i in range(neurons):
-                        away = p[i] / Vthr[i] - one
-                        slope = one - (away if away > zero else -away)
-                        slope = (slope if slope > zero else zero) / Vthr[i]
+                        slope = slope_of_spike(p[i], Vthr[i])
                         m[i] += slope * (g[i] - Vthr[i] * m[i])
                         c[i] = m[i]
                 else:
                     for i in range(neurons):
-                        away = p[i] / Vthr[i] - one
-                        slope = one - (away if away > zero else -away)
-                        slope = (slope if slope > zero else zero) / Vthr[i]
-                        kept = zero if p[i] >= Vthr[i] else m[i]
+                        slope = slope_of_spike(p[i], Vthr[i])
+                        kept = np.float32(0) if p[i] >= Vthr[i] else m[i]
                         m[i] = kept + slope * (g[i] - p[i] * m[i])
                         c[i] = m[i]
             for t in range(listen):
