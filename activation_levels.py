@@ -16,9 +16,11 @@ import copy
 
 import torch
 
+from batches import first_batch, on_device, reusable, split_batch
+from quantization import as_dag
+from runtime.ranges import check_option
 from snn_weight_setter import (
     SpikeSetter,
-    as_inputs,
     calibrate,
     least_error_scales,
     node_shapes,
@@ -33,11 +35,12 @@ def quantize_activations(net, loader, device, levels, ann_layers=(), calibration
 
     granularity: one lambda a "layer", or one a "channel". The lambdas start at the least squared error on the first
     `calibration_samples` images of `loader` and are learnt with the weights. Raises ValueError for fewer than 1 level,
-    and for what cannot be converted (`plan_conversion`).
+    for a converted network, and for what cannot be converted (`plan_conversion`).
     """
-    if levels < 1:
-        raise ValueError(f"activation levels {levels}: use 1 or more")
-    net = copy.deepcopy(net).to(device).eval()
+    levels = check_option("activation_levels", levels)
+    calibration_samples = check_option("calibration_samples", calibration_samples)
+    loader = reusable(loader, calibration_samples)
+    net = as_dag(net, loader).to(device).eval()
 
     def choose_scales(values, channels, count):
         return least_error_scales(values, channels, count, levels)
@@ -49,7 +52,7 @@ def quantize_activations(net, loader, device, levels, ann_layers=(), calibration
         if scale.max() > 0:  # a layer that is never active stays as it is
             ceiling = getattr(op, "ceiling", None) or float("inf")
             op.levels = ClipFloorShift(levels, scale.clamp_max(ceiling)).to(device)
-    shapes = node_shapes(net, *as_inputs(next(iter(loader))[0], device, 1))
+    shapes = node_shapes(net, *on_device(split_batch(first_batch(loader))[0], device, 1))
     net.scales_of_conversion = ScalesOfConversion(plan, statistics, shapes, levels)
     return net
 

@@ -13,6 +13,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from batches import (
+    count_batches,
+    first_batch,
+    labelled_batch,
+    loss_of,
+    memory_format,
+    on_device,
+    reusable,
+    split_batch,
+)
+from runtime.ranges import check_option
 from spike_dag import SpikeDAGModule
 from spike_layers import SpikeAvgPool2d, SpikeLinear, SpikeReLU, ViewOp, WeightedLayer
 
@@ -20,6 +31,7 @@ FLOAT_BITS = 32
 LONGEST_GRADIENT = 1.0  # of a step of finetuning, over all parameters
 TEMPERATURE = 4.0  # softens outputs that are learnt from
 NEXT_TO_NOTHING = 1e-30  # weights that are all smaller count as zeros; 1 over their scale could overflow
+SILENT = 1e-4  # of the mean |W| of a layer: a channel below sends next to nothing, as one whose BatchNorm was pruned
 
 
 def check_bitwidth(bits):
@@ -35,7 +47,8 @@ def list_bitwidths(net, weight_bitwidth):
     Raises ValueError for other bit widths, for a sequence of another length, and for one that mixes floats in.
     """
     layers = net.weighted_layers()
-    widths = [weight_bitwidth] * len(layers) if isinstance(weight_bitwidth, int) else list(weight_bitwidth)
+    is_number = not hasattr(weight_bitwidth, "__iter__") or isinstance(weight_bitwidth, str)
+    widths = [weight_bitwidth] * len(layers) if is_number else list(weight_bitwidth)
     for bits in widths:
         check_bitwidth(bits)
     if len(widths) != len(layers):
@@ -50,14 +63,14 @@ def weights_in_words(weight_bitwidth):
     """Weight bits of all layers, or of each: "float weights", "4-bit weights" or "8,4,4,4-bit weights"."""
     if weight_bitwidth == FLOAT_BITS:
         return "float weights"
-    widths = [weight_bitwidth] if isinstance(weight_bitwidth, int) else weight_bitwidth
+    widths = [weight_bitwidth] if isinstance(weight_bitwidth, Integral) else weight_bitwidth
     return f"{','.join(map(str, widths))}-bit weights"
 
 
 def set_bitwidths(net, weight_bitwidth):
     """Give every layer with weights its `weight_bits` (`list_bitwidths`)."""
     for layer, bits in zip(net.weighted_layers().values(), list_bitwidths(net, weight_bitwidth)):
-        layer.weight_bits = bits
+        layer.weight_bits = int(bits)
 
 
 def largest_integer(bits):
@@ -70,8 +83,9 @@ def quantize(weight, bits, per_channel=False):
 
     weight: [C_out, ...]. s_w is a scalar, or [C_out, 1, ...] with `per_channel`. From 2 bits on s_w maps a share of the
     largest |W| to 2^(b-1) - 1 and cuts off what lies above, the share with the least squared error; at 1 bit W_q is -1
-    or +1 and 1 / s_w the mean |W| (Rastegari et al., XNOR-Net, ECCV 2016). At 32 bits W_q is W itself. Quantising
-    W_q / s_w again gives the same W_q. Raises ValueError for other bit widths.
+    or +1 and 1 / s_w the mean |W| (Rastegari et al., XNOR-Net, ECCV 2016), but 0 in an output channel of next to no
+    weights, which 1 bit would make as loud as the others. At 32 bits W_q is W itself. Quantising W_q / s_w again gives
+    the same W_q. Raises ValueError for other bit widths.
     """
     check_bitwidth(bits)
     over = tuple(range(1, weight.dim())) if per_channel else tuple(range(weight.dim()))
@@ -80,17 +94,32 @@ def quantize(weight, bits, per_channel=False):
         scale = torch.ones_like(magnitude.amax(over, keepdim=per_channel))
     elif bits == 1:
         mean = magnitude.mean(over, keepdim=per_channel)
+        of_layer = magnitude.mean()  # the scale of a silent channel: where finetuning wakes it, it is as loud as others
+        mean = torch.where(mean > SILENT * of_layer, mean, of_layer)
         scale = torch.where(mean > NEXT_TO_NOTHING, 1 / mean, 1.0)
     else:
         scale = largest / least_error_clip(magnitude, largest, per_channel)
-    return round_to_integers(weight, scale, bits), scale
+    weight_q = round_to_integers(weight, scale, bits)
+    return weight_q * sounding(weight.flatten(1)).view(-1, *[1] * (weight.dim() - 1)) if bits == 1 else weight_q, scale
+
+
+def sounding(rows):
+    """1 for every output channel, [C_out], with weights to speak of, 0 for one that is silent; rows: [C_out, N]."""
+    means = rows.abs().mean(1)
+    return ((means > SILENT * means.mean()) & (means > NEXT_TO_NOTHING)).to(rows.dtype)
 
 
 def quantize_layer(layer, weight, bits, per_channel=False):
     """`W_q, s_w` of a layer's weight, as `quantize`; with `per_channel` s_w is broadcastable to the weight."""
     _, scale = quantize(layer.rows(weight), bits, per_channel)
     scale = layer.weight_view(scale.flatten()) if per_channel else scale
-    return round_to_integers(weight, scale, bits), scale
+    return round_layer(layer, weight, scale, bits), scale
+
+
+def round_layer(layer, weight, scale, bits):
+    """W_q of a layer's weight for a given s_w: `round_to_integers`, and 0 in the channels that are silent at 1 bit."""
+    weight_q = round_to_integers(weight, scale, bits)
+    return weight_q * layer.weight_view(sounding(layer.rows(weight))) if bits == 1 else weight_q
 
 
 def round_to_integers(weight, scale, bits):
@@ -213,7 +242,7 @@ def groups_of(layers, lr):
     for layer in layers:
         size = layer.weight.weight_back.square().mean().sqrt()
         size = size if size > 0 else (1 / layer.weight_scale).mean()
-        trained = [p for p in (layer.weight, layer.bias) if p is not None and p.requires_grad]
+        trained = layer.trained_parameters()
         groups.append({"params": trained, "lr": lr * size.item()})
     return groups
 
@@ -222,8 +251,8 @@ def relative_groups(net, lr):
     """Parameter groups of all that `net` trains: of its layers (`groups_of`), and of others, each by its own size."""
     groups = groups_of(net.weighted_layers().values(), lr)
     grouped = {id(p) for group in groups for p in group["params"]}
-    for p in net.parameters():
-        if p.requires_grad and id(p) not in grouped:
+    for p in net.trained_parameters():
+        if id(p) not in grouped:
             groups.append({"params": [p], "lr": lr * (p.detach().square().mean().sqrt().item() or 1.0)})
     return groups
 
@@ -259,7 +288,7 @@ def choose_scales(net, per_channel=False):
 def quantize_layers(net):
     """Set every weight to its shadow, quantised: `quantized_w / scale`."""
     for layer in net.weighted_layers().values():
-        weight_q = round_to_integers(layer.weight.weight_back, layer.weight_scale, layer.weight_bits)
+        weight_q = round_layer(layer, layer.weight.weight_back, layer.weight_scale, layer.weight_bits)
         layer.weight.copy_(weight_q / layer.weight_scale)
 
 
@@ -295,14 +324,15 @@ def quantize_train(
     """
     net.train()
     total, samples = torch.zeros((), device=device), 0
-    for inputs, targets in tqdm(train_loader, name, leave=False, delay=1):
-        inputs, targets = inputs.to(device, memory_format=memory_format(inputs)), targets.to(device)
+    for batch in tqdm(train_loader, name, leave=False, delay=1):
+        inputs, targets = labelled_batch(batch, device)
+        inputs = tuple(x.to(memory_format=memory_format(x)) for x in inputs)
         optimizer.zero_grad()
-        outputs = net(inputs)
-        loss = criterion(outputs, targets)
+        outputs = net(*inputs)
+        loss = loss_of(criterion, outputs, targets)
         if distill:
             with torch.no_grad():
-                wanted = teacher(inputs)
+                wanted = teacher(*inputs)
             loss = loss.lerp(distillation_loss(outputs, wanted), distill)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), LONGEST_GRADIENT)
@@ -312,9 +342,11 @@ def quantize_train(
         if schedule is not None:
             schedule.step()
         quantize_layers(net)
-        total += loss.detach() * len(targets)
-        samples += len(targets)
-    mean = total.item() / max(samples, 1)
+        total += loss.detach() * len(inputs[0])
+        samples += len(inputs[0])
+    if not samples:
+        raise ValueError("no samples to finetune on, the data loader is empty")
+    mean = total.item() / samples
     if not (mean < float("inf") and all(torch.isfinite(p).all() for p in net.parameters())):
         raise ValueError(
             f"finetuning diverged in {name} (loss {mean}), lower --finetune_lr, or --finetune_wd and --finetune_damping"
@@ -332,11 +364,6 @@ def distillation_loss(outputs, wanted, temperature=TEMPERATURE):
     return F.kl_div(learnt, wanted, reduction="batchmean") * temperature**2
 
 
-def memory_format(inputs):
-    """Channels last where there are channels: the convolutions are faster on it."""
-    return torch.channels_last if inputs.dim() == 4 else torch.preserve_format
-
-
 def quantize_finetune(net, train_loader, criterion, device, args):
     """A quantised and finetuned copy of `net`, as a SpikeDAGModule.
 
@@ -350,9 +377,15 @@ def quantize_finetune(net, train_loader, criterion, device, args):
     weights of each layer (`relative_groups`), as large a step for all of them, wherever folded BatchNorms made them
     large, and falls to 0 along a cosine. With no epochs the weights are only quantised.
 
-    Raises ValueError for NaN weights, another bit width, or a loss that diverges.
+    train_loader: batches as `batches.split_batch` takes them; an iterator that runs once is kept as a list. Parameters
+    with requires_grad=False are quantised, but not trained.
+
+    Raises ValueError for NaN weights, another bit width, values out of range (`runtime.ranges`), a converted network, a
+    network of which nothing is to be trained, or a loss that diverges.
     """
+    check_finetune_options(args)
     per_channel = getattr(args, "weight_granularity", "layer") == "channel"
+    train_loader = reusable(train_loader)
     qnet = as_dag(net, train_loader).to(device, memory_format=torch.channels_last)
     init_quantize_net(qnet, args.weight_bitwidth, per_channel)
     if not args.finetune_epochs:
@@ -377,15 +410,31 @@ def quantize_finetune(net, train_loader, criterion, device, args):
     return qnet
 
 
+def check_finetune_options(args):
+    """Raise ValueError for options of `quantize_finetune` that are out of range."""
+    for name in ("epochs", "lr", "wd", "momentum", "damping", "distill"):
+        if hasattr(args, f"finetune_{name}"):
+            check_option(f"finetune_{name}", getattr(args, f"finetune_{name}"))
+    granularity = getattr(args, "weight_granularity", "layer")
+    if granularity not in ("layer", "channel"):
+        raise ValueError(f"unknown weight_granularity '{granularity}', use layer or channel")
+
+
 def choose_optimizer(qnet, args, train_loader):
     """`optimizer, epoch_schedule, batch_schedule, damping`: what `args` choose to finetune by.
 
     One of the schedules is None. Raises ValueError for another `finetune_optimizer`.
     """
     name, epochs = getattr(args, "finetune_optimizer", "sgd"), args.finetune_epochs
+    trained = qnet.trained_parameters()
+    if not trained:
+        raise ValueError(
+            "every parameter of the network is frozen (requires_grad=False): unfreeze what is to be finetuned, or use "
+            "0 finetune epochs"
+        )
     if name == "sgd":
         optimizer = QuantSGD(
-            [p for p in qnet.parameters() if p.requires_grad],
+            trained,
             args.finetune_lr,
             args.finetune_momentum,
             weight_decay=args.finetune_wd,
@@ -396,7 +445,7 @@ def choose_optimizer(qnet, args, train_loader):
         return optimizer, schedule, None, getattr(args, "finetune_damping", 0.1)
     if name == "adam":
         optimizer = QuantAdam(relative_groups(qnet, args.finetune_lr))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * len(train_loader)))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * count_batches(train_loader)))
         return optimizer, None, schedule, 0.0  # integers settle by themselves where steps fall to 0
     raise ValueError(f"unknown finetune optimizer '{name}', use sgd or adam")
 
@@ -411,11 +460,15 @@ def float_teacher(net, loader):
 
 
 def as_dag(net, loader):
-    """A copy of `net` as a SpikeDAGModule; a plain module is traced on one image of `loader`."""
+    """A copy of `net` as a SpikeDAGModule; a plain module is traced on one image of `loader`.
+
+    Raises ValueError for a network that was converted: its weights are integers of spikes already.
+    """
     if isinstance(net, SpikeDAGModule):
+        if net.neurons():
+            raise ValueError("the network is a spiking one already, give the network that it was converted from")
         return copy.deepcopy(net)
     from ann_parser import parse_ann_model  # a layer above this one
 
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
-    inputs = next(iter(loader))[0][:1].to(device)
-    return parse_ann_model(net, (inputs,))
+    return parse_ann_model(net, on_device(split_batch(first_batch(loader))[0], device, 1))

@@ -227,12 +227,10 @@ class SNNTransformer:
         """
         import copy
 
+        from runtime.ranges import check_option
         from saved_snn import check_target, write_saved_snn
-        from snn_weight_setter import check_whole
 
-        check_whole("samples", samples)
-        if samples < 1:
-            raise ValueError(f"samples {samples}: the test vectors need at least 1")
+        samples = check_option("samples", samples)
         check_target(directory)
         self.check_has_status()
         if self.snn is None:
@@ -281,11 +279,10 @@ def check_options(options):
 
 def check_values(timesteps, calibration_samples, damping, conversion):
     """Raise ValueError for values that the conversion, at the end of a training, would not take."""
-    from snn_weight_setter import check_conversion, check_whole
+    from snn_weight_setter import check_conversion
 
     elsewhere = ("maxpool", "signed", "ann_layers")  # checked when the stretch is traced
     options = {name: value for name, value in conversion.items() if name not in elsewhere}
-    check_whole("calibration_samples", calibration_samples)
     check_conversion(timesteps, calibration_samples=calibration_samples, **options)
     if not damping >= 0:
         raise ValueError(f"damping {damping}: use 0 or more")

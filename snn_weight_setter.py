@@ -14,8 +14,6 @@ Vthr = lambda_out / unit = lambda_out * s_w / lambda_in.
 """
 
 import copy
-import numbers
-import operator
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,19 +21,21 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
+from batches import first_batch, on_device, reusable, split_batch
 from dag_rewrites import check_avgpool, is_trained, prepare_conversion, readers, writer
 from hw_constraints import Layer, largest_bitwidths
 from quantization import (
     FLOAT_BITS,
+    as_dag,
     largest_integer,
     list_bitwidths,
     quantize_layer,
-    round_to_integers,
+    round_layer,
     sampling_stride,
     set_bitwidths,
 )
+from runtime.ranges import check_option
 from spike_correction import correct_spikes
-from spike_dag import as_inputs
 from spike_layers import (
     RESET_MODES,
     ConcatOp,
@@ -66,6 +66,9 @@ LEAST_SHARE = 1 / 16  # of its layer's lambda that a channel's can be, so that i
 CORRECTIONS = ("potential", "bias", "none")
 LARGEST_SUM = 255  # spikes in the window of a folded pooling: what uint8 holds
 LARGEST_INTEGER = 2**20  # of thresholds, biases and weights of branches: sums of them stay exact in float32
+LARGEST_INT32 = 2**30  # of any integer of a converted network, so that the sum of two does not overflow
+LEAST_RATIO = 0.75  # of a branch's value and the unit beside it: below, its integer weight 1 is a third too large
+BELOW_A_TIE = 1 - 2**-12  # some 2,000 last bits of a float32
 SAME_UNIT = 1 + 1e-5  # per-channel units within this factor are one
 SAME_LAMBDA = 1.02  # per-channel lambdas within this factor count as one, so that integer weights stay as they are
 
@@ -92,10 +95,11 @@ def trans_ann2snn_weight(
     ann_layers=(),
     calibration_samples=1000,
 ):
-    """The spiking network of a quantised one; `qnet` is not changed.
+    """The spiking network of a quantised one; `qnet` is not changed. A plain nn.Module is parsed first.
 
-    loader: images without random augmentation, of which the first `calibration_samples` are used, without labels; for
-    a network with several inputs, a tuple of them in the place of the images.
+    loader: images without random augmentation, of which the first `calibration_samples` are used; batches as
+    `batches.split_batch` takes them, with labels, which are not read, or without. For a network with several inputs, a
+    tuple of them stands in the place of the images.
     timesteps: T, steps per image. weight_bitwidth: 1 to 8, one number or one for each layer with weights, or 32 for
     float weights (thresholds then are floats too).
     reset_mode: "subtraction" (u -= Vthr) or "zero" (u = 0). initial_potential: u before the first step as a share of
@@ -116,8 +120,8 @@ def trans_ann2snn_weight(
     of its own ("spike"), or is folded into the convolution or linear layer behind it ("fold", where it can be,
     `folded_poolings`), without neuron, spikes or rounding. ann_layers: layers that stay ANN, by op name or module path.
 
-    Raises ValueError for values out of range, for layers that cannot be converted (`plan_conversion`), and for NaN
-    weights or activations.
+    Raises ValueError for values out of range, for layers that cannot be converted (`plan_conversion`), for a network
+    that is spiking already, and for numbers that are not finite or leave the integers of a chip, by layer.
     """
     check_conversion(
         timesteps,
@@ -132,10 +136,11 @@ def trans_ann2snn_weight(
         hold_back,
         initial_potential,
     )
-    timesteps = operator.index(timesteps)  # a plain number, also of NumPy's
+    timesteps, listen, calibration_samples = int(timesteps), int(listen), int(calibration_samples)  # also of NumPy's
     if initial_potential is None:
         initial_potential = 0.5 if reset_mode == "subtraction" else 0.0
-    qnet = prepare_conversion(qnet, maxpool, signed, avgpool).to(device).eval()
+    loader = reusable(loader, calibration_samples)
+    qnet = prepare_conversion(as_dag(qnet, loader), maxpool, signed, avgpool).to(device).eval()
     plan = plan_conversion(qnet, ann_layers)
     snn = copy.deepcopy(qnet)
     set_bitwidths(snn, weight_bitwidth)
@@ -149,7 +154,7 @@ def trans_ann2snn_weight(
     learnt = use_learnt_scales(snn, statistics)
     for entry in snn.ops.values():
         entry["op"].levels = None  # spikes need none
-    shapes = node_shapes(snn, *as_inputs(next(iter(loader))[0], device, 1))
+    shapes = node_shapes(snn, *on_device(split_batch(first_batch(loader))[0], device, 1))
     snn.cpu()  # integers are chosen there
     setter = SpikeSetter(snn, plan, statistics, shapes, timesteps, per_channel, reset_mode, initial_potential, learnt)
     setter.convert()
@@ -176,13 +181,10 @@ def check_conversion(
     initial_potential=None,
 ):
     """Raise ValueError for options of `trans_ann2snn_weight` that are out of range."""
-    check_whole("timesteps", timesteps)
-    if timesteps < 1:
-        raise ValueError(f"timesteps {timesteps}: a spiking network needs at least 1")
+    timesteps = check_option("timesteps", timesteps)
     if reset_mode not in RESET_MODES:
         raise ValueError(f"unknown reset mode '{reset_mode}', use one of {', '.join(RESET_MODES)}")
-    check_whole("listen", listen)
-    if not 0 <= listen <= timesteps:
+    if check_option("listen", listen) > timesteps:
         raise ValueError(f"listen {listen}: use 0 to {timesteps}, the timesteps")
     if threshold not in THRESHOLDS:
         raise ValueError(f"unknown threshold '{threshold}', use one of {', '.join(THRESHOLDS)}")
@@ -190,28 +192,12 @@ def check_conversion(
         raise ValueError(f"unknown granularity '{granularity}', use one of {', '.join(GRANULARITIES)}")
     if correction not in CORRECTIONS:
         raise ValueError(f"unknown correction '{correction}', use one of {', '.join(CORRECTIONS)}")
-    if not (is_share(quantile) and quantile > 0):
-        raise ValueError(f"quantile {quantile}: use a share above 0, up to 1")
-    if not is_share(hold_back):
-        raise ValueError(f"hold_back {hold_back}: use a share of Vthr from 0 to 1")
-    if not (initial_potential is None or is_share(initial_potential)):
-        raise ValueError(f"initial_potential {initial_potential}: use a share of Vthr from 0 to 1")
-    if not calibration_samples >= 1:
-        raise ValueError(f"calibration_samples {calibration_samples}: the calibration needs at least 1")
+    check_option("quantile", quantile)
+    check_option("hold_back", hold_back, ", a share of Vthr")
+    if initial_potential is not None:
+        check_option("initial_potential", initial_potential, ", a share of Vthr")
+    check_option("calibration_samples", calibration_samples)
     check_avgpool(avgpool)
-
-
-def is_share(value):
-    """Whether an option is a number from 0 to 1."""
-    return isinstance(value, numbers.Real) and 0 <= value <= 1
-
-
-def check_whole(name, value):
-    """Raise ValueError unless an option is a whole number."""
-    try:
-        operator.index(value)
-    except TypeError as error:
-        raise ValueError(f"{name} {value!r}: use a whole number") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -566,8 +552,8 @@ def calibrate(dag, loader, device, samples, choose_scales, granularity="layer"):
                 scales = choose_scales(outputs, pool.channels(), pool.count)
                 scales = torch.where(scales > 0, scales, max_o).clamp_min(LEAST_SHARE * max_o)
                 scales = scales.view(-1, *[1] * (pool.dim - 2))
-            max_i, square_o = input_pool[name].values().max().item(), outputs.double().square().mean().item()
-            statistics[name] = LayerStatistics(max_i, max_o.item(), scales.cpu(), square_o)
+            square_o = outputs.double().square().mean().item()
+            statistics[name] = LayerStatistics(input_pool[name].largest, max_o.item(), scales.cpu(), square_o)
         return statistics
 
 
@@ -597,8 +583,8 @@ def node_shapes(dag, *inputs):
 def run_samples(dag, loader, device, samples):
     """Forward the first `samples` images. Raises ValueError where there are none."""
     done = 0
-    for inputs, *_ in tqdm(loader, "calibrate", leave=False, delay=1):
-        inputs = as_inputs(inputs, device, samples - done)
+    for batch in tqdm(loader, "calibrate", leave=False, delay=1):
+        inputs = on_device(split_batch(batch)[0], device, samples - done)
         dag(*inputs)
         done += len(inputs[0])
         if done >= samples:
@@ -640,6 +626,17 @@ class Pool:
         return torch.cat(self.channel_parts).to(self.parts[0].device, torch.long)
 
 
+class Largest:
+    """The largest value of all that was added: one number, where a sample of it would be as large as the outputs'."""
+
+    def __init__(self):
+        self.largest = float("-inf")
+
+    def add(self, values):
+        """One more batch [B, ...]."""
+        self.largest = max(self.largest, values.max().item())
+
+
 def is_channels_last(values):
     """Whether the channels of a pixel lie side by side in memory."""
     return values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)
@@ -652,12 +649,12 @@ def in_memory_order(values):
 
 @contextmanager
 def pool_activations(dag, samples, with_channels=False):
-    """`input_pool, output_pool`: op name -> Pool, filled by the forward passes of `samples` images in the `with`."""
+    """`input_pool, output_pool`: op name -> Largest, and Pool, filled by the forward passes in the `with`."""
     input_pool, output_pool = ({}, {})
     layers = {n: e["op"] for n, e in dag.ops.items() if not isinstance(e["op"], (ViewOp, ConcatOp, SoftmaxOp))}
     try:
         for name, layer in layers.items():
-            input_pool[name] = Pool(MOST_SAMPLES, samples)
+            input_pool[name] = Largest()
             output_pool[name] = Pool(MOST_SAMPLES, samples, with_channels)
             warp_spike_layer(layer, input_pool[name], output_pool[name])
         yield input_pool, output_pool
@@ -945,6 +942,8 @@ class SpikeSetter:
         for value, _ in values[:1]:
             wholes = (value.max() / coarsest.max()).floor().clamp_min(1)
             candidates += [coarsest * (value.max() / (wholes + k) / coarsest.max()) for k in (0, 1)]
+        if values:
+            candidates.append(self.unit_within(coarsest, [value for value, _ in values]))
         errors = torch.stack([self.unit_error(unit, layers, values) for unit in candidates])  # [candidates, C_out]
         power = sum(op.weight.detach().square().mean() * self.mean_square(node) for op, node in layers)
         errors[0] = 0.999 * errors[0] - 1e-9 * power  # integers stay where nothing but float32's last bits is gained
@@ -953,6 +952,16 @@ class SpikeSetter:
         best = torch.stack([unit.flatten() for unit in candidates]).gather(0, errors.argmin(0, keepdim=True))
         return best.view(coarsest.shape)
 
+    @staticmethod
+    def unit_within(unit, values):
+        """The coarsest unit up to `unit` of which every value is at least one whole, so that none has to be refused."""
+        for value in values:
+            if unit.dim() == value.dim():
+                unit = torch.minimum(unit, value.amax((1, 2), keepdim=True) if value.dim() == 3 else value)
+            else:
+                unit = unit.clamp_max(value.min())
+        return unit
+
     def unit_error(self, unit, layers, values):
         """Mean squared error of the current in a unit, for every output channel: [C_out]."""
         total = 0.0
@@ -960,11 +969,12 @@ class SpikeSetter:
             weight = op.weight.detach()
             per_weight = op.weight_view(unit.flatten() if unit.dim() else unit)
             per_weight = per_weight / op.input_view(self.input_scales(node, op))
-            rounded = round_to_integers(weight / per_weight, 1.0, op.weight_bits) * per_weight
+            rounded = round_layer(op, weight / per_weight, 1.0, op.weight_bits) * per_weight
             total = total + op.rows((rounded - weight).square()).sum(1) * self.mean_square(node)
         for value, node in values:
             ratio = value / unit
             gain_error = (ratio.round().clamp_min(1) / ratio - 1).square()
+            gain_error = torch.where(ratio < LEAST_RATIO, torch.inf, gain_error)  # `branch_weight` refuses it
             gain_error = gain_error.amax((1, 2)) if gain_error.dim() == 3 else gain_error
             total = total + gain_error * self.mean_square(node)
         return total
@@ -1002,17 +1012,27 @@ class SpikeSetter:
         """`W_q, s_w` of a layer: as it was quantised, else (other bit width, not quantised yet) quantised now."""
         weight = op.weight.detach()
         if op.weight_scale is not None:
-            weight_q = round_to_integers(weight, op.weight_scale, op.weight_bits)
+            weight_q = round_layer(op, weight, op.weight_scale, op.weight_bits)
             if torch.allclose(weight_q / op.weight_scale, weight, rtol=1e-5, atol=0):
                 return weight_q, op.weight_scale
         return quantize_layer(op, weight, op.weight_bits, self.per_channel)
 
-    def rounded(self, value, least=None):
-        """An integer, but for float weights."""
+    def rounded(self, name, value, least=None):
+        """An integer, but for float weights. Raises ValueError where it is out of range (`check_range`)."""
+        self.check_range(name, value)
         if self.is_float:
             return value
         value = value.round().to(torch.int32)
         return value if least is None else value.clamp_min(least)
+
+    def check_range(self, name, value):
+        """Raise ValueError for a bias, a threshold or a scale of op `name` that is not finite, or is too large."""
+        largest = value.abs().max().item()
+        if not largest <= (3e38 if self.is_float else LARGEST_INT32):
+            raise ValueError(
+                f"{self.dag.where(name)} needs a threshold or a bias of {largest:.3g}, beyond the integers of a chip: "
+                "its weights or biases are of very different sizes, or not finite, train the network again"
+            )
 
     def largest_of(self, op, in_nodes):
         """The bound of |current| per step that an op sends, None where real numbers flow."""
@@ -1031,19 +1051,19 @@ class SpikeSetter:
         unit = self.unit_of(out)
         if not torch.isfinite(op.weight).all():
             raise ValueError(f"{self.dag.where(name)} has NaN or infinite weights, train the network again")
-        unit_per_output = unit.flatten() if unit.numel() > 1 else unit  # [C_out] or a scalar
+        unit_per_output = unit.flatten() if unit.dim() else unit  # [C_out] or a scalar
         from_image = self.plan.kinds[in_nodes[0]] == ANALOG
         if from_image:
             weight_q, scale = self.integers(op)
             op.weight.data = weight_q / scale  # the image's current is computed with these
         else:
             scale = self.scale_in_unit(op, in_nodes[0], unit)
-            weight_q = round_to_integers(op.weight.detach() * scale, 1.0, op.weight_bits)
+            weight_q = round_layer(op, op.weight.detach() * scale, 1.0, op.weight_bits)
         op.set_weight_scale(scale)
         bias_q = None if op.bias is None else op.bias.detach() / unit_per_output
         if not self.is_float:
             weight_q = weight_q.to(torch.int8)
-            bias_q = None if bias_q is None or from_image else bias_q.round().to(torch.int32)
+            bias_q = None if bias_q is None or from_image else self.rounded(name, bias_q)
         op.set_integers(weight_q, bias_q, op.output_view(unit_per_output))
         op.largest_input = self.peaks.get(in_nodes[0], 1)
         self.largest[out] = self.largest_of(op, in_nodes)
@@ -1051,7 +1071,7 @@ class SpikeSetter:
     def scale_in_unit(self, op, node, unit):
         """s_w of a layer that reads the spikes of a node: a spike's value over that of one integer step."""
         per_input = op.input_view(self.input_scales(node, op))
-        return per_input / op.weight_view(unit.flatten() if unit.numel() > 1 else unit)
+        return per_input / op.weight_view(unit.flatten() if unit.dim() else unit)
 
     def weight_scales(self):
         """Op name -> s_w that the conversion will give the layers that read spikes."""
@@ -1105,13 +1125,19 @@ class SpikeSetter:
         size = weight.abs()
         silent = size <= 1e-4 * size.max()
         size = torch.where(silent, size.max().clamp_min(1e-30), size)
-        unit = self.value_of(node) * size
         reference = max(self.statistics[name].max_o, 1e-30)
+        unit = self.value_of(node) * size
+        largest_read = self.largest_read(in_nodes)
+        if largest_read is not None:
+            # a channel that stays far below one threshold even with all that can flow in sends what its bias alone does
+            finest = reference / LARGEST_INTEGER
+            silent = silent | (unit * largest_read[0] < finest)
+            unit = torch.where(silent, unit.clamp_min(finest), unit)
         wanted = (self.most * unit / reference).ceil().clamp(1, self.most)
         integer = torch.ones_like(wanted) if self.is_float else wanted
         unit = unit / integer
         weight_q = torch.where(silent, 0.0, weight.sign()) * integer
-        bias_q = bias / unit if self.largest_read(in_nodes) is None else self.rounded(bias / unit)
+        bias_q = bias / unit if largest_read is None else self.rounded(name, bias / unit)
         op.set_integers(weight_q if self.is_float else weight_q.to(torch.int32), bias_q)
         self.units[out] = unit
         self.largest[out] = self.largest_of(op, in_nodes)
@@ -1138,12 +1164,12 @@ class SpikeSetter:
     def branch_weight(self, name, node, unit):
         """The weight of spikes, or of a current with a unit of its own, at a neuron's add."""
         ratio = self.value_of(node) / unit
-        if not self.is_float and ratio.min() < 0.75:
+        if not self.is_float and ratio.min() < LEAST_RATIO:
             raise ValueError(
                 f"{self.dag.where(name)} adds values that are finer than a step of the {self.bits}-bit weights "
                 "beside them: use more bits, or put a ReLU behind what it adds"
             )
-        return self.rounded(ratio, least=1)
+        return self.rounded(name, ratio, least=1)
 
     def spike_sum_unit(self, scales):
         """The unit of a sum of spikes alone: the strongest gets the largest integer, at few bits 7, the weakest 1."""
@@ -1204,7 +1230,12 @@ class SpikeSetter:
         target = target.squeeze() if target.numel() == 1 else target
         if not target.max() > 0:  # no calibration image excites this layer: aim at the scale of its input
             target = unit.max() * max(largest or 1, 1)
+        if largest is None and self.reset_mode == "zero":
+            # lambda is an activation that some neuron has: its current would meet the threshold, and the last bit of a
+            # float sum decide whether a spike comes now or a step later
+            target = target * BELOW_A_TIE
         Vthr = target / unit
+        self.check_range(name, Vthr)
         if largest is not None:
             is_cut_off = target >= (getattr(op, "ceiling", None) or float("inf"))
             Vthr = torch.where(is_cut_off, Vthr.floor(), Vthr.round()).clamp_min(1).to(torch.int32)

@@ -15,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from tqdm import tqdm
 
+from batches import on_device, split_batch
 from dag_rewrites import is_trained, only_reader, writer
-from spike_dag import as_inputs, as_spiking, one_thread_per_operator, run_ops
+from spike_dag import as_spiking, one_thread_per_operator, run_ops
 from spike_layers import SignedReLU, SpikeAdd, SpikeBatchNorm, WeightedLayer
 from spike_tensor import Memory
 
@@ -126,11 +127,11 @@ class CorrectionImages:
 def calibration_images(loader, device, samples, qnet, timesteps):
     """The first `samples` images of `loader`, or as many as `MOST_BYTES` allow, in chunks for a thread each."""
     chunks, seen, most = [], 0, min(samples, MOST_IMAGES)
-    for images, *_ in loader:
-        inputs = as_inputs(images, device)
+    for batch in loader:
+        inputs = on_device(split_batch(batch)[0], device)
         bytes_per_image = timesteps * qnet.largest_sample(inputs)
         most = min(most, max(16, MOST_BYTES // bytes_per_image))
-        inputs = as_inputs(inputs, device, most - seen)
+        inputs = tuple(x[: most - seen] for x in inputs)
         per_chunk = max(1, CHUNK_BYTES // (4 * bytes_per_image))
         chunks += zip(*(x.split(per_chunk) for x in inputs))
         seen += len(inputs[0])

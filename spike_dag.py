@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import spike_tensor
+from runtime.ranges import check_option
 from spike_layers import OP_TYPES, ClipFloorShift, IFNeuron, WeightedLayer
 from spike_tensor import Current, Memory, SpikeTensor, decode
 
@@ -93,11 +94,13 @@ class SpikeDAGModule(nn.Module):
             raise ValueError(f"the network takes {len(self.inputs_nodes)} inputs, got {len(inputs)}")
         if not self.neurons():
             return one_or_all(self.forward_ann(inputs))
-        if timesteps is not None and timesteps < 1:
-            raise ValueError(f"timesteps {timesteps}: a spiking network needs at least 1")
+        timesteps = self.timesteps if timesteps is None else check_option("timesteps", timesteps)
         if not len(inputs[0]):
             raise ValueError("the batch is empty, give at least one image to simulate")
-        return one_or_all(self.simulate(inputs, self.timesteps if timesteps is None else timesteps, every_step))
+        for node, x in zip(self.inputs_nodes, inputs):
+            if not torch.isfinite(x).all():  # neurons would take it for silence
+                raise ValueError(f"{node} has NaN or infinite values, look at how the images are read and normalised")
+        return one_or_all(self.simulate(inputs, timesteps, every_step))
 
     def forward_ann(self, inputs):
         """The outputs of a network that does not spike."""
@@ -285,6 +288,10 @@ class SpikeDAGModule(nn.Module):
         layers = {name: entry["op"] for name, entry in self.ops.items()}
         return {n: op for n, op in layers.items() if isinstance(op, WeightedLayer) and op.weight.requires_grad}
 
+    def trained_parameters(self):
+        """What finetuning moves: all parameters but those that the traced network has frozen, and fixed ones."""
+        return [p for entry in self.ops.values() for p in entry["op"].trained_parameters()]
+
     def where(self, name):
         """An op as messages name it: "conv2 (layer1.0.conv1)"."""
         path = self.ops[name]["path"]
@@ -399,12 +406,6 @@ def load_dag(path):
 
 
 torch.serialization.add_safe_globals([from_dict])
-
-
-def as_inputs(inputs, device, most=None):
-    """One tensor, or a tuple of them for a network with several inputs, as a tuple: `most` samples on `device`."""
-    inputs = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-    return tuple(x[:most].to(device) for x in inputs)
 
 
 def one_or_all(outputs):

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from batches import count_batches, labelled_batch, loss_of, on_device, reusable, split_batch
 from quantization import (
     FLOAT_BITS,
     QuantAdam,
@@ -34,8 +35,9 @@ from quantization import (
     groups_of,
     largest_integer,
     quantize_layer,
-    round_to_integers,
+    round_layer,
 )
+from runtime.ranges import check_option
 from snn_weight_setter import LARGEST_INTEGER
 from spike_dag import one_thread_per_operator, run_ops
 from spike_layers import SpikeMaxPool2d
@@ -55,6 +57,9 @@ def finetune_spikes(
 ):
     """A copy of a converted network whose weights and biases are finetuned for `epochs` passes over `loader`.
 
+    loader: batches as `batches.split_batch` takes them; an iterator that runs once is kept as a list. Parameters that
+    the traced network has frozen are not moved.
+
     criterion: loss of the outputs against the labels of `loader`, or None. teacher: the ANN, on `device`, whose outputs
     and (times `features`) activations are learnt, without labels. lr: how far a step moves the weights and biases of a
     layer, as a share of the root mean square of its weights (`default_lr`). It falls to 0 along a cosine.
@@ -66,9 +71,15 @@ def finetune_spikes(
 
     gradient: "time" or "tandem" (above); by default "time" up to `MOST_THROUGH_TIME` timesteps.
 
-    Raises ValueError where neither criterion nor teacher is given, for another gradient, for a qnet with other layers,
-    and where the loss is not finite.
+    Raises ValueError where neither criterion nor teacher is given, for values out of range (`runtime.ranges`), for
+    another gradient, for a network that is not converted, for a qnet with other layers, and where the loss is not
+    finite.
     """
+    check_option("finetune_snn", epochs)
+    if lr is not None:
+        check_option("finetune_snn_lr", lr)
+    if not snn.neurons():
+        raise ValueError("the network has no spikes to finetune on, convert it first (trans_ann2snn_weight)")
     if criterion is None and teacher is None:
         raise ValueError("finetuning on spikes needs a criterion, for labels, or a teacher")
     gradient = gradient or ("time" if snn.timesteps <= MOST_THROUGH_TIME else "tandem")
@@ -79,19 +90,22 @@ def finetune_spikes(
     most = MOST_UNROLLED[torch.device(device).type]
     part_size = max(1, most // snn.timesteps) if gradient == "time" else sys.maxsize
     layers = shadow_weights(snn, qnet)
-    parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+    parameters = [p for layer in layers for p in layer.trained_parameters()]
+    if teacher is not None:
+        teacher = copy.deepcopy(teacher).to(device).eval()
+    loader = reusable(loader)
     lr = default_lr(snn.timesteps, criterion is not None) if lr is None else lr
     optimizer = QuantAdam(groups_of(layers, lr))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * len(loader)))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * count_batches(loader)))
     for epoch in range(1, epochs + 1):
-        for inputs, targets in tqdm(loader, f"finetune spikes, epoch {epoch}", leave=False, delay=1):
-            inputs, targets = inputs.to(device), targets.to(device)
+        for batch in tqdm(loader, f"finetune spikes, epoch {epoch}", leave=False, delay=1):
+            inputs, targets = batch_of(batch, device, criterion is not None)
             optimizer.zero_grad()
-            for part, labels in zip(inputs.split(part_size), targets.split(part_size)):
-                loss = loss_of(snn, part, labels, forward, criterion, teacher, features)
+            for part, labels in parts_of(inputs, targets, part_size):
+                loss = total_loss(snn, part, labels, forward, criterion, teacher, features)
                 if not torch.isfinite(loss):
                     raise ValueError(f"finetuning on spikes diverged in epoch {epoch}, lower its learning rate")
-                (loss * (len(part) / len(inputs))).backward()
+                (loss * (len(part[0]) / len(inputs[0]))).backward()
             optimizer.step()
             schedule.step()
             set_integers(layers)
@@ -99,6 +113,17 @@ def finetune_spikes(
         raise ValueError(f"finetuning on spikes diverged in epoch {epochs}, lower its learning rate")
     snn.bound_currents()
     return snn
+
+
+def batch_of(batch, device, with_labels):
+    """`inputs, labels` of a batch on a device; without a need for labels they are None."""
+    return labelled_batch(batch, device) if with_labels else (on_device(split_batch(batch)[0], device), None)
+
+
+def parts_of(inputs, targets, size):
+    """`inputs, labels` of at most `size` samples at a time."""
+    parts = list(zip(*(x.split(size) for x in inputs)))
+    return zip(parts, [None] * len(parts) if targets is None else targets.split(size))
 
 
 def default_lr(timesteps, with_labels):
@@ -124,18 +149,20 @@ def finetune_on_spikes(snn, qnet, ann, train_loader, calibration_loader, criteri
 def first_images(loader, samples):
     """The first `samples` images of a loader, in small batches: many steps on few images."""
     batches, seen = [], 0
-    for inputs, targets in loader:
-        batches += zip(inputs[: samples - seen].split(BATCH), targets[: samples - seen].split(BATCH))
-        seen += len(inputs)
+    for batch in loader:
+        inputs, labels = split_batch(batch)
+        few = [x[: samples - seen] for x in inputs]
+        batches += parts_of(few, None if labels is None else labels[: samples - seen], BATCH)
+        seen += len(inputs[0])
         if seen >= samples:
             break
     return batches
 
 
-def loss_of(snn, inputs, targets, forward, criterion, teacher, features):
+def total_loss(snn, inputs, targets, forward, criterion, teacher, features):
     """The loss of one batch, with gradients for weights and biases by `forward`, one of `GRADIENTS`."""
     outputs, activations = forward(snn, inputs)
-    loss = 0.0 if criterion is None else criterion(outputs, targets)
+    loss = 0.0 if criterion is None else loss_of(criterion, outputs, targets)
     if teacher is not None:
         with torch.no_grad():
             wanted, known = ann_forward(teacher, inputs)
@@ -152,7 +179,7 @@ def relative_error(values, wanted):
 
 def ann_forward(dag, inputs):
     """The outputs of a network that does not spike, and op name -> what the op returns."""
-    values, returned = {dag.inputs_nodes[0]: inputs}, {}
+    values, returned = dict(zip(dag.inputs_nodes, inputs)), {}
     for name, entry in dag.ops.items():
         values[entry["out_nodes"][0]] = returned[name] = entry["op"](*[values[node] for node in entry["in_nodes"]])
     return values[dag.outputs_nodes[0]], returned
@@ -161,7 +188,7 @@ def ann_forward(dag, inputs):
 def forward_through_time(snn, inputs):
     """The outputs of a converted network and [(op name, decoded rates)], as autograd can follow them through time."""
     before, between, behind = snn.stages()
-    values, memory, activations = {snn.inputs_nodes[0]: inputs}, Memory(snn.timesteps), []
+    values, memory, activations = dict(zip(snn.inputs_nodes, inputs)), Memory(snn.timesteps), []
     name_of = {id(entry): name for name, entry in snn.ops.items()}
     with learning(snn):
         run_ops(before, values)
@@ -189,7 +216,7 @@ def learning(snn):
 
 def tandem_forward(snn, inputs):
     """The outputs of a converted network, exactly, with the gradients of the ANN, and [(op name, decoded rates)]."""
-    rates, values, activations = decoded_rates(snn, inputs), {snn.inputs_nodes[0]: inputs}, []
+    rates, values, activations = decoded_rates(snn, inputs), dict(zip(snn.inputs_nodes, inputs)), []
     for name, entry in snn.ops.items():
         value = entry["op"](*[values[node] for node in entry["in_nodes"]])
         if name in rates:
@@ -224,11 +251,11 @@ def decoded_rates(snn, inputs):
     The batch is cut as in `SpikeDAGModule.simulate`; on a CPU every thread simulates parts of its own.
     """
     before, between, _ = snn.stages()
-    images, _ = snn.cut((inputs,), snn.timesteps)
+    images, _ = snn.cut(inputs, snn.timesteps)
 
     @torch.no_grad()
     def work(part):
-        values, rates = {snn.inputs_nodes[0]: part}, {}
+        values, rates = dict(zip(snn.inputs_nodes, part)), {}
         run_ops(before, values)
         memory = Memory(snn.timesteps)
         for entry in between:
@@ -239,11 +266,12 @@ def decoded_rates(snn, inputs):
         return rates
 
     name_of = {id(entry): name for name, entry in snn.ops.items()}
-    if inputs.device.type == "cpu":
+    cut = list(zip(*(x.split(images) for x in inputs)))
+    if inputs[0].device.type == "cpu":
         with one_thread_per_operator as threads, ThreadPoolExecutor(threads) as pool:
-            parts = list(pool.map(work, inputs.split(images)))
+            parts = list(pool.map(work, cut))
     else:
-        parts = [work(part) for part in inputs.split(images)]
+        parts = [work(part) for part in cut]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -263,6 +291,7 @@ def shadow_weights(snn, qnet=None):
         if layer.spiking and layer.bias_q is not None:
             if layer.bias is None:  # a correction gave it one
                 layer.bias = nn.Parameter(torch.zeros(layer.output_channels, device=layer.weight.device))
+                layer.frozen -= {"bias"} if "weight" not in layer.frozen else set()
             layer.bias.copy_(layer.bias_q * layer.per_output_unit())  # with what a correction added to it
     set_integers(layers)
     return layers
@@ -285,9 +314,9 @@ def within_interval(layer, full):
     bits, scale = layer.weight_bits, layer.weight_scale
     if bits == FLOAT_BITS:
         return layer.weight.detach().clone()
-    weight_q = round_to_integers(layer.weight.detach(), scale, bits)
+    weight_q = round_layer(layer, layer.weight.detach(), scale, bits)
     if bits == 1:
-        return torch.where(round_to_integers(full, scale, bits) == weight_q, full, weight_q / scale)
+        return torch.where(round_layer(layer, full, scale, bits) == weight_q, full, weight_q / scale)
     largest, endless = largest_integer(bits), torch.inf  # the outermost integers stand for all beyond them
     low = torch.where(weight_q <= -largest, -endless, weight_q - INTERVAL)
     high = torch.where(weight_q >= largest, endless, weight_q + INTERVAL)
@@ -299,7 +328,7 @@ def set_integers(layers):
     """Round the shadows to integers, in units that stay as they are; weights and biases become what these say."""
     for layer in layers:
         bits, scale, shadow = layer.weight_bits, layer.weight_scale, layer.weight.weight_back
-        weight_q = shadow * scale if bits == FLOAT_BITS else round_to_integers(shadow, scale, bits)
+        weight_q = shadow * scale if bits == FLOAT_BITS else round_layer(layer, shadow, scale, bits)
         layer.weight.copy_(weight_q / scale)
         if not layer.spiking:
             continue

@@ -269,6 +269,11 @@ class SpikeLayer(nn.Module):
         self.neuron = None
         self.levels = None
 
+    def trained_parameters(self):
+        """The parameters that finetuning moves: those that are not frozen."""
+        named = self.named_parameters()
+        return [p for name, p in named if p.requires_grad and name not in self.frozen]
+
     def quantise(self, activation):
         """The activation, in levels where they are set."""
         return activation if self.levels is None else self.levels(activation)
@@ -335,7 +340,7 @@ class WeightedLayer(SpikeLayer):
 
     def per_output_unit(self):
         """The unit as [C_out], or a scalar."""
-        return self.unit.flatten() if self.unit.dim() else self.unit
+        return self.unit.flatten() if self.unit.dim() else self.unit  # [1] of one channel, which a bias needs
 
     def input_view(self, values):
         """A value per input channel, [C_in], broadcastable to the weight; a scalar as it is."""
@@ -385,9 +390,7 @@ class WeightedLayer(SpikeLayer):
         return values if self.weight_q.is_floating_point() else values + (values.round() - values).detach()
 
     def fits_float32(self):
-        """Whether float32 holds all currents; those of plain spikes always fit."""
-        if self.largest_input == 1:
-            return True
+        """Whether float32 holds all currents: not those of over 132,104 inputs with weights of 8 bits, say."""
         return self.prepared("fits", lambda: self.largest_current() <= EXACT_IN_FLOAT32)
 
     def operate_in_type(self, spikes):

@@ -109,7 +109,7 @@ def test_integers_of_finetuning_are_those_of_the_conversion(of_lambdas, of_weigh
 
 def test_fewer_levels_than_one_are_refused():
     net, images = small_model("shortcuts")
-    with pytest.raises(ValueError, match="activation levels 0: use 1 or more"):
+    with pytest.raises(ValueError, match="activation_levels 0: use a whole number, 1 to 65536"):
         quantize_activations(prepared(net, images), [(images,)], "cpu", 0)
 
 

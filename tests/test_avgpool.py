@@ -313,7 +313,7 @@ def test_finetuning_on_spikes(listen):
     net, images = poolings()
     snn = convert(net, images, 8, 8, listen=listen, avgpool="fold")
     expected, layers = snn(images), shadow_weights(copy.deepcopy(snn))
-    outputs, activations = tandem_forward(copy.deepcopy(snn), images)
+    outputs, activations = tandem_forward(copy.deepcopy(snn), (images,))
     assert torch.allclose(outputs, expected, rtol=1e-5, atol=1e-5) and len(layers) == 7
     assert [name for name, _ in activations if name.startswith("avg")] == FIRING
     bounds = {name: neuron.largest_current for name, neuron in snn.neurons().items()}

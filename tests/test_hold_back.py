@@ -145,7 +145,7 @@ def test_what_is_held_back_is_no_part_of_an_error():
 
 def test_a_share_out_of_range_is_refused(capsys):
     net, images = small_model("shortcuts")
-    with pytest.raises(ValueError, match="hold_back 2: use a share of Vthr from 0 to 1"):
+    with pytest.raises(ValueError, match="hold_back 2: use a number from 0 to 1, a share of Vthr"):
         convert(net, images, 8, 8, hold_back=2)
     with pytest.raises(SystemExit) as stopped:
         parse_args(["example_net", "--hold_back", "-1"])

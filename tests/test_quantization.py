@@ -24,10 +24,12 @@ from quantization import (
     largest_integer,
     quantize,
     quantize_finetune,
+    quantize_layer,
     quantize_layers,
     quantize_train,
     round_to_integers,
 )
+from spike_layers import SpikeConvTranspose2d
 from validate import validate_ann
 
 weights = arrays(np.float32, (4, 3, 3, 3), elements=st.floats(-10, 10, width=32))
@@ -55,7 +57,11 @@ def test_integers_are_symmetric_and_near(weight, bits, per_channel):
     assert torch.equal(W_q, W_q.round()) and W_q.abs().max() <= limit == largest_integer(bits)
     assert s_w.shape == ((4, 1, 1, 1) if per_channel else ())
     if bits == 1:
-        assert set(W_q.unique().tolist()) <= {-1.0, 1.0}
+        means = weight.double().abs().flatten(1).mean(1)
+        silent = (means <= 1.0001e-4 * means.mean()) | (means <= 1.0001e-30)
+        loud = (means > 1.001e-4 * means.mean()) & (means > 1.001e-30)
+        assert (W_q[loud].abs() == 1).all() and (W_q[silent & ~loud].abs() <= 1).all()
+        assert (W_q[means == 0] == 0).all()
     else:
         inside = (weight * s_w).abs() <= limit
         assert ((W_q / s_w - weight).abs() <= 0.5001 / s_w)[inside].all()  # nearest integer
@@ -76,7 +82,7 @@ def test_weights_next_to_nothing_have_a_finite_scale(bits, per_channel):
     weight = torch.full((4, 3, 3, 3), -2e-39)
     W_q, s_w = quantize(weight, bits, per_channel)
     assert torch.equal(s_w.unique(), torch.ones(1) if bits == 1 else torch.full((1,), float(largest_integer(bits))))
-    assert torch.equal(W_q, torch.full_like(W_q, -1.0 if bits == 1 else 0.0))
+    assert torch.equal(W_q, torch.zeros_like(W_q))
 
 
 def test_one_bit_has_the_mean_magnitude_as_scale():
@@ -84,6 +90,25 @@ def test_one_bit_has_the_mean_magnitude_as_scale():
     W_q, s_w = quantize(weight, 1)
     assert W_q.tolist() == [[1, -1], [1, -1]] and 1 / s_w.item() == 2.0
     assert (1 / quantize(weight, 1, per_channel=True)[1]).flatten().tolist() == [1.0, 3.0]
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("dead", [0.0, 1e-9])
+def test_a_channel_without_weights_stays_silent_at_1_bit(dead, per_channel):
+    """As a pruned BatchNorm leaves it: +1 would make it the loudest; where finetuning wakes it, it is as the others."""
+    weight = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0)) * 0.1
+    weight[1] = dead
+    W_q, s_w = quantize(weight, 1, per_channel)
+    assert not W_q[1].any() and (W_q[[0, 2, 3]].abs() == 1).all()
+    assert 1 / s_w.flatten()[1 if per_channel else 0] == pytest.approx(weight.abs().mean().item(), rel=1e-5)
+    assert torch.equal(quantize(W_q / s_w, 1, per_channel)[0], W_q)
+
+
+def test_a_transposed_convolution_has_its_silent_channels_in_its_second_dimension():
+    layer = SpikeConvTranspose2d(3, 4, 3, groups=1)
+    layer.weight.data[:, 2] = 0
+    W_q, _ = quantize_layer(layer, layer.weight.detach(), 1, per_channel=True)
+    assert not W_q[:, 2].any() and (W_q[:, [0, 1, 3]].abs() == 1).all()
 
 
 def test_the_scale_has_less_error_than_the_maximum():

@@ -145,7 +145,7 @@ def test_the_forward_pass_of_finetuning_is_the_spiking_network(name, listen, for
     snn = convert(net, images, 8, 8, listen=listen, **CHOICES)
     layers = shadow_weights(snn)
     expected, trains = snn(images), spikes_and_first_currents(snn, images, 8)[0]
-    outputs, activations = forward(snn, images)
+    outputs, activations = forward(snn, (images,))
     assert torch.allclose(outputs, expected, rtol=1e-5, atol=1e-5)
     for layer, decoded in activations:
         if snn.ops[layer]["op"].neuron is not None:
@@ -166,7 +166,7 @@ def test_the_gradient_is_that_of_the_clipped_ann():
     neuron = snn.neurons()["relu1"]
     neuron.scale_factor, neuron.Vthr = torch.ones(2, 1, 1), torch.full((2, 1, 1), 1.0) / snn.ops["conv1"]["op"].unit
     shadow_weights(snn)
-    outputs, _ = tandem_forward(snn, images)
+    outputs, _ = tandem_forward(snn, (images,))
     assert torch.allclose(outputs, torch.full((4, 1), 1.4))  # 0.4, and 1 that is cut off from 4
     outputs.sum().backward()
     assert torch.allclose(snn.ops["conv1"]["op"].weight.grad.flatten(), torch.tensor([4 * 0.8, 0.0]))
@@ -261,10 +261,10 @@ def test_full_precision_weights_start_as_the_integers_that_were_converted(bits, 
     init_quantize_net(qnet, bits)
     snn = trans_ann2snn_weight(qnet, [(images, None)], "cpu", 8, bits, granularity=granularity)
     before = {name: op.weight_q.clone() for name, op in snn.weighted_layers().items() if op.spiking}
-    rates = decoded_rates(snn, images)
+    rates = decoded_rates(snn, (images,))
     layers = shadow_weights(snn, qnet)
     assert all(torch.equal(snn.ops[name]["op"].weight_q, weight_q) for name, weight_q in before.items())
-    assert all(torch.equal(value, rates[layer]) for layer, value in decoded_rates(snn, images).items())
+    assert all(torch.equal(value, rates[layer]) for layer, value in decoded_rates(snn, (images,)).items())
     for name, layer in snn.weighted_layers().items():
         shadow, full = layer.weight.weight_back, qnet.ops[name]["op"].weight.weight_back
         assert torch.all((shadow - full) * (shadow - layer.weight) <= 1e-7)
@@ -372,10 +372,10 @@ def largest_current_of(snn, layer, images):
 def test_rounding_again_changes_nothing():
     net, images = small_model("dense")
     snn = convert(net, images, 8, 4, granularity="channel", correction="bias", **CHOICES)
-    rates = decoded_rates(snn, images)
+    rates = decoded_rates(snn, (images,))
     layers = shadow_weights(snn)
     set_integers(layers)
-    assert all(torch.equal(value, rates[layer]) for layer, value in decoded_rates(snn, images).items())
+    assert all(torch.equal(value, rates[layer]) for layer, value in decoded_rates(snn, (images,)).items())
 
 
 def test_finetuning_needs_something_to_learn_and_says_when_it_diverges():

@@ -357,12 +357,12 @@ def test_relu_of_the_image_stays_ann():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(timesteps=0), "timesteps 0: a spiking network needs at least 1"),
+        (dict(timesteps=0), "timesteps 0: use a whole number, 1 to 65536"),
         (dict(weight_bitwidth=9), "weight bit width 9: use 1 to 8"),
         (dict(reset_mode="hard"), "unknown reset mode 'hard'"),
-        (dict(quantile=0.0), "quantile 0.0: use a share"),
+        (dict(quantile=0.0), "quantile 0.0: use a number above 0 to 1"),
         (dict(threshold="best"), "unknown threshold 'best', use one of quantile, max, mse"),
-        (dict(loader=[]), "no images to calibrate on"),
+        (dict(loader=[]), "the data loader is empty"),
     ],
 )
 def test_impossible_conversions(change, message):
