@@ -242,8 +242,8 @@ def groups_of(layers, lr):
     for layer in layers:
         size = layer.weight.weight_back.square().mean().sqrt()
         size = size if size > 0 else (1 / layer.weight_scale).mean()
-        trained = layer.trained_parameters()
-        groups.append({"params": trained, "lr": lr * size.item()})
+        if trained := layer.trained_parameters():
+            groups.append({"params": trained, "lr": lr * size.item()})
     return groups
 
 

@@ -91,6 +91,8 @@ def finetune_spikes(
     part_size = max(1, most // snn.timesteps) if gradient == "time" else sys.maxsize
     layers = shadow_weights(snn, qnet)
     parameters = [p for layer in layers for p in layer.trained_parameters()]
+    if not parameters:
+        raise ValueError("every layer of the network is frozen (requires_grad=False), unfreeze what is to be finetuned")
     if teacher is not None:
         teacher = copy.deepcopy(teacher).to(device).eval()
     loader = reusable(loader)
