@@ -42,7 +42,7 @@ def quantize_activations(net, loader, device, levels, ann_layers=(), calibration
     loader = reusable(loader, calibration_samples)
     net = as_dag(net, loader).to(device).eval()
 
-    def choose_scales(values, channels, count):
+    def choose_scales(values, channels, count, largest):
         return least_error_scales(values, channels, count, levels)
 
     statistics = calibrate(net, loader, device, calibration_samples, choose_scales, granularity)

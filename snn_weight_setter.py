@@ -145,10 +145,10 @@ def trans_ann2snn_weight(
     snn = copy.deepcopy(qnet)
     set_bitwidths(snn, weight_bitwidth)
 
-    def choose_scales(values, channels, count):
+    def choose_scales(values, channels, count, largest):
         if threshold == "mse":
             return least_error_scales(values, channels, count, timesteps)
-        return positive_tops(values, channels, count, quantile if threshold == "quantile" else 1.0)
+        return largest if threshold == "max" else positive_tops(values, channels, count, quantile)
 
     statistics = calibrate(snn, loader, device, calibration_samples, choose_scales, granularity)
     learnt = use_learnt_scales(snn, statistics)
@@ -537,7 +537,8 @@ class LayerStatistics:
 def calibrate(dag, loader, device, samples, choose_scales, granularity="layer"):
     """Op name -> LayerStatistics, from the first `samples` images of `loader`.
 
-    choose_scales(values [N], channels [N], C) gives the scale of every channel, [C].
+    choose_scales(values [N], channels [N], C, largest [C]) gives the scale of every channel, [C]; largest: of all
+    activations, of which the values are a sample.
     """
     with pool_activations(dag, samples, granularity == "channel") as (input_pool, output_pool):
         run_samples(dag, loader, device, samples)
@@ -546,10 +547,11 @@ def calibrate(dag, loader, device, samples, choose_scales, granularity="layer"):
             outputs = pool.values()
             if not torch.isfinite(outputs).all():
                 raise ValueError(f"{dag.where(name)} has NaN or infinite activations, train the network again")
-            max_o = choose_scales(outputs, torch.zeros_like(outputs, dtype=torch.long), 1).squeeze()
+            channels, largest = torch.zeros_like(outputs, dtype=torch.long), pool.largest
+            max_o = choose_scales(outputs, channels, 1, largest.max().reshape(1)).squeeze()
             scales = max_o
             if granularity == "channel":
-                scales = choose_scales(outputs, pool.channels(), pool.count)
+                scales = choose_scales(outputs, pool.channels(), pool.count, largest)
                 scales = torch.where(scales > 0, scales, max_o).clamp_min(LEAST_SHARE * max_o)
                 scales = scales.view(-1, *[1] * (pool.dim - 2))
             square_o = outputs.double().square().mean().item()
@@ -597,19 +599,21 @@ class Pool:
     """Evenly spaced elements, at most `most`, of the activations of `samples` images.
 
     with_channels: whether the channel of each is known, too. count, dim: channels, and dimensions, of the tensors that
-    they are taken from.
+    they are taken from. largest: the largest of every channel, [C], of all elements.
     """
 
     def __init__(self, most, samples, with_channels=False):
         self.most, self.samples, self.with_channels = most, samples, with_channels
         self.parts, self.seen, self.stride = [], 0, None
-        self.channel_parts, self.count, self.dim = [], 1, 0
+        self.channel_parts, self.count, self.dim, self.largest = [], 1, 0, None
 
     def add(self, values):
         """Take every `stride`-th element of one more batch [B, C, ...], counted over all batches."""
         size = values[0].numel()
         self.stride = self.stride or sampling_stride(size * self.samples, self.most, size)
         first, self.count, self.dim = -self.seen % self.stride, values.shape[1], values.dim()
+        largest = values.amax([d for d in range(values.dim()) if d != 1])  # [C]
+        self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
         self.parts.append(in_memory_order(values)[first :: self.stride].clone())
         self.seen += values.numel()
         if self.with_channels:
@@ -1230,7 +1234,7 @@ class SpikeSetter:
         target = target.squeeze() if target.numel() == 1 else target
         if not target.max() > 0:  # no calibration image excites this layer: aim at the scale of its input
             target = unit.max() * max(largest or 1, 1)
-        if largest is None and self.reset_mode == "zero":
+        if largest is None and (self.reset_mode == "zero" or self.initial_potential in (0, 1)):
             # lambda is an activation that some neuron has: its current would meet the threshold, and the last bit of a
             # float sum decide whether a spike comes now or a step later
             target = target * BELOW_A_TIE
