@@ -12,7 +12,7 @@ box (left, top, right, bottom) in pixels of the square, with class -1 where an i
 
 import contextlib
 import io
-import math
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+
+from runtime.files import check_regular
+from runtime.packages import check_packages
 
 SPLITS = {"train": "train2017", "test": "val2017"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's detectors use them
@@ -84,8 +87,8 @@ class CocoSplit:
         self.folder = os.path.join(root, SPLITS[split])
         self.file = os.path.join(root, "annotations", f"instances_{SPLITS[split]}.json")
         self.image_size = image_size
-        self.images = open_split(self.folder, self.file)
-        self.coco, self.ids = self.images.coco, self.images.ids
+        self.coco = open_split(self.folder, self.file)
+        self.ids = sorted(self.coco.imgs)
         self.categories = sorted(self.coco.getCatIds())
         self.classes = tuple(category["name"] for category in self.coco.loadCats(self.categories))
         if not self.ids or not self.categories:
@@ -119,74 +122,113 @@ class CocoSplit:
 
     def decode(self, index):
         """uint8 [3, S, S] of one image."""
-        name = self.coco.imgs[self.ids[index]]["file_name"]
+        from PIL import Image
+
+        file = os.path.join(self.folder, self.coco.imgs[self.ids[index]]["file_name"])
         try:
-            return self.letterbox(index).draw(self.images._load_image(self.ids[index]))
-        except (OSError, ValueError, SyntaxError) as error:  # all of them Pillow's
+            check_regular(file)
+            with Image.open(file) as image:
+                return self.letterbox(index).draw(image)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all of them Pillow's
             raise OSError(
-                f"cannot read the image {os.path.join(self.folder, name)} ({type(error).__name__}), it is missing or "
-                "damaged, copy it again"
+                f"cannot read the image {file} ({type(error).__name__}), it is missing or damaged, copy it again"
             ) from error
 
 
 def open_split(folder, file):
-    """torchvision's CocoDetection. Raises OSError or ValueError where files are missing or damaged."""
-    try:
-        import pycocotools  # noqa: F401, torchvision imports it only when the data set is made
-        from torchvision.datasets import CocoDetection
-    except ImportError as error:
-        raise ValueError("--dataset COCO needs pycocotools, which is missing: pip install pycocotools") from error
+    """The annotations of a split as a pycocotools COCO. Raises OSError or ValueError for missing or damaged files."""
+    check_packages("--dataset COCO", "pycocotools")
+    from pycocotools.coco import COCO
+
     if not os.path.isfile(file):
         raise FileNotFoundError(
             f"no annotations {file}, put COCO's train2017/, val2017/ and annotations/ below --dataset_root"
         )
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no image folder {folder}, put COCO's images there, or name another --dataset_root")
+    coco = COCO()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports on stdout
-            images = CocoDetection(folder, file)
-            check_entries(images.coco)
-            number_annotations(images.coco)
-    except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        with open(file, encoding="utf-8") as text:
+            coco.dataset = checked_entries(json.load(text))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"the annotations {file} are damaged, or no COCO file ({type(error).__name__}: {error}), copy them again"
         ) from error
-    return images
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports on stdout
+        coco.createIndex()
+    return coco
 
 
-def number_annotations(coco):
-    """Number the annotations 1, 2, ...: pycocotools takes those of one id for one, and the id 0 for none."""
-    for number, entry in enumerate(coco.dataset["annotations"], 1):
-        entry["id"] = number
-    coco.createIndex()
+def checked_entries(data):
+    """The images, categories and annotations of a file, the latter numbered 1, 2, ...
+
+    pycocotools takes annotations of one id for one, and the id 0 for none. Raises ValueError or LookupError, with the
+    entry, where one lacks what is read of it.
+    """
+    images = {entry["id"] for entry in each_checked(data["images"], "image", check_image)}
+    categories = {entry["id"] for entry in each_checked(data["categories"], "category", check_category)}
+
+    def check(entry):
+        check_annotation(entry, images, categories)
+
+    annotations = [
+        {**entry, "id": number}
+        for number, entry in enumerate(each_checked(data["annotations"], "annotation", check), 1)
+    ]
+    return {"images": data["images"], "categories": data["categories"], "annotations": annotations}
 
 
-def check_entries(coco):
-    """Raise ValueError or LookupError where images, categories or boxes lack what is read of them."""
-    for image in coco.dataset["images"]:
-        has_name = isinstance(image["file_name"], str) and image["file_name"]
-        if not (has_name and is_size(image["width"]) and is_size(image["height"])):
-            raise ValueError(f"image {image['id']} has no file name or no size")
-    names = {category["id"]: category["name"] for category in coco.dataset["categories"]}
-    for kind, ids in (("image", coco.imgs), ("category", names)):
-        for number in ids:
-            if not isinstance(number, int):
-                raise ValueError(f"the {kind} id {number!r} is no whole number")
-    for entry in coco.dataset["annotations"]:
-        is_box = len(entry["bbox"]) == 4 and all(map(is_number, entry["bbox"]))
-        if not is_box or entry["category_id"] not in names or entry["image_id"] not in coco.imgs:
-            raise ValueError(f"annotation {entry['id']} has no box of 4 numbers, no known category or no known image")
-        if not {"iscrowd", "area"} <= set(entry):
-            raise ValueError(f"annotation {entry['id']} has no iscrowd or no area")
-        if entry["iscrowd"] not in (0, 1) or not is_number(entry["area"]):
-            raise ValueError(
-                f"annotation {entry['id']} has an iscrowd that is not 0 or 1, or an area that is no number"
-            )
+def each_checked(entries, kind, check):
+    """The entries, each after its check; an error names the entry by its place in the file."""
+    for number, entry in enumerate(entries, 1):
+        try:
+            check(entry)
+        except (LookupError, TypeError) as error:
+            raise ValueError(f"{kind} number {number} of the file: {type(error).__name__}: {error}") from error
+        yield entry
+
+
+def check_image(entry):
+    """Raise an error unless an image has an id, a file name and a size."""
+    check_id(entry["id"], "image")
+    has_name = isinstance(entry["file_name"], str) and entry["file_name"]
+    if not (has_name and is_size(entry["width"]) and is_size(entry["height"])):
+        raise ValueError(f"image {entry['id']} has no file name or no size")
+
+
+def check_category(entry):
+    """Raise an error unless a category has an id and a name."""
+    check_id(entry["id"], "category")
+    if not isinstance(entry["name"], str):
+        raise ValueError(f"the name of category {entry['id']} is {entry['name']!r}, no text")
+
+
+def check_annotation(entry, images, categories):
+    """Raise an error unless an annotation has a box, a category and an image that are known."""
+    known = is_id(entry["category_id"]) and entry["category_id"] in categories
+    known = known and is_id(entry["image_id"]) and entry["image_id"] in images
+    if not known or len(entry["bbox"]) != 4 or not all(map(is_number, entry["bbox"])):
+        raise ValueError(f"annotation {entry['id']} has no box of 4 numbers, no known category or no known image")
+    if not {"iscrowd", "area"} <= set(entry):
+        raise ValueError(f"annotation {entry['id']} has no iscrowd or no area")
+    if entry["iscrowd"] not in (0, 1) or not is_number(entry["area"]):
+        raise ValueError(f"annotation {entry['id']} has an iscrowd that is not 0 or 1, or an area that is no number")
+
+
+def check_id(value, kind):
+    """Raise ValueError unless an id of an image or a category is a whole number."""
+    if not is_id(value):
+        raise ValueError(f"the {kind} id {value!r} is no whole number")
+
+
+def is_id(value):
+    """Whether a value is a whole number; true and false are none, though Python counts with them."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63  # as NumPy's int64
 
 
 def is_number(value):
-    """Whether a value is a finite number."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    """Whether a value is a finite number, of a size that pixels and areas have: float32 holds its square."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e18
 
 
 def is_size(value):
@@ -272,7 +314,7 @@ def as_it_is(batch):
 def coco_loaders(root, args):
     """`test_loader, val_loader, train_loader, train_val_loader` of the COCO files below `root`.
 
-    Of `args` it reads, with defaults, image_size 96, batch_size 128, test_batch_size 100, num_workers 0, val_share 0.1
+    Of `args` it reads, with defaults, image_size 96, batch_size 128, test_batch_size 100, num_workers 0, val_share 0
     and seed 0. Raises OSError or ValueError where files are missing or damaged, or the splits differ in categories.
     """
     size = getattr(args, "image_size", 96)
@@ -282,7 +324,7 @@ def coco_loaders(root, args):
     train, test = train.decode_all(), test.decode_all()
     seed = getattr(args, "seed", 0)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
-    cut = round(getattr(args, "val_share", 0.1) * len(train))
+    cut = round(getattr(args, "val_share", 0.0) * len(train))
     if cut == len(train):
         raise ValueError(f"--val_share {args.val_share} leaves no image to train on, make it smaller")
     shuffled = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()

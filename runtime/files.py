@@ -1,12 +1,23 @@
 """Writing files so that a failure leaves the old file as it was."""
 
+import contextlib
+import io
 import json
 import os
+import re
 import shutil
+from errno import EDQUOT, EFBIG, ENOSPC
+
+ADVICE = {ENOSPC: "free some room or ", EDQUOT: "free some room or ", EFBIG: "raise `ulimit -f` or "}
+# torch.save says in a RuntimeError, without a reason, that a disk is full
+TORCH_WRITER = re.compile("PytorchStreamWriter|inline_container|unexpected pos")
 
 
 def check_writable(path):
-    """Raise OSError unless a file can be created beside `path`; called before the work that fills it."""
+    """Raise OSError unless a file can be created beside `path`; called before the work that fills it.
+
+    What processes that are gone left half-written beside it is removed.
+    """
     if path is None:
         return
     if not path:
@@ -19,12 +30,44 @@ def check_writable(path):
     folder = os.path.dirname(target) or "."
     if not os.path.isdir(folder):
         raise OSError(f"cannot write {path}, there is no folder {folder}, create it first")
+    remove_stale(target)
     try:
         temporary = temporary_beside(target)
         open(temporary, "xb").close()
         os.remove(temporary)
     except OSError as error:
         raise OSError(f"cannot write {path}, the folder {folder} refuses new files ({error.strerror})") from error
+
+
+def check_regular(path):
+    """Raise OSError for a pipe, a socket or a device, which would keep its reader waiting for ever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(f"{path} is no regular file")
+
+
+def check_room(path, size):
+    """Raise OSError where there is no room for a file of `size` bytes at `path`; called before the work."""
+    folder = os.path.dirname(os.path.realpath(path))
+    free, limit = shutil.disk_usage(folder).free, largest_file()
+    if size > free:
+        raise OSError(f"cannot write {path}, it needs {in_mib(size)} and {folder} has {in_mib(free)} left, free some")
+    if size > limit:
+        raise OSError(f"cannot write {path}, it needs {in_mib(size)}, over the limit {in_mib(limit)} of `ulimit -f`")
+
+
+def largest_file():
+    """Bytes that a file of this process may have."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("inf")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return float("inf") if limit == resource.RLIM_INFINITY else limit
+
+
+def in_mib(size):
+    """Bytes in words."""
+    return f"{size / 2**20:.1f} MiB"
 
 
 def check_different(*paths):
@@ -45,6 +88,8 @@ def check_folder(path):
         existing = os.path.dirname(existing)
     if not os.path.isdir(existing):
         raise OSError(f"cannot write into {path}, {existing} is a file, name a folder")
+    remove_stale(os.path.join(existing, "check"))
+    remove_stale(os.path.join(existing, "new"))
     try:
         temporary = temporary_beside(os.path.join(existing, "check"))
         os.mkdir(temporary)
@@ -58,17 +103,98 @@ def temporary_beside(path):
     return f"{path}.{os.getpid()}.tmp"
 
 
-def write_atomically(path, write):
-    """Call `write(temporary_path)` beside `path`, then rename: `path` is the old file or the whole new one."""
-    check_writable(path)
-    path = os.path.realpath(path)  # through a link, the file it names is replaced, not the link
-    temporary = temporary_beside(path)
+def remove_stale(path):
+    """Remove the temporary files and folders of `path` whose processes are gone, killed or without power.
+
+    One of this process's own number is as stale: in containers, every run has the same. Where machines share a folder,
+    a process of another machine counts as gone; it then ends with an error, and the file stays whole.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    pattern = re.compile(re.escape(name) + r"\.([1-9][0-9]{0,9})\.tmp")
+    with contextlib.suppress(OSError):  # a folder that cannot be listed is found by what is to be written there
+        for entry in os.scandir(folder):
+            match = pattern.fullmatch(entry.name)
+            if match and not is_running(int(match[1])):
+                remove(entry)
+
+
+def is_running(number):
+    """Whether another process has this number."""
+    if number == os.getpid():
+        return False
     try:
-        write(temporary)
-        os.replace(temporary, path)
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # of another user; too large for a process, so it is no file of ours
+        return True
+    return True
+
+
+def remove(entry):
+    """Remove a file or a folder with what is in it, links and pipes not, for none of them is ours."""
+    if entry.is_dir(follow_symlinks=False):
+        shutil.rmtree(entry.path, ignore_errors=True)
+    elif entry.is_file(follow_symlinks=False):
+        with contextlib.suppress(OSError):
+            os.remove(entry.path)
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Within it a write that fails, as on a full disk, is an OSError that names `path` and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason, advice = error.strerror or str(error), ADVICE.get(error.errno, "")
+        raise OSError(f"cannot write {path} ({reason}), {advice}name another place") from error
+    except RuntimeError as error:
+        if not TORCH_WRITER.search(str(error)):
+            raise
+        raise OSError(
+            f"cannot write {path} (the disk is full, or failed), {ADVICE[ENOSPC]}name another place"
+        ) from error
+
+
+@contextlib.contextmanager
+def after_writing(*paths):
+    """Within it an OSError says in the end which files were written before."""
+    try:
+        yield
+    except OSError as error:
+        written = " and ".join(path for path in paths if path)
+        raise OSError(f"{error}; written before: {written}") from error
+
+
+def write_atomically(path, write):
+    """Call `write(temporary_path)` beside `path`, then rename: `path` is the old file or the whole new one.
+
+    Raises OSError that names `path` where the disk is full.
+    """
+    check_writable(path)
+    target = os.path.realpath(path)  # through a link, the file it names is replaced, not the link
+    temporary = temporary_beside(target)
+    try:
+        with naming(path):
+            write(temporary)
+            os.replace(temporary, target)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def write_torch(path, value):
+    """`value` as torch.save writes it, through memory: then the reason of a failure is known, and no name is in it."""
+    import torch
+
+    contents = io.BytesIO()
+    torch.save(value, contents)
+
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            file.write(contents.getbuffer())
+
+    write_atomically(path, write)
 
 
 def write_json(path, value):
@@ -92,13 +218,17 @@ def write_folder(path, files):
     for name in files:
         if os.path.isdir(os.path.join(path, name)):
             raise OSError(f"cannot write {os.path.join(path, name)}, it is a folder, move it away")
-    temporary = temporary_beside(os.path.join(path, "new"))  # inside: `path` may be a mount of its own
+    new = os.path.join(path, "new")  # inside: `path` may be a mount of its own
+    remove_stale(new)
+    temporary = temporary_beside(new)
     try:
-        os.makedirs(temporary)
+        with naming(path):
+            os.makedirs(temporary)
         for name, contents in files.items():
-            with open(os.path.join(temporary, name), "wb") as file:
+            with naming(os.path.join(path, name)), open(os.path.join(temporary, name), "wb") as file:
                 file.write(contents)
         for name in files:
-            os.replace(os.path.join(temporary, name), os.path.join(path, name))
+            with naming(os.path.join(path, name)):
+                os.replace(os.path.join(temporary, name), os.path.join(path, name))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
