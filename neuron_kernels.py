@@ -634,19 +634,19 @@ def int8_gives_exact(spikes, weight):
 LARGEST_EXACT = {torch.float16: 2**11, torch.float32: 2**24}  # integers up to here are exact in a type
 
 
-def exact_type(operate, largest, shape, device, largest_input=1):
+def exact_type(operate, largest, shape, device, largest_input=1, types=LARGEST_EXACT):
     """float16, float32 or float64: the narrowest type in which `operate(spikes)` has exact currents on this device.
 
     operate: a layer's function of spikes, in their type. largest: bound of |current|. shape: of the spikes.
     largest_input: 1 for spikes, up to 255 for sums of them. Integers below 2^11 and 2^24 are exact in float16 and
     float32 (TF32 included: it rounds the factors, which are at most 255, not their sums), but an algorithm that
     transforms its inputs, as Winograd's does, rounds them; libraries choose by the shape. So each type is tried on
-    random spikes of that shape, and on the largest everywhere.
+    random spikes of that shape, and on the largest everywhere. types: those to try -> the largest integer exact in it.
     """
     generator = torch.Generator().manual_seed(0)
     random = torch.randint(0, largest_input + 1, shape, generator=generator, dtype=torch.uint8).to(device)
     tried = random, torch.full_like(random, largest_input)
-    for dtype, most in LARGEST_EXACT.items():
+    for dtype, most in types.items():
         if largest <= most and all(is_exact(operate, spikes, dtype) for spikes in tried):
             return dtype
     return torch.float64

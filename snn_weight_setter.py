@@ -1134,7 +1134,7 @@ class SpikeSetter:
         largest_read = self.largest_read(in_nodes)
         if largest_read is not None:
             # a channel that stays far below one threshold even with all that can flow in sends what its bias alone does
-            finest = reference / LARGEST_INTEGER
+            finest = max(reference, bias.abs().max().item()) / LARGEST_INTEGER
             silent = silent | (unit * largest_read[0] < finest)
             unit = torch.where(silent, unit.clamp_min(finest), unit)
         wanted = (self.most * unit / reference).ceil().clamp(1, self.most)
@@ -1233,7 +1233,7 @@ class SpikeSetter:
         target = self.targets[out]
         target = target.squeeze() if target.numel() == 1 else target
         if not target.max() > 0:  # no calibration image excites this layer: aim at the scale of its input
-            target = unit.max() * max(largest or 1, 1)
+            target = (unit.max() * max(largest or 1, 1)).minimum(unit * LARGEST_INT32)
         if largest is None and (self.reset_mode == "zero" or self.initial_potential in (0, 1)):
             # lambda is an activation that some neuron has: its current would meet the threshold, and the last bit of a
             # float sum decide whether a spike comes now or a step later

@@ -381,9 +381,9 @@ class WeightedLayer(SpikeLayer):
             if weights is not None:
                 return weights(spikes)
             return self.operate_in_type(spikes.to(self.gpu_type(spikes)))
-        if not self.fits_float32():
-            return self.operate_in_type(spikes.to(torch.float64))
-        return self.packed_weights()(spikes) if self.packs_int8() else self.operate_in_type(spikes.to(torch.float32))
+        if self.fits_float32() and self.packs_int8():
+            return self.packed_weights()(spikes)
+        return self.operate_in_type(spikes.to(self.cpu_type(spikes)))
 
     def whole(self, values):
         """The integers that `values` nearly are, with their gradient; float weights as they are."""
@@ -404,6 +404,15 @@ class WeightedLayer(SpikeLayer):
         return self.prepared(
             (shape, device),
             lambda: exact_type(self.operate_in_type, self.largest_current(), shape, device, self.largest_input),
+        )
+
+    def cpu_type(self, spikes):
+        """As `gpu_type`: float32 or float64, tried on two samples, for a CPU chooses no algorithm by the batch."""
+        shape, device = (2, *spikes.shape[1:]), spikes.device
+        types = {torch.float32: EXACT_IN_FLOAT32}
+        return self.prepared(
+            (shape, device),
+            lambda: exact_type(self.operate_in_type, self.largest_current(), shape, device, self.largest_input, types),
         )
 
     def largest_current(self):

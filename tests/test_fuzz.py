@@ -1,0 +1,20 @@
+"""Random networks, files and command lines keep the promises (`benchmarks/fuzz.py`)."""
+
+from benchmarks.fuzz import run_case, run_cases
+
+COUNT = 300
+
+
+def test_random_cases_keep_their_promises():
+    verdicts = run_cases(0, COUNT)
+    broken = [f"{kind}:{seed} {v}" for kind, cases in verdicts.items() for seed, v in cases.items() if "BROKEN" in v]
+    assert not broken, "\n".join(broken)
+    kept = {kind: sum(verdict == "kept" for verdict in cases.values()) for kind, cases in verdicts.items()}
+    assert kept["networks"] >= 0.45 * COUNT and kept["files"] >= 10  # they are not all refused
+
+
+def test_a_broken_promise_is_found(monkeypatch):
+    """A reference whose neurons never fire."""
+    monkeypatch.setattr("spike_layers.if_step", lambda membrane, current, Vthr, mode: (membrane, 0 * membrane))
+    verdicts = [run_case("networks", seed) for seed in range(8)]
+    assert any("BROKEN: Broken: the simulators differ" in verdict for verdict in verdicts)
