@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from torch_files import OtherFile, read_torch_file, unusual_kind
+
 TORCHVISION = "torchvision:"  # what a network name of torchvision begins with
 TORCHVISION_IMAGE_SIZE = 224
 NETWORKS = {}  # name -> builder; a builder carries `image_size`, the side of its square input
@@ -403,18 +405,17 @@ def check_runs(net, name, image):
 def load_weights(net, path):
     """Load the state dict in `path`, plain or under the key "state_dict" as train_ann.py saves it, into `net`.
 
-    Raises OSError for a missing file and ValueError, naming the first tensor that is at fault, for one that is
-    truncated, that does not fit the network, or that holds NaN or infinite weights; `net` then stays as it was.
+    Raises OSError for a file that is missing or cannot be read, and ValueError for one that is damaged or of another
+    kind, that does not fit the network, or that holds NaN or infinite weights, with the name of the first tensor that
+    is at fault; `net` then stays as it was.
     """
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         raise FileNotFoundError(f"no checkpoint {path}, train one with train_ann.py or name another file")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever damaged bytes lead it to, an OSError without a name too
-        raise ValueError(
-            f"the checkpoint {path} cannot be read ({type(error).__name__}): it is truncated, or no file of weights; "
-            "save it with torch.save(net.state_dict(), path)"
-        ) from error
+        state = read_torch_file(path)
+    except OtherFile as error:
+        advice = "" if error.advice else ", save it with torch.save(net.state_dict(), path)"
+        raise ValueError(f"the checkpoint {path} cannot be read: {error}{advice}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     check_weights_fit(net, state, path)
@@ -430,6 +431,8 @@ def check_weights_fit(net, state, path):
     for name, tensor in expected.items():
         if name not in state:
             raise ValueError(f"the checkpoint {path} lacks the tensor {name} {list(tensor.shape)} of the network")
+        if kind := unusual_kind(state[name]):
+            raise ValueError(f"the checkpoint {path} holds {name} as a {kind} tensor, save it as plain floating point")
         if state[name].shape != tensor.shape:
             raise ValueError(
                 f"the checkpoint {path} does not fit the network: {name} is {list(state[name].shape)} in the file and "
@@ -437,8 +440,8 @@ def check_weights_fit(net, state, path):
             )
         if tensor.is_floating_point() and not state[name].is_floating_point():
             raise ValueError(f"the checkpoint {path} holds {name} as {state[name].dtype}, save it as floating point")
-        if not torch.isfinite(state[name]).all():
+        if not torch.isfinite(state[name].to(tensor.dtype)).all():
             raise ValueError(f"the checkpoint {path} has NaN or infinite values in {name}, train it again")
-    unknown = sorted(set(state) - set(expected))
+    unknown = sorted(set(state) - set(expected), key=str)
     if unknown:
         raise ValueError(f"the checkpoint {path} holds the tensor {unknown[0]}, which the network does not have")
