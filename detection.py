@@ -15,6 +15,7 @@ from torchvision.ops import batched_nms, generalized_box_iou_loss, sigmoid_focal
 from tqdm import tqdm
 
 from spike_tensor import firing_ratios, record_firing_ratios
+from validate import mean_of, measured_on
 
 LARGEST_IN_STRIDES = 5  # boxes with a longer side belong to the next coarser scale
 CENTRE_IN_STRIDES = 1.5  # cells this near to a box's centre, and inside of it, are to find it
@@ -134,10 +135,8 @@ def evaluate_detector(net, loader, device, criterion, timesteps=None, every_step
     0.50), from 0 to 1, loss, samples; for a spiking network also firing_rate, spikes per neuron and step by layer.
     The precision is that after all timesteps, also with `every_step`. Raises ValueError where the loader is empty.
     """
-    were_training = {module: module.training for module in net.modules()}
-    net.to(device).eval()
     detections, totals, samples = [], {}, 0
-    try:
+    with measured_on(net, device):
         for images, targets in tqdm(loader, "validate", leave=False, delay=1):
             maps, means = run_detector(net, images.to(device), timesteps)
             means["loss"] = criterion(maps, targets.to(device)).item()
@@ -145,13 +144,8 @@ def evaluate_detector(net, loader, device, criterion, timesteps=None, every_step
                 totals[key] = totals.get(key, 0) + torch.as_tensor(mean, dtype=torch.float64) * len(images)
             detections += describe(loader.dataset, samples, find_boxes(maps, images.shape[-1]))
             samples += len(images)
-    finally:
-        for module, was_training in were_training.items():
-            module.training = was_training
-    if not samples:
-        raise ValueError("no samples to validate on, the data loader is empty")
-    result = {"samples": samples, **mean_average_precision(loader.dataset, detections)}
-    result |= {key: (total / samples).tolist() for key, total in totals.items()}
+    means = mean_of(totals, samples)
+    result = {"samples": samples, **mean_average_precision(loader.dataset, detections), **means}
     if timesteps is not None:
         result["firing_rate"] = dict(zip(net.spiking_layers(), result["firing_rate"], strict=True))
     return result

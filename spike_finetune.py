@@ -137,7 +137,9 @@ def default_lr(timesteps, with_labels):
 
 
 def finetune_on_spikes(snn, qnet, ann, train_loader, calibration_loader, criterion, device, args):
-    """The converted network after `args.calibration_epochs` without labels and `args.finetune_snn` with them."""
+    """The converted network after `args.calibration_epochs` on the outputs of `ann`, then `args.finetune_snn` on both
+    these and labels.
+    """
     options = {"lr": args.finetune_snn_lr, "teacher": ann, "gradient": args.finetune_snn_gradient}
     if args.calibration_epochs:
         few = first_images(calibration_loader, args.calibration_samples)

@@ -60,10 +60,6 @@ class SpikeTensor:
         spikes.data, spikes.timesteps, spikes.scale_factor = data, timesteps, torch.as_tensor(scale_factor)
         return spikes
 
-    def firing_ratio(self):
-        """Spikes per neuron and step."""
-        return self.data.mean(dtype=torch.float32).item()
-
     def counts(self):
         """Spikes of every neuron over all steps, [B, ...]."""
         steps, dtype = self.data.unflatten(0, (self.timesteps, -1)), self.scale_factor.dtype  # [T, B, ...]

@@ -1,6 +1,7 @@
 """One accuracy loop for ANN and SNN: every sample weighs the same, whatever the batch sizes."""
 
 import math
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -34,21 +35,36 @@ def evaluate(net, loader, device, criterion, timesteps=None, every_step=False):
     1, 2, ... `timesteps`, all from the same simulation. The network is back in its mode and on its device afterwards.
     Raises ValueError where the loader is empty, labels do not fit the outputs, or the loss is not a number.
     """
-    were_training = {module: module.training for module in net.modules()}
-    home = next((tensor.device for tensor in (*net.parameters(), *net.buffers())), torch.device(device))
-    net.to(device).eval()
     totals, samples = {}, 0
-    try:
+    with measured_on(net, device):
         for batch in tqdm(loader, "validate", leave=False, delay=1):
             inputs, targets = labelled_batch(batch, device, type_of(net))
             batch_means = measure_batch(net, inputs, targets, criterion, timesteps, every_step)
             for key, mean in batch_means.items():
                 totals[key] = totals.get(key, 0) + torch.as_tensor(mean, dtype=torch.float64) * len(inputs[0])
             samples += len(inputs[0])
+    result = {"samples": samples, **mean_of(totals, samples)}
+    if timesteps is not None:
+        result["firing_rate"] = dict(zip(net.spiking_layers(), result["firing_rate"], strict=True))
+    return result
+
+
+@contextmanager
+def measured_on(net, device):
+    """Within it a network is in eval mode on a device; afterwards in its modes, and where it was."""
+    were_training = {module: module.training for module in net.modules()}
+    home = next((tensor.device for tensor in (*net.parameters(), *net.buffers())), torch.device(device))
+    net.to(device).eval()
+    try:
+        yield
     finally:
         net.to(home)
         for module, was_training in were_training.items():
             module.training = was_training
+
+
+def mean_of(totals, samples):
+    """The means per sample. Raises ValueError where there are none, or the loss is not finite."""
     if not samples:
         raise ValueError("no samples to validate on, the data loader is empty")
     means = {key: (total / samples).tolist() for key, total in totals.items()}
@@ -56,10 +72,7 @@ def evaluate(net, loader, device, criterion, timesteps=None, every_step=False):
         raise ValueError(
             f"the loss is {means['loss']}: the network's outputs, or the images, are NaN or infinite, look at both"
         )
-    result = {"samples": samples, **means}
-    if timesteps is not None:
-        result["firing_rate"] = dict(zip(net.spiking_layers(), result["firing_rate"], strict=True))
-    return result
+    return means
 
 
 def measure_batch(net, inputs, targets, criterion, timesteps, every_step):

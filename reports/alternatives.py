@@ -13,6 +13,7 @@ from tqdm import tqdm
 from pipeline import convert, with_levels
 from quantization import FLOAT_BITS, init_quantize_net, quantize_finetune
 from reports.observe import run_spiking
+from runtime.device import seed_everything
 from spike_correction import correct_spikes
 from spike_tensor import SpikeTensor
 
@@ -180,6 +181,7 @@ def sweep(args, net, train_loader, loader, device, images, targets, bit_widths, 
     criterion, results = torch.nn.CrossEntropyLoss(), {}
     for bits in tqdm(bit_widths, "sweep", leave=False):
         with_bits = type(args)(**{**vars(args), "weight_bitwidth": bits})
+        seed_everything(args.seed)  # a cell is what a run of its own would give
         leveled = with_levels(net, loader, device, with_bits)
         qnet = quantize_finetune(leveled, train_loader, criterion, device, with_bits)
         results[bits] = {}

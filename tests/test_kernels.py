@@ -320,5 +320,5 @@ def test_simulations_that_overlap_give_the_threads_back():
 
 def test_no_timesteps_are_refused():
     net, images = small_model("shortcuts")
-    with pytest.raises(ValueError, match="timesteps 0: a spiking network needs at least 1"):
+    with pytest.raises(ValueError, match="timesteps 0: use a whole number, 1 to 65536"):
         convert(net, images, 16, 8)(images, timesteps=0)
