@@ -168,24 +168,30 @@ class IFNeuron(nn.Module):
             batch = len(current.data) // (1 if current.constant else current.timesteps)
             membrane = self.initial_potential.to(dtype).expand(batch, *shape[1:])
             membrane = torch.empty_like(membrane, memory_format=order(membrane)).copy_(membrane)
-        if self.listen:
-            current = self.hear(current, membrane)
         exact_in_float32 = dtype == torch.float32 and current.data.dtype != torch.float64
-        if self.spike_type == torch.uint8 and exact_in_float32 and can_run_compiled(current.data):
-            spikes = self.run_compiled(current, membrane)
-        else:
-            spikes, membrane = self.run(current, membrane)
+        compiled = self.spike_type == torch.uint8 and exact_in_float32 and can_run_compiled(current.data)
+        spikes = []
+        for part in self.hear(current, membrane) if self.listen else [current]:
+            if compiled:
+                spikes.append(self.run_compiled(part, membrane))
+            else:
+                sent, membrane = self.run(part, membrane)
+                spikes.append(sent)
         memory.by_layer[self] = membrane
+        spikes = torch.cat(spikes) if len(spikes) > 1 else spikes[0]
         return SpikeTensor(spikes, current.timesteps, self.scale_factor)  # [T*B, ...]
 
     def hear(self, current, membrane):
-        """Add the first `listen` steps to the membrane potentials; returns what flows in while the neurons fire."""
+        """Add the first `listen` steps to the membrane potentials; the currents that flow in while the neurons fire.
+
+        These are the rest of the steps, and then nothing, the same at every step, so that it takes no memory.
+        """
         steps = current.per_step()  # [T, B, ...]
         for step in steps[: self.listen]:
             membrane += step
         rest = steps[self.listen :]
-        silence = steps.new_zeros((len(steps) - len(rest), *steps.shape[1:]))
-        return Current(torch.cat([rest, silence]).flatten(0, 1), current.timesteps)
+        silence = Current(torch.zeros_like(steps[0]), len(steps) - len(rest), constant=True)
+        return [Current(rest.flatten(0, 1), len(rest)), silence] if len(rest) else [silence]
 
     def unroll(self, current, dtype):
         """The spikes of all steps, float32 [T*B, ...], as autograd can follow them through time."""
