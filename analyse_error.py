@@ -32,6 +32,7 @@ def main(args):
     from reports.analysis import analyse, summary_rows, write_report
     from runtime.device import choose_device, seed_everything
     from runtime.files import check_folder
+    from runtime.packages import REPORT_PACKAGES, check_packages
     from spike_dag import format_table
     from spike_finetune import finetune_on_spikes
     from validate import evaluate
@@ -39,6 +40,7 @@ def main(args):
     if args.dataset in DETECTION_DATASETS:
         raise ValueError(f"the analysis is for classifiers, --dataset {args.dataset} has boxes: choose another")
     check_command_line(args)
+    check_packages("analyse_error.py", *REPORT_PACKAGES)
     folder = f"analysis/{safe_name(args.net_name)}" if args.out is None else args.out
     check_folder(folder)
     device = choose_device(args.device)

@@ -23,8 +23,6 @@ def parse_args(argv=None):
 
 def main(args):
     # imported here, so that --help and a wrong command line answer at once
-    import torch
-
     from build_network import input_size
     from datasets import get_dataset
     from pipeline import (
@@ -38,7 +36,15 @@ def main(args):
     )
     from quantization import equalize_channels, quantize_finetune
     from runtime.device import choose_device, seed_everything
-    from runtime.files import check_different, check_folder, check_writable, write_atomically, write_json
+    from runtime.files import (
+        after_writing,
+        check_different,
+        check_folder,
+        check_room,
+        check_writable,
+        write_json,
+        write_torch,
+    )
     from spike_finetune import finetune_on_spikes
 
     # everything that can be wrong with the command line is found before the work begins
@@ -55,6 +61,7 @@ def main(args):
 
     test_loader, _, train_loader, train_val_loader = get_dataset(args)
     net = load_network(args, train_loader.dataset)
+    check_room(args.save_file, weight_bytes(net))
     clock.lap("data")
 
     criterion, measure = choose_measure(args)
@@ -75,22 +82,31 @@ def main(args):
     spiking = measure(snn, test_loader, device, criterion, args.timesteps, every_step=True)
     clock.lap("validate_snn")
 
+    # hours of work are saved before anything is printed, for stdout may be closed by now
+    steps = snn.duration()
+    write_torch(args.save_file, snn.cpu())
+    if args.results:
+        with after_writing(args.save_file):
+            write_json(args.results, collect_results(args, ann, quantised, spiking, steps, clock.seconds))
+
     print(accuracy_table(args, ann, quantised, spiking))
     print_layers(snn, spiking["firing_rate"])
-    steps = snn.duration()
     print(
         f"timesteps: {steps['firing']} of firing, {steps['interval']} between images, {steps['latency']} to the answer"
     )
-    write_atomically(args.save_file, lambda path: torch.save(snn.cpu(), path))
-    print(f"Save the SNN in {args.save_file}")
-    if args.results:
-        write_json(args.results, collect_results(args, ann, quantised, spiking, steps, clock.seconds))
+    print(f"Save the SNN in {args.save_file}", flush=True)
     if args.report:
         from reports.analysis import analyse, write_report
 
         loaders, accuracies = (test_loader, train_loader, train_val_loader), (ann, quantised, spiking)
-        write_report(args.report, analyse(args, net, qnet, snn.to(device), loaders, device, accuracies))
+        with after_writing(args.save_file, args.results):
+            write_report(args.report, analyse(args, net, qnet, snn.to(device), loaders, device, accuracies))
         print(f"Save the report in {args.report}")
+
+
+def weight_bytes(net):
+    """Bytes of a network's weights, which its file has at least."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in net.parameters())
 
 
 def print_layers(snn, firing_rate):

@@ -22,6 +22,7 @@ from datasets import DETECTION_DATASETS, check_dataset_name
 from detection import DetectionLoss, check_detects, evaluate_detector
 from hw_constraints import HARDWARE, check_hardware, hardware_table, violations
 from quantization import weights_in_words
+from runtime.packages import REPORT_PACKAGES, check_packages
 from snn_weight_setter import (
     bitwidths_by_name,
     choose_bitwidths,
@@ -42,6 +43,8 @@ def check_command_line(args):
     for flag in CLASSIFIER_FLAGS:
         if args.dataset in DETECTION_DATASETS and getattr(args, flag, None):
             raise ValueError(f"--{flag} is for classifiers, leave it out for the detectors of --dataset {args.dataset}")
+    if getattr(args, "report", None):
+        check_packages("--report", *REPORT_PACKAGES)
     if args.listen > args.timesteps:
         raise ValueError(f"--listen {args.listen} is over --timesteps {args.timesteps}, use 0 to {args.timesteps}")
     if args.activation_levels is not None and not args.finetune_epochs:

@@ -1,7 +1,15 @@
-"""What the command-line scripts share: flags, one-line errors, exit statuses. Imports nothing slow."""
+"""What the command-line scripts share: flags, one-line errors, exit statuses. Imports nothing slow.
+
+Exit status 0 is success; 1 an interrupted run (Ctrl-C, SIGTERM, SIGHUP), or a traceback; 2 what the user can mend.
+"""
 
 import argparse
+import contextlib
+import signal
 import sys
+
+from runtime.failures import in_one_line, squeeze
+from runtime.streams import steady_streams
 
 LARGEST = 2**31 - 1  # of whole numbers: what counters of any library hold
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -10,27 +18,77 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 class OneLineParser(argparse.ArgumentParser):
     """Ends a wrong command line with `error: WHAT, WHERE, what to do` and status 2."""
 
+    def parse_known_args(self, args=None, namespace=None):
+        with steady_streams():
+            return super().parse_known_args(args, namespace)
+
+    def _get_values(self, action, arg_strings):
+        if action.option_strings and arg_strings == ["--"]:  # argparse reads --timesteps=-- as an empty list
+            raise argparse.ArgumentError(action, "'--' is no value, write one behind the flag")
+        return super()._get_values(action, arg_strings)
+
+    def exit(self, status=0, message=None):
+        check_printed(sys.stdout)
+        super().exit(status, message)
+
     def error(self, message):
         exit_with_error(f"{message}, see {self.prog} --help")
 
 
 def exit_with_error(message):
     """Print one line on stderr and end with status 2: the user's input cannot work."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    print("error:", squeeze(message), file=sys.stderr)
     sys.exit(2)
 
 
+def check_printed(output):
+    """End with an error where stdout, a SteadyStream, refused what was printed, unless its reader has had enough."""
+    output.flush()
+    failure = output.failure
+    if failure is not None and not isinstance(failure, BrokenPipeError):
+        exit_with_error(f"cannot print on stdout ({failure.strerror}), all files are written, send it to another place")
+
+
 def run_script(main, args):
-    """Call `main(args)`; what the user can cause becomes one line and status 2 (`--debug` shows the traceback)."""
+    """Call `main(args)`; what the user can cause becomes one line and status 2 (`--debug` shows the traceback).
+
+    A stdout that is closed, or whose reader has gone, does not stop the work; one that is full is an error at the end.
+    """
+    with steady_streams() as output, signals_as_interrupts():
+        try:
+            main(args)
+        except KeyboardInterrupt:
+            print("interrupted, no result is half-written", file=sys.stderr)
+            sys.exit(1)
+        except Exception as error:
+            line = None if args.debug else in_one_line(error, args)
+            if line is None:
+                raise
+            exit_with_error(line)
+        check_printed(output)
+
+
+@contextlib.contextmanager
+def signals_as_interrupts():
+    """Within it SIGTERM and SIGHUP end the run as Ctrl-C does, so that no temporary file stays.
+
+    A signal that is ignored, as nohup does with SIGHUP, stays ignored; threads cannot set handlers, and keep them.
+    """
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    before = {}
+    with contextlib.suppress(ValueError):
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, interrupt)
     try:
-        main(args)
-    except KeyboardInterrupt:
-        print("interrupted, no result is half-written", file=sys.stderr)
-        sys.exit(1)
-    except (ValueError, NotImplementedError, OSError) as error:
-        if args.debug:
-            raise
-        exit_with_error(error)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def whole_number(least, most=None, also=()):

@@ -267,7 +267,7 @@ def test_debug_shows_the_traceback(runs):
 
 @pytest.mark.parametrize(
     "net, words",
-    [("squashed", ["sigmoid", "body.sigmoid", "use relu"]), ("bare", ["conv2 (body.conv)", "no ReLU", "add one"])],
+    [("squashed", ["sigmoid", "body.sigmoid", "ReLU"]), ("bare", ["conv2 (body.conv)", "no ReLU", "add one"])],
 )
 def test_a_network_of_the_user_that_cannot_be_converted_is_named(runs, net, words):
     run = runs[net]
@@ -360,7 +360,7 @@ def test_hardware_flag_prints_the_table_and_names_the_layer_over_the_limit(tmp_p
 
 
 def test_finetuning_that_diverges_names_the_epoch_and_the_flag(tmp_path, capsys):
-    argv = f"debug_net0 --dataset debug0 -e 3 --finetune_lr inf --save_file {tmp_path}/snn.pth".split()
+    argv = f"debug_net0 --dataset debug0 -e 3 --finetune_lr 1e30 --save_file {tmp_path}/snn.pth".split()
     line, _ = refused(capsys, *argv)
     assert "diverged in finetune epoch" in line and "--finetune_lr" in line and os.listdir(tmp_path) == []
 
