@@ -54,7 +54,7 @@ def main(args):
     from detection import DetectionLoss, check_detects, evaluate_detector
     from pipeline import check_classifies
     from runtime.device import choose_device, seed_everything
-    from runtime.files import check_writable, write_atomically
+    from runtime.files import check_room, check_writable, write_torch
     from validate import evaluate
 
     save_file = args.save_file or f"checkpoint/{args.net_name}_ann.pth"
@@ -69,16 +69,17 @@ def main(args):
     test_loader, val_loader, train_loader, _ = get_dataset(args)
     images = train_loader.dataset
     net = get_net_by_name(args.net_name, images.channels, images.num_classes)
-    if args.ann_weight:
+    if args.ann_weight is not None:
         load_weights(net, args.ann_weight)
     start = copy.deepcopy(net.state_dict()) if args.average else None
     check_runs(net, args.net_name, images[0][0])  # in eval mode, as the outputs are checked in; an epoch sets its own
     check_outputs = check_detects if args.dataset in DETECTION_DATASETS else check_classifies
     check_outputs(net, args.net_name, images)
+    check_room(save_file, 2 * sum(each.numel() * each.element_size() for each in net.parameters()))  # with its .part
     net.to(device, memory_format=torch.channels_last)
     teacher = None
-    if args.teacher:
-        teacher_name, _, teacher_file = args.teacher.partition(":")
+    if args.teacher is not None:
+        teacher_name, teacher_file = network_and_file(args.teacher)
         teacher = build_trained_net(teacher_name, images.channels, images.num_classes, teacher_file).eval()
         check_classifies(teacher, teacher_name, images)
         teacher.to(device, memory_format=torch.channels_last)
@@ -94,10 +95,11 @@ def main(args):
     )
 
     def save(path):
+        """The state dict so far, with what it is."""
         known = (*DATASETS, *DETECTION_DATASETS)
         dataset = args.dataset if args.dataset in known else "folder"  # no path of this machine
         details = {"net": args.net_name, "dataset": dataset, "seed": args.seed, "epochs": epoch + 1}
-        torch.save({"state_dict": net.state_dict(), **details}, path)
+        write_torch(path, {"state_dict": net.state_dict(), **details})
 
     for epoch in range(args.epochs):
         name = f"epoch {epoch + 1}"
@@ -106,11 +108,11 @@ def main(args):
         if len(val_loader.dataset):
             line += f"  validation {measured(measure(net, val_loader, device, criterion))}"
         print(line, file=sys.stderr)
-        write_atomically(unfinished, save)
+        save(unfinished)
 
     if args.average:
         average_weights(net, start, args.average, train_loader, device)
-    write_atomically(save_file, save)
+    save(save_file)
     os.remove(unfinished)
     plain_criterion = nn.CrossEntropyLoss() if measure is evaluate else criterion
     result = measure(net, test_loader, device, plain_criterion)
@@ -140,9 +142,22 @@ def check_flags(args):
 
     if args.average and not args.ann_weight:
         raise ValueError("--average needs the weights to average with, name them by --ann_weight")
+    if args.teacher is not None:
+        network_and_file(args.teacher)
     for flag in ("teacher", "label_smoothing"):
-        if args.dataset in DETECTION_DATASETS and getattr(args, flag):
+        if args.dataset in DETECTION_DATASETS and getattr(args, flag) not in (None, 0):
             raise ValueError(f"--{flag} is for classifiers, leave it out for the detectors of --dataset {args.dataset}")
+
+
+def network_and_file(text):
+    """`NET:FILE` in its two parts; a network of torchvision has a colon itself, and so may a file."""
+    from build_network import TORCHVISION
+
+    prefix = TORCHVISION if text.startswith(TORCHVISION) else ""
+    name, _, file = text.removeprefix(prefix).partition(":")
+    if not name or not file:
+        raise ValueError(f"--teacher '{text}' is no network with a file of its weights, use NET:FILE")
+    return prefix + name, file
 
 
 def top1_in_words(result):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import build_network
 import train_ann
 from runtime.cli import run_script
 
@@ -54,6 +55,38 @@ def test_average_estimates_batch_norms_anew():
     outputs = net[0](images)
     assert torch.allclose(net[1].running_mean, outputs.mean((0, 2, 3)), atol=1e-6)
     assert torch.allclose(net[1].running_var, outputs.var((0, 2, 3)), rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("vgg9_bn:vgg9.pth", ("vgg9_bn", "vgg9.pth")),
+        ("torchvision:resnet18:r18.pth", ("torchvision:resnet18", "r18.pth")),
+        ("torchvision:resnet18:/data/a:b.pth", ("torchvision:resnet18", "/data/a:b.pth")),
+        ("vgg9_bn:a:b.pth", ("vgg9_bn", "a:b.pth")),
+    ],
+)
+def test_a_teacher_is_a_network_and_a_file(text, parts):
+    assert train_ann.network_and_file(text) == parts
+
+
+@pytest.mark.parametrize("text", ["", "vgg9_bn", "vgg9_bn:", ":a.pth", "torchvision:resnet18", "torchvision::a.pth"])
+def test_a_teacher_without_a_file_or_a_name_is_refused(text, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        argv = ["debug_net0", "--dataset", "debug0", "--teacher", text, "--save_file", str(tmp_path / "ann.pth")]
+        run_script(train_ann.main, train_ann.parse_args(argv))
+    assert end.value.code == 2 and f"--teacher '{text}' is no network with a file" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_of_torchvision_teaches(tmp_path, capsys, monkeypatch):
+    teacher = build_network.get_net_by_name("example_net")
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pth")
+    asked = []
+    monkeypatch.setattr(build_network, "build_trained_net", lambda *args: asked.append(args) or teacher)
+    argv = f"example_net --epochs 1 --lr 0.01 --teacher torchvision:resnet18:{tmp_path}/teacher.pth"
+    train_ann.main(train_ann.parse_args([*argv.split(), "--save_file", str(tmp_path / "ann.pth")]))
+    assert asked == [("torchvision:resnet18", 1, 10, f"{tmp_path}/teacher.pth")]
 
 
 def test_average_needs_weights_to_average_with(capsys):
