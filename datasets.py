@@ -3,7 +3,7 @@
 `get_dataset(args)` returns `test_loader, val_loader, train_loader, train_val_loader`:
 
     test       the test images, in order: every accuracy is measured here
-    val        a fixed stratified share of the training images, for choices made while training
+    val        a fixed stratified share of the training images (none by default), for choices made while training
     train      the rest of the training images, shuffled, augmented where the data set says so
     train_val  all training images, never augmented, in a fixed shuffled order: for calibration
 
@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+
+from runtime.files import check_regular
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 LARGEST_SET_IN_MEMORY = 4 * 2**30  # bytes of uint8 pixels; a larger image folder is decoded batch by batch
@@ -203,7 +205,7 @@ def get_dataset(args):
     """`test_loader, val_loader, train_loader, train_val_loader` of `args.dataset`.
 
     Of `args` it needs `dataset` (a name in DATASETS, or the path of an image folder); with defaults it reads
-    dataset_root "./data", image_size 32, batch_size 128, test_batch_size 100, num_workers 0, val_share 0.1, seed 0.
+    dataset_root "./data", image_size 32, batch_size 128, test_batch_size 100, num_workers 0, val_share 0, seed 0.
     Raises ValueError for an unknown name, and OSError or ValueError where the files are missing or unusable.
     """
     name, root = args.dataset, getattr(args, "dataset_root", "./data")
@@ -216,7 +218,7 @@ def get_dataset(args):
         return coco_loaders(root, args)
     images = DATASETS[name](root, getattr(args, "image_size", 32))
 
-    train, val = stratified_split(images.train_labels, getattr(args, "val_share", 0.1))
+    train, val = stratified_split(images.train_labels, getattr(args, "val_share", 0.0))
     if not len(train):
         raise ValueError(f"--val_share {args.val_share} leaves no image to train on, make it smaller")
     seed = getattr(args, "seed", 0)
@@ -334,7 +336,7 @@ def list_image_folder(path):
     classes = tuple(sorted(entry.name for entry in os.scandir(path) if entry.is_dir()))
     files, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(f for f in os.listdir(os.path.join(path, name)) if f.lower().endswith(IMAGE_SUFFIXES))
+        found = sorted(entry.name for entry in os.scandir(os.path.join(path, name)) if is_image(entry))
         if not found:
             raise ValueError(
                 f"no images in {os.path.join(path, name)}, remove that class or add {IMAGE_SUFFIXES} files"
@@ -344,6 +346,15 @@ def list_image_folder(path):
     if not files:
         raise ValueError(f"the image folder {path} is empty, expected one folder of images per class in it")
     return files, labels, classes
+
+
+def is_image(entry):
+    """Whether an entry of a folder has an image's name and is a file, for a pipe would keep its reader waiting.
+
+    A link to a file that is gone counts too: its image is missing, which reading it will say.
+    """
+    is_file = entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    return is_file and entry.name.lower().endswith(IMAGE_SUFFIXES)
 
 
 class FolderPixels:
@@ -377,6 +388,7 @@ def read_image(file, size):
     from PIL import Image, ImageOps
 
     try:
+        check_regular(file)
         with Image.open(file) as image:
             if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey to white
                 image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))

@@ -17,7 +17,7 @@ from runtime.cli import OneLineParser, add_data_flags, add_run_flags, real_numbe
 def parse_args(argv=None):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("net_name", help="network name to train")
-    add_data_flags(parser)
+    add_data_flags(parser, val_share=0.1)
     parser.add_argument("--epochs", type=whole_number(1), default=60, help="passes over the training images")
     parser.add_argument("--lr", type=real_number(0), default=0.1, help="peak learning rate (%(default)s)")
     parser.add_argument("--wd", type=real_number(0), default=5e-4, help="weight decay (%(default)s)")

@@ -147,8 +147,8 @@ def memory_size(text):
     return size
 
 
-def add_data_flags(parser, dataset="digits"):
-    """--dataset and how to load it."""
+def add_data_flags(parser, dataset="digits", val_share=0.0):
+    """--dataset and how to load it. val_share: the default, for scripts that look at validation images."""
     parser.add_argument(
         "--dataset",
         default=dataset,
@@ -159,7 +159,10 @@ def add_data_flags(parser, dataset="digits"):
     parser.add_argument("--batch_size", type=whole_number(1), default=128, help="images a training step (%(default)s)")
     parser.add_argument("--test_batch_size", type=whole_number(1), default=100, help="images a test step (%(default)s)")
     parser.add_argument(
-        "--val_share", type=real_number(0, 0.9), default=0.1, help="share of the training images kept for validation"
+        "--val_share",
+        type=real_number(0, 0.9),
+        default=val_share,
+        help="share of the training images kept for validation (%(default)s)",
     )
 
 

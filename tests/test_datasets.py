@@ -1,5 +1,7 @@
 """Data sets: what the four loaders hold, in which order, and what they say about missing or damaged files."""
 
+import os
+import socket
 import struct
 import urllib.request
 from types import SimpleNamespace
@@ -9,14 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
+import ann2snn
 import datasets
+import train_ann
 
 TEST, VAL, TRAIN, TRAIN_VAL = range(4)
 COLOURS = {"ant": (255, 0, 51), "bee": (0, 102, 255), "cat": (204, 255, 0)}
 
 
 def loaders(dataset, **options):
-    return datasets.get_dataset(SimpleNamespace(dataset=str(dataset), **options))
+    return datasets.get_dataset(SimpleNamespace(dataset=str(dataset), **{"val_share": 0.1, **options}))
 
 
 def contents(loader):
@@ -79,6 +83,13 @@ def test_digits_has_fixed_sizes_in_the_order_test_val_train_train_val():
         359,
         1079,
     ]
+
+
+def test_without_a_share_every_training_image_trains():
+    sizes = [len(loader.dataset) for loader in datasets.get_dataset(SimpleNamespace(dataset="digits", image_size=8))]
+    assert sizes == [359, 0, 1438, 1438]
+    assert ann2snn.parse_args(["debug_net0"]).val_share == 0
+    assert train_ann.parse_args(["debug_net0"]).val_share == 0.1  # it prints the validation accuracy
 
 
 def test_digits_splits_are_disjoint_and_cover_all_images():
@@ -428,6 +439,31 @@ def test_an_empty_folder_is_named(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(ValueError, match=f"{tmp_path}/train is empty"):
         loaders(tmp_path)
+
+
+def take_place_as_socket(path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(path))  # the path of a socket has at most 107 letters
+
+
+@pytest.mark.parametrize("take_place", [os.mkfifo, os.mkdir, take_place_as_socket])
+def test_what_is_no_file_in_an_image_folder_is_passed_over(random_folder, monkeypatch, take_place):
+    monkeypatch.chdir(random_folder)
+    take_place(str(random_folder / "train" / "left" / "a.png"))
+    (random_folder / "train" / "left" / "b.png").symlink_to("a.png")
+    (random_folder / "train" / "left" / "c.png").symlink_to("0.png")
+    assert len(loaders(random_folder, image_size=8)[TRAIN_VAL].dataset) == 15  # of 14 images and a link to one
+
+
+def test_an_image_that_is_gone_or_turns_into_a_pipe_is_named(random_folder, monkeypatch):
+    gone = random_folder / "train" / "left" / "gone.png"
+    gone.symlink_to("nothing.png")
+    with pytest.raises(OSError, match=f"cannot read the image {gone}"):
+        loaders(random_folder, image_size=8)
+    gone.unlink()
+    os.mkfifo(gone)
+    with pytest.raises(OSError, match=f"cannot read the image {gone} .*no regular file"):
+        datasets.read_image(str(gone), 8)
 
 
 def test_a_missing_test_split_is_named(random_folder):
