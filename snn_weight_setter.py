@@ -958,10 +958,14 @@ class SpikeSetter:
 
     @staticmethod
     def unit_within(unit, values):
-        """The coarsest unit up to `unit` of which every value is at least one whole, so that none has to be refused."""
+        """The coarsest unit up to `unit` of which every value is at least one whole, so that none has to be refused.
+
+        A value of 0, of a channel that no image excites, can have any.
+        """
         for value in values:
+            value = torch.where(value > 0, value, torch.inf)
             if unit.dim() == value.dim():
-                unit = torch.minimum(unit, value.amax((1, 2), keepdim=True) if value.dim() == 3 else value)
+                unit = torch.minimum(unit, value.amin((1, 2), keepdim=True) if value.dim() == 3 else value)
             else:
                 unit = unit.clamp_max(value.min())
         return unit
@@ -978,9 +982,11 @@ class SpikeSetter:
         for value, node in values:
             ratio = value / unit
             gain_error = (ratio.round().clamp_min(1) / ratio - 1).square()
+            gain_error = gain_error * self.mean_square(node)
             gain_error = torch.where(ratio < LEAST_RATIO, torch.inf, gain_error)  # `branch_weight` refuses it
+            gain_error = torch.where(ratio > 0, gain_error, 0.0)  # of what no image excites
             gain_error = gain_error.amax((1, 2)) if gain_error.dim() == 3 else gain_error
-            total = total + gain_error * self.mean_square(node)
+            total = total + gain_error
         return total
 
     def mean_square(self, node):
