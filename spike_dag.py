@@ -15,9 +15,19 @@ import torch
 from torch import nn
 
 import spike_tensor
+from dag_checks import (
+    DamagedData,
+    check_integers,
+    check_network_data,
+    check_sample,
+    check_spikes,
+    check_tensors,
+    run_ann_op,
+)
 from runtime.ranges import check_option
 from spike_layers import OP_TYPES, ClipFloorShift, IFNeuron, WeightedLayer
 from spike_tensor import Current, Memory, SpikeTensor, decode
+from torch_files import OtherFile, read_torch_file
 
 FORMAT = "ann2snn-dag-1"
 ENGINES = {"auto": torch.uint8, "reference": torch.float64}
@@ -107,8 +117,9 @@ class SpikeDAGModule(nn.Module):
         readers = self.count_readers()
         self.nodes.update(zip(self.inputs_nodes, inputs))
         try:
-            for entry in self.ops.values():
-                self.nodes[entry["out_nodes"][0]] = entry["op"](*[self.nodes[node] for node in entry["in_nodes"]])
+            for name, entry in self.ops.items():
+                read = [self.nodes[node] for node in entry["in_nodes"]]
+                self.nodes[entry["out_nodes"][0]] = run_ann_op(self.where(name), entry["op"], read)
                 forget_read(self.nodes, entry, readers)
             return [self.nodes[node] for node in self.outputs_nodes]
         finally:
@@ -158,9 +169,10 @@ class SpikeDAGModule(nn.Module):
             sizes = [inputs[0][:1].numel()]
             values = dict(zip(self.inputs_nodes, [x[:1] for x in inputs]))
             with torch.no_grad():
-                for entry in self.ops.values():
-                    value = entry["op"](*[values[node] for node in entry["in_nodes"]])
-                    values[entry["out_nodes"][0]] = value
+                for name, entry in self.ops.items():
+                    where, op, read = self.where(name), entry["op"], [values[node] for node in entry["in_nodes"]]
+                    values[entry["out_nodes"][0]] = value = run_ann_op(where, op, read)
+                    check_sample(where, op, read, value)
                     sizes.append(value.numel())
             self.largest_by_shape = {"shape": shape, "size": max(sizes)}
         return self.largest_by_shape["size"]
@@ -323,6 +335,7 @@ class SpikeDAGModule(nn.Module):
                 "levels": None if entry["op"].levels is None else entry["op"].levels.levels,
                 "weight_bits": getattr(entry["op"], "weight_bits", None),
                 "largest_input": getattr(entry["op"], "largest_input", None),
+                "weight_back": getattr(getattr(entry["op"], "weight", None), "weight_back", None),
                 "neuron": entry["op"].neuron.config() if entry["op"].neuron is not None else None,
                 "tensors": {k: v.detach() for k, v in entry["op"].state_dict().items() if not k.startswith("neuron.")},
             }
@@ -338,10 +351,14 @@ class SpikeDAGModule(nn.Module):
         }
 
     def __reduce__(self):
-        return from_dict, (self.to_dict(),)
+        data = self.to_dict()
+        if self.neurons():  # converted: only a quantised network is trained on from its file
+            for entry in data["ops"]:
+                entry["weight_back"] = None
+        return from_dict, (data,)
 
     def __deepcopy__(self, memo):
-        copied = from_dict(copy.deepcopy(self.to_dict(), memo))
+        copied = rebuild(copy.deepcopy(self.to_dict(), memo))
         copied.memory_budget = self.memory_budget  # not saved: they belong to this run
         copied.scales_of_conversion = self.scales_of_conversion
         return copied
@@ -350,27 +367,36 @@ class SpikeDAGModule(nn.Module):
 def from_dict(data):
     """The network that `SpikeDAGModule.to_dict` described. Raises ValueError where the data is not one."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise ValueError(f"no network of format {FORMAT}")
+        raise OtherFile(f"it has no network of format {FORMAT}")
+    check_network_data(data)
     try:
-        dag = SpikeDAGModule()
-        for node in data["inputs_nodes"]:
-            dag.add_input(node)
-        for entry in data["ops"]:
-            dag.add_op(entry["name"], rebuild_op(entry), entry["in_nodes"], entry["out_nodes"], entry["path"])
-        dag.outputs_nodes = tuple(data["outputs_nodes"])
-        dag.timesteps = data["timesteps"]
-        dag.train(data["training"])
-        dag.lint()
-    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"damaged network data ({type(error).__name__}: {error})") from error
+        dag = rebuild(data)
+    except OtherFile:
+        raise
+    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise DamagedData(f"{type(error).__name__}, {error}") from error
+    check_spikes(dag)
+    return dag
+
+
+def rebuild(data):
+    """The network of sound data."""
+    dag = SpikeDAGModule()
+    for node in data["inputs_nodes"]:
+        dag.add_input(node)
+    for entry in data["ops"]:
+        dag.add_op(entry["name"], rebuild_op(entry), entry["in_nodes"], entry["out_nodes"], entry["path"])
+    dag.outputs_nodes = tuple(data["outputs_nodes"])
+    dag.timesteps = data["timesteps"]
+    dag.train(data["training"])
+    dag.lint()
     return dag
 
 
 def rebuild_op(entry):
     """One op from its plain data."""
-    if entry["type"] not in OP_TYPES:
-        raise ValueError(f"unknown op type {entry['type']}")
-    op = OP_TYPES[entry["type"]](**entry["config"])
+    with torch.device("meta"):  # takes no memory, however large the op says that it is
+        op = OP_TYPES[entry["type"]](**entry["config"])
     tensors = dict(entry["tensors"])
     if "weight_q" in tensors:
         integers = tensors["weight_q"], tensors.get("bias_q")
@@ -379,12 +405,16 @@ def rebuild_op(entry):
         op.set_weight_scale(tensors["weight_scale"])
     if entry.get("levels") is not None:
         op.levels = ClipFloorShift(entry["levels"], tensors["levels.scale"])
+    check_tensors(entry["name"], op, tensors)
     op.load_state_dict(tensors, assign=True)
     op.spiking = entry["spiking"]
     op.frozen = frozenset(entry.get("frozen", ()))  # older files have none
     if isinstance(op, WeightedLayer):
         op.weight_bits = entry.get("weight_bits")
-        op.largest_input = entry.get("largest_input", 1)  # older files have none
+        op.largest_input = entry.get("largest_input") or 1  # older files have none
+        check_integers(entry["name"], op, entry.get("weight_back"))
+        if entry.get("weight_back") is not None:
+            op.weight.weight_back = entry["weight_back"]
     if entry["neuron"] is not None:
         op.neuron = IFNeuron(**entry["neuron"])
     return op
@@ -392,14 +422,13 @@ def rebuild_op(entry):
 
 def load_dag(path):
     """The network saved in `path` by `torch.save`. Raises OSError or ValueError where it is missing or damaged."""
+    # a block of safe_globals removes its names at the end, those too that were allowed before
+    missing = [name for name in [from_dict] if name not in torch.serialization.get_safe_globals()]
     try:
-        dag = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # torch.load raises whatever damaged bytes lead it to
-        raise ValueError(
-            f"{path} holds no network of this toolkit ({type(error).__name__}), convert it again"
-        ) from error
+        with torch.serialization.safe_globals(missing):
+            dag = read_torch_file(path, takes_legacy=False)
+    except OtherFile as error:
+        raise ValueError(f"{path} holds no network of this toolkit: {error.found}, convert it again") from error
     if not isinstance(dag, SpikeDAGModule):
         raise ValueError(f"{path} holds a {type(dag).__name__}, not a network of this toolkit, convert it again")
     return dag
