@@ -380,10 +380,19 @@ def record_avg_pool2d(
     count_include_pad=True,
     divisor_override=None,
 ):
-    if ceil_mode or divisor_override is not None or (not count_include_pad and as_pair(padding) != (0, 0)):
-        trace.refuse(function, "only ceil_mode=False, count_include_pad=True, divisor_override=None are supported")
     output = function(input, kernel_size, stride, padding)
-    op = SpikeAvgPool2d(input.shape[1], as_pair(kernel_size), as_pair(stride or kernel_size), as_pair(padding))
+    kernel, padding = as_pair(kernel_size), as_pair(padding)
+    # ceil_mode makes no difference where the last windows are whole, as on the traced size
+    has_part_windows = ceil_mode and function(input, kernel, stride, padding, True).shape != output.shape
+    has_other_divisor = divisor_override not in (None, kernel[0] * kernel[1])
+    if has_part_windows or has_other_divisor or (not count_include_pad and padding != (0, 0)):
+        trace.refuse(
+            function,
+            "only ceil_mode=False, count_include_pad=True, divisor_override=None are supported, or what is the same: "
+            "choose a size that whole windows fill",
+        )
+    input_size = tuple(input.shape[-2:]) if ceil_mode else None
+    op = SpikeAvgPool2d(input.shape[1], kernel, as_pair(stride or kernel_size), padding, input_size=input_size)
     return trace.record("avg_pool", op, [input], output)
 
 
@@ -396,14 +405,28 @@ def as_pair(value):
 def record_adaptive_avg_pool2d(trace, function, input, output_size):
     window = tuple(input.shape[-2:])
     sizes = tuple(extent if size is None else size for size, extent in zip(as_pair(output_size), window))
-    if any(extent % size for size, extent in zip(sizes, window)):
-        trace.refuse(function)
+    refuse_uneven_windows(trace, function, sizes, window)
     output = function(input, output_size)
     kernel = tuple(extent // size for size, extent in zip(sizes, window))
-    if kernel == (1, 1):
-        trace.remember(output, trace.node_of(input))
-        return output
-    return trace.record("avg_pool", SpikeAvgPool2d(input.shape[1], kernel, kernel), [input], output)
+    if kernel == (1, 1):  # a view of the same shape refuses images of another size, where it would be a pooling
+        return trace.record("view", ViewOp(output.shape[1:]), [input], output)
+    op = SpikeAvgPool2d(input.shape[1], kernel, kernel, input_size=window)
+    return trace.record("avg_pool", op, [input], output)
+
+
+def refuse_uneven_windows(trace, function, sizes, window):
+    """Refuse an adaptive pooling of `window` to `sizes` whose windows differ in size, or overlap."""
+    if any(size > extent for size, extent in zip(sizes, window)):
+        trace.refuse(
+            function,
+            f"its output {list(sizes)} is larger than its input {list(window)}, of which it holds copies: use larger "
+            "images, or leave it out and let the layer behind it have the sum of its weights for each value's copies",
+        )
+    if any(extent % size for size, extent in zip(sizes, window)):
+        trace.refuse(
+            function,
+            f"its output {list(sizes)} does not divide its input {list(window)}: use avg_pool2d with a kernel size",
+        )
 
 
 def record_max_pool2d(

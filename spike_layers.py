@@ -9,6 +9,8 @@ average pooling has none: what it hands on is how many spikes each of its window
 The first layer's input is a constant current, the real-valued image; its own current is computed once, in float.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -531,14 +533,26 @@ class SpikeAvgPool2d(SpikeConv2d):
     Spikes get a neuron of its own; of what flows into a neuron behind it, it is the sum. folded: part of the layers
     behind it, which then weigh every spike of a window: it has no neuron and hands on sums of spikes, in their type.
     Before the conversion, whether it shall be folded where it can (`folded_poolings`).
+    input_size: (height, width) that the windows were chosen for, where they depend on it, as in an adaptive pooling;
+    the threshold depends on the windows, so that an input of another size is refused. None for any size.
     """
 
-    def __init__(self, channels, kernel_size, stride, padding=0, folded=False):
+    def __init__(self, channels, kernel_size, stride, padding=0, folded=False, input_size=None):
         super().__init__(channels, channels, kernel_size, stride, padding, groups=channels, bias=False)
         self.weight.requires_grad_(False).fill_(1 / self.weight[0].numel())
         self.folded = folded
+        self.input_size = None if input_size is None else tuple(input_size)
+
+    def check_size(self, size):
+        """Raise ValueError for an input of another (height, width) than the windows were chosen for."""
+        if self.input_size is not None and tuple(size) != self.input_size:
+            raise ValueError(
+                f"an average pooling has windows for an input of {list(self.input_size)} and gets {list(size)}: give "
+                "images of the size that the network was traced with, or trace and convert it for the other"
+            )
 
     def forward(self, x, memory=None):
+        self.check_size(x.data.shape[-2:])
         if isinstance(x, Current):
             total = x.total()
             return x.like(self.operate(total, self.weight_q.to(total.dtype), None))
@@ -569,6 +583,7 @@ class SpikeAvgPool2d(SpikeConv2d):
             "stride": self.stride,
             "padding": self.padding,
             "folded": self.folded,
+            "input_size": self.input_size,
         }
 
 
@@ -879,11 +894,19 @@ class ViewOp(SpikeLayer):
     def extra_repr(self):
         return f"shape={self.shape}"
 
+    def reshape(self, x):
+        """Every sample in the new shape. Raises ValueError where it has more or fewer values."""
+        if math.prod(x.shape[1:]) != math.prod(self.shape):
+            raise ValueError(
+                f"a view to {list(self.shape)} gets {list(x.shape[1:])}: give images of the size that the network was "
+                "traced with"
+            )
+        return x.reshape(len(x), *self.shape)
+
     def forward(self, x):
         if isinstance(x, torch.Tensor):
-            return x.reshape(len(x), *self.shape)
-        data = x.total() if isinstance(x, Current) else x.data
-        data = data.reshape(len(data), *self.shape)
+            return self.reshape(x)
+        data = self.reshape(x.total() if isinstance(x, Current) else x.data)
         if isinstance(x, Current):
             return x.like(data)
         scale = x.scale_factor

@@ -1,5 +1,6 @@
 """The tracer: equal outputs, names, refusals, and that the traced network and torch stay as they were."""
 
+import copy
 import itertools
 
 import pytest
@@ -193,6 +194,9 @@ FUNCTIONS = {
     "avg_pool2d, stride": (lambda x: F.avg_pool2d(x, 3, stride=2), ["avg_pool1"]),
     "avg_pool2d, padding": (lambda x: F.avg_pool2d(x, 3, stride=2, padding=1), ["avg_pool1"]),
     "avg_pool2d, pairs": (lambda x: F.avg_pool2d(x, (3, 2), (2, 1), (1, 0)), ["avg_pool1"]),
+    "avg_pool2d, whole windows": (lambda x: F.avg_pool2d(x, 2, ceil_mode=True), ["avg_pool1"]),
+    "avg_pool2d, no padding": (lambda x: F.avg_pool2d(x, 3, count_include_pad=False), ["avg_pool1"]),
+    "avg_pool2d, usual divisor": (lambda x: F.avg_pool2d(x, (2, 1), divisor_override=2), ["avg_pool1"]),
     "AvgPool2d": (nn.AvgPool2d(2, stride=3), ["avg_pool1"]),
     "AvgPool2d, padding": (nn.AvgPool2d(3, stride=1, padding=1), ["avg_pool1"]),
     "adaptive_avg_pool2d": (lambda x: F.adaptive_avg_pool2d(x, 1), ["avg_pool1"]),
@@ -551,8 +555,10 @@ REFUSED = {
     "cat, batch": (lambda x: torch.cat([x, x]), "cat", "use dim=1"),
     "cat with a constant": (lambda x: torch.cat([x, torch.zeros(2, 4, 8, 8)], 1), "block.inner", "constant"),
     "mean of all": (lambda x: x.mean(), "mean", "x.mean([2, 3])"),
-    "adaptive to 3": (nn.AdaptiveAvgPool2d(3), "adaptive_avg_pool2d", "that divide the input's"),
+    "adaptive to 3": (nn.AdaptiveAvgPool2d(3), "adaptive_avg_pool2d", "[3, 3] does not divide its input [8, 8]"),
+    "adaptive to 16": (nn.AdaptiveAvgPool2d(16), "adaptive_avg_pool2d", "[16, 16] is larger than its input [8, 8]"),
     "ceil_mode": (nn.AvgPool2d(3, ceil_mode=True), "avg_pool2d", "ceil_mode=False"),
+    "another divisor": (lambda x: F.avg_pool2d(x, 2, divisor_override=3), "avg_pool2d", "divisor_override=None"),
     "padding not counted": (
         nn.AvgPool2d(3, padding=1, count_include_pad=False),
         "avg_pool2d",
@@ -653,6 +659,46 @@ def test_weight_that_is_not_finite_is_named(tensor, value):
     net.get_parameter(tensor).data.view(-1)[0] = value
     with pytest.raises(ValueError, match=tensor.replace(".", r"\.")):
         parse_ann_model(net, (image(),))
+
+
+# Images of another size than the traced one
+
+
+def adaptive(pooling):
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), pooling, nn.Conv2d(4, 5, 1)).eval()
+
+
+SIZES = {
+    "adaptive to 1": nn.AdaptiveAvgPool2d(1),
+    "adaptive to 2": nn.AdaptiveAvgPool2d(2),
+    "adaptive to the size": nn.AdaptiveAvgPool2d(8),
+    "adaptive to the width": nn.AdaptiveAvgPool2d((1, None)),
+    "mean": Call(lambda x: x.mean([2, 3], keepdim=True)),
+    "ceil_mode": nn.AvgPool2d(2, ceil_mode=True),
+}
+
+
+@pytest.mark.parametrize("pooling", SIZES.values(), ids=SIZES)
+def test_an_image_of_another_size_is_refused_by_both_sizes(pooling):
+    net = adaptive(pooling)
+    dag = parse_ann_model(net, (image(),))
+    for graph in (dag, copy.deepcopy(dag)):
+        x = image()
+        assert largest_difference(graph(x), net(x)) <= 1e-5
+        for size in (4, 9, 16):
+            with pytest.raises(ValueError, match=rf"8\D+8.* gets .*{size}\D+{size}"):
+                graph(image(size=size))
+
+
+def test_windows_of_one_size_take_every_image():
+    dag = parse_ann_model(adaptive(nn.AvgPool2d(2)), (image(),))
+    assert dag(image(size=16)).shape == (2, 5, 8, 8)
+
+
+def test_a_view_names_both_sizes():
+    dag = parse_ann_model(SmallNet(), (image(),))
+    with pytest.raises(ValueError, match=r"a view to \[64\] gets \[4, 8, 8\]"):
+        dag(image(size=16))
 
 
 def test_network_that_computes_something_else_at_every_call_is_refused():
