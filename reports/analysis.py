@@ -371,7 +371,8 @@ def write_report(folder, analysis):
         png, svg = render(figure, "png"), render(figure, "svg")
         files[f"{name}.png"], files[f"{name}.svg"] = png, svg
         pictures[name] = png, caption
-    files["report.html"] = report_page(analysis.result, pictures).encode()
+    page = report_page(analysis.result, pictures)
+    files["report.html"] = page.encode(errors="backslashreplace")  # a flag may name a file whose name is no UTF-8
     files["report.json"] = (json.dumps(analysis.result, indent=2) + "\n").encode()
     write_folder(folder, files)
 

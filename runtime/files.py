@@ -50,9 +50,9 @@ def check_room(path, size):
     folder = os.path.dirname(os.path.realpath(path))
     free, limit = shutil.disk_usage(folder).free, largest_file()
     if size > free:
-        raise OSError(f"cannot write {path}, it needs {in_mib(size)} and {folder} has {in_mib(free)} left, free some")
+        raise OSError(f"cannot write {path}, it needs {size:,} bytes and {folder} has {free:,} left, free some")
     if size > limit:
-        raise OSError(f"cannot write {path}, it needs {in_mib(size)}, over the limit {in_mib(limit)} of `ulimit -f`")
+        raise OSError(f"cannot write {path}, it needs {size:,} bytes, over the {limit:,} that `ulimit -f` allows")
 
 
 def largest_file():
@@ -63,11 +63,6 @@ def largest_file():
         return float("inf")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     return float("inf") if limit == resource.RLIM_INFINITY else limit
-
-
-def in_mib(size):
-    """Bytes in words."""
-    return f"{size / 2**20:.1f} MiB"
 
 
 def check_different(*paths):
@@ -218,6 +213,7 @@ def write_folder(path, files):
     for name in files:
         if os.path.isdir(os.path.join(path, name)):
             raise OSError(f"cannot write {os.path.join(path, name)}, it is a folder, move it away")
+    is_new = not os.path.exists(path)
     new = os.path.join(path, "new")  # inside: `path` may be a mount of its own
     remove_stale(new)
     temporary = temporary_beside(new)
@@ -232,3 +228,6 @@ def write_folder(path, files):
                 os.replace(os.path.join(temporary, name), os.path.join(path, name))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if is_new:
+            with contextlib.suppress(OSError):  # it is not empty, as it should be
+                os.rmdir(path)
