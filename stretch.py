@@ -33,6 +33,11 @@ from snn_weight_setter import Groups
 RELU_NAMES = {resolve_name(f) for f in (*RELU_FUNCTIONS, *RELU_IN_PLACE_FUNCTIONS)} | {
     f"torch.nn.functional.{name}" for name in ("relu", "relu6", "hardtanh")
 }
+# of Python's operators, those that change their operand; `__rsub__` and `__getitem__`, say, do not
+IN_PLACE_OPERATORS = {
+    *("__iadd__", "__isub__", "__imul__", "__imatmul__", "__itruediv__", "__idiv__", "__ifloordiv__", "__imod__"),
+    *("__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__", "__setitem__", "__set__"),
+}
 
 
 @dataclass
@@ -172,6 +177,12 @@ def function_name(function):
     return resolve_name(function) or getattr(function, "__name__", str(function))
 
 
+def is_in_place(name):
+    """Whether the function of this name changes its first argument."""
+    last = name.split(".")[-1]
+    return last in IN_PLACE_OPERATORS if last.endswith("__") else last.endswith("_")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Which calls belong to the stretch
 
@@ -225,7 +236,7 @@ class Record(TorchFunctionMode):
         active = {i: (id(x), self.writer.get(id(x))) for i, x in reads.items() if id(x) not in self.constants}
         result = function(*args, **kwargs)
         written = tensors_in(result)
-        if key[1].endswith(("_", "__setitem__")) and args and isinstance(args[0], torch.Tensor):
+        if is_in_place(key[1]) and args and isinstance(args[0], torch.Tensor):
             written.append(args[0])
         self.kept += [*reads.values(), *written]  # alive, so that no id is used twice
         if active:

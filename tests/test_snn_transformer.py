@@ -274,6 +274,86 @@ def test_an_output_before_the_last_input():
         assert torch.allclose(actual, expected.weight.grad, atol=1e-5)
 
 
+class Beside(nn.Module):
+    """Two layers, and a function of what the first sends beside them."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+        self.function = function
+
+    def forward(self, x):
+        y = self.first(x)
+        beside = self.function(y)
+        return self.second(y), beside
+
+
+BESIDE = {
+    "1 - y": lambda y: 1 - y,
+    "2 ** y": lambda y: 2**y,
+    "1 / y": lambda y: 1 / (y + 1),
+    "y // 1": lambda y: y // 1,
+    "1 // y": lambda y: 1 // (y + 1),
+    "y % 1": lambda y: y % 1,
+    "y @ y": lambda y: y @ y,
+    "-y": lambda y: -y,
+    "abs(y)": abs,
+    "y ** 2": lambda y: y**2,
+    "y[:, :1]": lambda y: y[:, :1],
+    "y[y > 0]": lambda y: y[y > 0],
+    "y > 0": lambda y: (y > 0).float(),
+    "y == y": lambda y: (y == y).float(),
+    "~(y > 0)": lambda y: (~(y > 0)).float(),
+    "(y > 0) & (y < 1)": lambda y: ((y > 0) & (y < 1)).float(),
+    "iteration": lambda y: torch.stack(list(y)),
+    "float(y)": lambda y: torch.tensor(float(y.sum())),
+    "int(y)": lambda y: torch.tensor(int(y.sum())),
+    "len(y)": lambda y: torch.tensor(len(y)),
+    "y in a list": lambda y: torch.tensor(0.5 in y),
+    "y.T": lambda y: y.mT,
+    "a copy changed": lambda y: y.clone().add_(1),
+    "another index set": lambda y: (y * 1).index_fill_(0, torch.tensor([0]), 2.0),
+}
+
+
+@pytest.mark.parametrize("function", BESIDE.values(), ids=BESIDE)
+def test_what_only_reads_may_stand_beside_a_stretch(function):
+    torch.manual_seed(0)
+    net, x = Beside(function).eval(), torch.rand(3, 1, 4, 4)
+    transformer = SNNTransformer(net, ["first", "second"], weight_bitwidth=32, example_inputs=x)
+    with torch.no_grad():
+        for actual, expected in zip(transformer.inference_get_status(x), net(x), strict=True):
+            assert torch.allclose(actual, expected, atol=1e-6)
+
+
+def set_item(y):
+    y[0] = 1.0
+    return y
+
+
+def add_in_place(y):
+    y += 1
+    return y
+
+
+CHANGES = {
+    "y += 1": add_in_place,
+    "y *= 2": lambda y: y.__imul__(2),
+    "y -= 1": lambda y: y.__isub__(1),
+    "y /= 2": lambda y: y.__itruediv__(2),
+    "y[0] = 1": set_item,
+    "y.add_(1)": lambda y: y.add_(1),
+    "F.dropout(y, inplace=True)": lambda y: F.dropout(y, 0.5, True, True),
+}
+
+
+@pytest.mark.parametrize("function", CHANGES.values(), ids=CHANGES)
+def test_what_changes_a_value_inside_a_stretch_belongs_to_it(function):
+    with pytest.raises((ValueError, NotImplementedError)):
+        SNNTransformer(Beside(function), ["first", "second"], example_inputs=torch.rand(3, 1, 4, 4))
+
+
 def test_another_path_than_when_it_was_traced_is_refused():
     class Switch(Odd):
         def switch(self, x):
