@@ -6,6 +6,7 @@ itself is not patched, so nothing has to be restored after an error. What is not
 """
 
 import copy
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -33,29 +34,59 @@ CAN_BE_TRACED = (
     "conv2d, conv_transpose2d, linear, batch_norm, relu, relu6, avg_pool2d, max_pool2d, add, cat, pad, view and flatten"
 )
 
-# what a user can write instead of a function that is refused, by a part of its name
-ADVICE = {
-    "instance_norm": "use BatchNorm, whose statistics are constant in eval mode",
-    "layer_norm": "use BatchNorm, whose statistics are constant in eval mode",
-    "group_norm": "use BatchNorm, whose statistics are constant in eval mode",
-    "max_pool2d_with_indices": "the indices of the maxima are not supported, use conv_transpose2d to go back up",
-    "adaptive_max_pool2d": "use max_pool2d with a kernel size",
-    "interpolate": "use conv_transpose2d",
-    "leaky_relu": "use relu: a neuron sends no negative spikes",
-    "elu": "use relu: a neuron sends no negative spikes",
-    "gelu": "use relu: a neuron sends no negative spikes",
-    "silu": "use relu: a neuron sends no negative spikes",
-    "sigmoid": "use relu: a neuron sends no negative spikes",
-    "tanh": "use relu: a neuron sends no negative spikes",
-    "adaptive_avg_pool2d": "only output sizes that divide the input's are supported, use avg_pool2d for others",
-    "__bool__": "a network's path must not depend on the values of its activations",
-    "__getitem__": "split the channels with separate convolutions",
-    "item": "a network's path must not depend on the values of its activations",
-    "numpy": "keep the computation in torch",
-    "sub": "put the minus sign into the weights before it, and add",
-    "mul": "put the factor into the weights before or behind it",
-    "div": "put the factor into the weights before or behind it",
+ON_THE_IMAGE = "normalise the images in the data set or its loader instead, or write a BatchNorm as the first layer"
+EXPORTED = "is an exported program and cannot be traced, pass the Python module that was given to torch.export instead"
+
+# what a user can write instead of functions that are refused, by their names
+ADVICE_FOR = {
+    "use BatchNorm, whose statistics are constant in eval mode": ("instance_norm", "layer_norm", "group_norm"),
+    "the indices of the maxima are not supported, use conv_transpose2d to go back up": ("max_pool2d_with_indices",),
+    "use max_pool2d with a kernel size": ("adaptive_max_pool2d", "adaptive_max_pool2d_with_indices"),
+    "use conv_transpose2d with a relu behind it; for nearest neighbours of values without a sign its weights are ones, "
+    "with as many groups as channels and the kernel size and stride of the factor": (
+        "interpolate",
+        "upsample",
+        "upsample_nearest",
+        "upsample_bilinear",
+        "pixel_shuffle",
+    ),
+    "use relu: a neuron sends no negative spikes": (
+        *("leaky_relu", "rrelu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish"),
+        *("softplus", "softsign", "tanhshrink", "hardshrink", "softshrink"),
+    ),
+    "inside of a network put a ReLU in its place; at its end leave it out, and apply it outside, to what the converted "
+    "network returns": ("sigmoid", "logsigmoid", "hardsigmoid", "tanh", "exp"),
+    "a network's path must not depend on the values of its activations": (
+        *("bool", "item", "tolist", "int", "float", "index", "nonzero", "where"),
+        *("eq", "ne", "lt", "le", "gt", "ge", "allclose", "equal", "argmax", "argmin", "topk", "sort"),
+    ),
+    "keep the computation in torch": ("numpy", "array"),
+    "write it with convolutions of weights 0 and 1: a 1x1 convolution takes some of the channels, and with stride 2 "
+    "every second pixel": (
+        *("getitem", "narrow", "select", "index_select", "chunk", "split", "split_with_sizes", "tensor_split"),
+        *("unbind", "take_along_dim", "gather", "slice"),
+    ),
+    "leave it out, and permute the weights of the layer behind it instead: features stay in the order C, H, W": (
+        *("permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "flip", "roll", "T", "mT"),
+    ),
+    "the product with a constant weight is a linear layer, F.linear(x, weight.t()); a product of two activations "
+    "cannot be computed by spikes": (
+        *("matmul", "rmatmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "tensordot", "dot", "inner"),
+    ),
+    "use x.mean([2, 3]) or an average pooling, and put the factor into the weights behind it": ("sum",),
+    "put the minus sign into the weights of the layer before it": ("neg", "negative"),
+    "leave it out, a network is traced in one type": ("half", "bfloat16", "double", "type"),
 }
+ADVICE = {name: advice for advice, names in ADVICE_FOR.items() for name in names}
+SUBTRACTIONS = ("sub", "subtract", "rsub", "isub")
+PRODUCTS = (
+    *("mul", "multiply", "rmul", "imul"),
+    *("div", "divide", "true_divide", "truediv", "rdiv", "rtruediv", "itruediv"),
+)
+
+HALF_TYPES = (torch.float16, torch.bfloat16)
+SAME_SHARE = 1e-4  # of the largest output: what folding and another order of summing leave between two equal networks
+ROUNDINGS = 10  # of the graph's own rounding that may lie between them, where outputs are small sums of large values
 
 
 def parse_ann_model(model, inputs, fold=True):
@@ -63,22 +94,66 @@ def parse_ann_model(model, inputs, fold=True):
 
     inputs: a tuple of example inputs, [B, C, H, W] each; the batch size is not recorded. fold: BatchNorm becomes part
     of the layer before or behind it where that is exact (`fold_batch_norms`). Dropout and identities leave no op.
-    Weights that two calls share become two copies. `model` and torch stay as they were, also after an
-    error. Raises NotImplementedError for a function that cannot be traced, with its name, module path and advice, and
-    ValueError where the network cannot run on `inputs` or the graph does not compute the network's output.
+    Weights that two calls share become two copies. A float16 or bfloat16 network is traced as a float32 copy, on
+    float32 copies of `inputs`, and autocast is off. `model` and torch stay as they were, also after an error.
+
+    Raises NotImplementedError for a function that cannot be traced, with its name, module path and advice, and
+    ValueError for values that are not finite, where the network cannot run on `inputs`, or where the graph does not
+    compute the network's output.
     """
     inputs = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
-    if not inputs:
-        raise ValueError("no example input, give a tuple of tensors [B, C, H, W]")
-    refuse_scripted_modules(model)
+    check_example(inputs)
+    refuse_compiled(model)
     check_finite_weights(model)
+    model, inputs = in_float32(model), tuple(as_float32(x) for x in inputs)
     # two images at least: with one, a view that mixes up batch and channels could pass unnoticed
-    dag = Trace(copy_of(model).eval()).run(*[torch.cat([x, x]) if len(x) == 1 else x for x in inputs])
+    traced = Trace(copy_of(model).eval()).run(*[torch.cat([x, x]) if len(x) == 1 else x for x in inputs])
+    dag = copy.deepcopy(traced)
     if fold:
         fold_batch_norms(dag)
     dag.lint()
-    check_same_output(model, dag, inputs)
+    with torch.no_grad(), WithoutAutocast():
+        expected = copy_of(model).eval()(*[x.clone() for x in inputs])
+    check_same_output(as_tuple(expected), dag, traced, inputs, "the traced graph")
     return dag
+
+
+def check_example(inputs):
+    """Raise ValueError unless there are example inputs, with an image each, and all values are finite."""
+    if not inputs or not all(isinstance(x, torch.Tensor) and x.dim() and len(x) for x in inputs):
+        raise ValueError("no example input, give a tuple of tensors [B, C, H, W] with one image or more")
+    if not all(torch.isfinite(x).all() for x in inputs):
+        raise ValueError("the example input has NaN or infinite values, look at how images are read and normalised")
+
+
+def in_float32(model):
+    """The model, or a float32 copy of one with float16 or bfloat16 weights or buffers."""
+    is_half = any(x.dtype in HALF_TYPES for x in (*model.parameters(), *model.buffers()))
+    return copy_of(model).float() if is_half else model
+
+
+def as_float32(value):
+    """A float16 or bfloat16 tensor in float32, anything else as it is."""
+    is_half = isinstance(value, torch.Tensor) and value.dtype in HALF_TYPES
+    return value.float() if is_half else value
+
+
+@contextmanager
+def autocast_off():
+    """Within it autocast is off, on every device where it is on."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+class WithoutAutocast(TorchFunctionMode):
+    """Within it no call runs under autocast, also where a network's own forward switches it on."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        with autocast_off():
+            return function(*args, **(kwargs or {}))
 
 
 def copy_of(model):
@@ -92,8 +167,12 @@ def copy_of(model):
         ) from error
 
 
-def refuse_scripted_modules(model):
-    """Raise NotImplementedError for modules whose calls cannot be seen."""
+def refuse_compiled(model):
+    """Raise NotImplementedError for what is no Python module, or has one inside whose calls cannot be seen."""
+    if isinstance(model, torch.export.ExportedProgram):
+        raise NotImplementedError(f"the network {EXPORTED}")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the network is a {type(model).__name__}, give a torch.nn.Module")
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise NotImplementedError(
@@ -109,17 +188,39 @@ def check_finite_weights(model):
 
 
 @torch.no_grad()
-def check_same_output(model, dag, inputs):
-    """Raise ValueError unless the graph computes the model's output on the example inputs."""
-    expected = copy_of(model).eval()(*[x.clone() for x in inputs])
-    actual = dag(*inputs)
-    for a, b in zip(as_tuple(expected), as_tuple(actual), strict=True):
-        error, largest = (a - b).abs().max().item(), a.abs().max().item()
-        if not error <= 1e-4 * max(1.0, largest):
+def check_same_output(expected, dag, traced, inputs, name):
+    """Raise ValueError unless the graph `name` computes the tensors `expected` from `inputs`, but for rounding.
+
+    The measure is the largest output, however small. Where outputs are small differences of large values, it is how far
+    rounding moves the outputs of `traced`, the graph with no BatchNorm folded, which a run in float64 shows.
+    """
+    if not all(torch.isfinite(x).all() for x in expected):
+        raise ValueError("the network returns NaN or infinite values for finite inputs, train it again")
+    with autocast_off():
+        errors = differences(expected, as_tuple(dag(*inputs)))
+    limits = [SAME_SHARE * x.abs().max().item() for x in expected]
+    if any(error > limit for error, limit in zip(errors, limits)):
+        limits = [max(limit, ROUNDINGS * error) for limit, error in zip(limits, rounding_errors(traced, inputs))]
+    for error, limit in zip(errors, limits):
+        if not error <= limit:
             raise ValueError(
-                f"the traced graph differs from the network by {error:.2g}: does it change a view in place, or draw "
-                "random numbers? Write these parts without in-place operations"
+                f"{name} differs from the network by {error:.2g}: does it change a view in place, or draw random "
+                "numbers? Write these parts without in-place operations"
             )
+
+
+def differences(outputs, others):
+    """The largest difference between each two tensors; infinite between two shapes, or where one has NaN."""
+    pairs = zip(outputs, others, strict=True)
+    return [(a - b).abs().nan_to_num(nan=torch.inf).max().item() if a.shape == b.shape else torch.inf for a, b in pairs]
+
+
+def rounding_errors(dag, inputs):
+    """How far each output of the graph is from the same computed in float64."""
+    with autocast_off():
+        outputs = as_tuple(dag(*inputs))
+        exact = as_tuple(copy.deepcopy(dag).double()(*[x.double() for x in inputs]))
+    return differences([x.double() for x in outputs], exact)
 
 
 def as_tuple(value):
@@ -218,13 +319,31 @@ class Trace(TorchFunctionMode):
         advice = advice or f"write it with {CAN_BE_TRACED}"
         raise NotImplementedError(f"{name} in {self.here()} cannot be converted: {advice}")
 
+    def advice_on_numbers(self, word, operands):
+        """What to write instead of a difference, product or quotient `word` of `operands`; None for what is none."""
+        if word not in SUBTRACTIONS + PRODUCTS:
+            return None
+        if sum(map(self.is_traced, operands)) > 1:
+            minus = "put the minus sign into the weights of the layer whose output is subtracted, and add"
+            return minus if word in SUBTRACTIONS else "spikes compute no product or quotient of two activations"
+        if self.is_image(operands):
+            return ON_THE_IMAGE
+        if word in SUBTRACTIONS:
+            return "put the constant into the bias of the layer before it, and a minus sign into the weights"
+        return "put the factor into the weights of the layer before or behind it"
+
+    def is_image(self, operands):
+        """Whether one of the operands is an input of the network, before any layer."""
+        return any(self.is_traced(x) and self.names.get(id(x)) in self.dag.inputs_nodes for x in operands)
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function in SHAPE_QUESTIONS or not self.is_traced([*args, *kwargs.values()]):
-            return function(*args, **kwargs)
-        if function not in self.recorders:
-            self.refuse(function)
-        return self.recorders[function](self, function, *args, **kwargs)
+        with autocast_off():  # the network's own forward may have switched it on
+            if function in SHAPE_QUESTIONS or not self.is_traced([*args, *kwargs.values()]):
+                return function(*args, **kwargs)
+            if function not in self.recorders:
+                self.refuse(function, operands=args)
+            return self.recorders[function](self, function, *args, **kwargs)
 
     def record(self, op_type, op, inputs, output):
         """Append an op that computes the tensor `output` from the tensors `inputs`."""

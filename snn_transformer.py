@@ -30,7 +30,8 @@ class SNNTransformer:
     full_net: any nn.Module; it is never changed, the transformer works on a copy, on its device. layers: names of
     modules ("layer1", "layer2.0"), or the modules, of one contiguous stretch. What runs inside of them is converted,
     with the operations that the forward around them makes in between (adds, concatenations, functional ReLUs) and the
-    functional ReLUs directly behind. Everything else may be any Python code, with any inputs and outputs.
+    functional ReLUs directly behind. Everything else may be any Python code, with any inputs and outputs. The stretch
+    runs in float32, also where the rest runs under autocast.
 
     timesteps: T. weight_bitwidth: 1 to 8, one number or one for each layer, or 32 for float weights. lr, momentum,
     weight_decay: of `optimizer`, which trains the whole network. damping: pull of the stretch's weights towards
@@ -179,20 +180,22 @@ class SNNTransformer:
 
     def convert(self):
         """The spiking stretch, a SpikeDAGModule."""
+        from ann_parser import autocast_off
         from snn_weight_setter import trans_ann2snn_weight
 
         loader = [(inputs,) for inputs in self.stretch_inputs()]
         device = loader[0][0][0].device
-        return trans_ann2snn_weight(
-            self.dag,
-            loader,
-            device,
-            self.timesteps,
-            self.bits,
-            per_channel=self.per_channel,
-            calibration_samples=self.calibration_samples,
-            **self.conversion,
-        )
+        with autocast_off():
+            return trans_ann2snn_weight(
+                self.dag,
+                loader,
+                device,
+                self.timesteps,
+                self.bits,
+                per_channel=self.per_channel,
+                calibration_samples=self.calibration_samples,
+                **self.conversion,
+            )
 
     def stretch_inputs(self):
         """What the stretch reads in eval mode, a tuple of tensors for each kept call of the network."""
@@ -227,6 +230,7 @@ class SNNTransformer:
         """
         import copy
 
+        from ann_parser import autocast_off
         from runtime.ranges import check_option
         from saved_snn import check_target, write_saved_snn
 
@@ -236,7 +240,8 @@ class SNNTransformer:
         if self.snn is None:
             self.snn = self.convert()
         inputs = first_samples(self.stretch_inputs(), samples)
-        write_saved_snn(directory, copy.deepcopy(self.snn), inputs, self.details())
+        with autocast_off():
+            write_saved_snn(directory, copy.deepcopy(self.snn), inputs, self.details())
 
     def details(self):
         """What the manifest tells beside the network itself."""

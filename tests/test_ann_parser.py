@@ -661,6 +661,110 @@ def test_weight_that_is_not_finite_is_named(tensor, value):
         parse_ann_model(net, (image(),))
 
 
+class RandomWeights(nn.Module):
+    """A convolution with other weights at every call."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def forward(self, x):
+        return F.relu(F.conv2d(x, self.size * torch.rand(2, 3, 3, 3)))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-5, 1e-12, 1e-30])
+def test_random_weights_are_refused_however_small_the_outputs(size):
+    with pytest.raises(ValueError, match="draw random numbers"):
+        parse_ann_model(RandomWeights(size), (image().abs(),))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-5, 1.0, 1e5, 1e20])
+def test_outputs_of_every_size_are_accepted(size):
+    net = SmallNet()
+    net.fc.weight.data *= size
+    net.fc.bias.data *= size
+    parse_ann_model(net, (image(),))
+
+
+def test_outputs_of_zero_are_accepted():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    net[1].bias.data.fill_(-100.0)
+    dag = parse_ann_model(net, (image(),))
+    assert not dag(image()).any()
+
+
+def test_small_differences_of_large_values_are_accepted():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
+    with torch.no_grad():
+        net[0].bias += 1e4
+        net[1].running_mean += 1e4  # of outputs of size 1, of which rounding has taken four digits
+        net[1].running_var *= 100
+        net[3].running_mean.copy_(net[:3](image(64)).mean((0, 2, 3)))
+    dag = parse_ann_model(net, (image(),))
+    x = image()
+    assert largest_difference(dag(x), net(x)) > 1e-4 * net(x).abs().max()  # it is rounding, on both sides
+
+
+def test_infinite_activations_are_no_in_place_operations():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    net[0].weight.data *= 1e38
+    net[2].weight.data *= 1e38
+    with pytest.raises(ValueError, match="NaN or infinite values") as caught:
+        parse_ann_model(net, (image(),))
+    assert "in place" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_example_that_is_not_finite_is_named(value):
+    x = image()
+    x[0, 0, 0, 0] = value
+    with pytest.raises(ValueError, match="the example input has NaN or infinite values"):
+        parse_ann_model(SmallNet(), (x,))
+
+
+@pytest.mark.parametrize("inputs", [(), torch.zeros(0, 3, 8, 8), (torch.tensor(1.0),), (3,)], ids=str)
+def test_an_example_without_an_image_is_refused(inputs):
+    with pytest.raises(ValueError, match="no example input"):
+        parse_ann_model(SmallNet(), inputs)
+
+
+HALF = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("example", [*HALF, torch.float32])
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_networks_are_traced_in_float32(dtype, example):
+    net = SmallResNet().to(dtype).eval()
+    net.fc.bfloat16()  # of mixed types
+    before = snapshot(net)
+    dag = parse_ann_model(net, (image().to(example),))
+    assert_unchanged(net, before)
+    assert {p.dtype for p in dag.parameters()} == {torch.float32} and net.conv1.weight.dtype == dtype
+    assert torch.equal(dag.conv1.weight, net.conv1.weight.float())
+    assert dag(image()).dtype == torch.float32
+
+
+class UnderAutocast(nn.Module):
+    """A network that runs in bfloat16, as its own forward asks for."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.net(x)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in the forward", "around the call"])
+def test_autocast_is_off_while_a_network_is_traced(inside):
+    net, x = SmallNet().eval(), image()
+    with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+        dag = parse_ann_model(UnderAutocast(net) if inside else net, (x,))
+    assert {p.dtype for p in dag.parameters()} == {torch.float32}
+    assert largest_difference(dag(x), net(x)) <= 1e-5
+
+
 # Images of another size than the traced one
 
 

@@ -354,6 +354,71 @@ def test_what_changes_a_value_inside_a_stretch_belongs_to_it(function):
         SNNTransformer(Beside(function), ["first", "second"], example_inputs=torch.rand(3, 1, 4, 4))
 
 
+class UnderAutocast(nn.Module):
+    """A backbone and what stands around it, in bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.backbone = nn.Sequential(
+            *(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+        )
+        self.head = nn.Linear(512, 10)
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            x = self.stem(x)
+            assert x.dtype == torch.bfloat16
+            return self.head(self.backbone(x).flatten(1)).float()
+
+
+def test_a_stretch_runs_in_float32_under_autocast():
+    torch.manual_seed(0)
+    net, x = with_statistics(UnderAutocast()), torch.rand(6, 1, 8, 8)
+    labels = torch.arange(6)
+    transformer = SNNTransformer(net, ["backbone"], timesteps=64, weight_bitwidth=32, threshold="max")
+    for _ in range(2):
+        F.cross_entropy(transformer.inference_get_status(x), labels).backward()
+        transformer.optimizer.step()
+    assert {p.dtype for p in transformer.dag.parameters()} == {torch.float32}
+    assert all(p.grad.dtype == torch.float32 for p in transformer.dag.parameters())
+    assert transformer.stretch_inputs()[0][0].dtype == torch.float32
+    transformer = with_status(net, ["backbone"], x, timesteps=256, weight_bitwidth=32, threshold="max")
+    with torch.no_grad():
+        assert (transformer.generate_ann_snn()(x) - net(x)).abs().max() < 0.05 * net(x).abs().max()
+
+
+def test_the_conversion_of_a_stretch_ignores_the_users_autocast(tmp_path):
+    torch.manual_seed(0)
+    net, x = Beside(lambda y: y), torch.rand(6, 1, 4, 4)
+    transformer = with_status(net, ["first", "second"], x, weight_bitwidth=4)
+    expected = transformer.generate_ann_snn()(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = with_status(net, ["first", "second"], x, weight_bitwidth=4)
+        again.save_snn(tmp_path / "saved")
+        outputs = again.generate_ann_snn()(x)
+    assert all(torch.equal(a, b) for a, b in zip(expected, outputs, strict=True))
+
+
+class RandomLayer(nn.Module):
+    """A convolution with other weights at every call."""
+
+    def forward(self, x):
+        return F.conv2d(x, 1e-6 * torch.rand(4, 1, 3, 3))
+
+
+def test_a_stretch_that_draws_random_weights_is_refused():
+    net = nn.Sequential(RandomLayer(), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    with pytest.raises(ValueError, match="draw random numbers"):
+        SNNTransformer(net, ["0", "1"], example_inputs=torch.rand(3, 1, 4, 4))
+
+
+def test_what_is_not_finite_before_a_stretch_is_named():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    with pytest.raises(ValueError, match="0 to 1 reads NaN or infinite values"):
+        SNNTransformer(net, ["0", "1"], example_inputs=torch.full((3, 1, 4, 4), torch.nan))
+
+
 def test_another_path_than_when_it_was_traced_is_refused():
     class Switch(Odd):
         def switch(self, x):
