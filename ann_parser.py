@@ -310,12 +310,13 @@ class Trace(TorchFunctionMode):
             return any(self.is_traced(item) for item in value)
         return isinstance(value, torch.Tensor) and id(value) in self.names
 
-    def refuse(self, function, advice=None):
+    def refuse(self, function, advice=None, operands=()):
         """Raise NotImplementedError with the function, the module path and what to write instead."""
+        if isinstance(function, torch._ops.OpOverload):
+            raise NotImplementedError(f"{self.paths[-1] or 'the network'} {EXPORTED}")
         name = resolve_name(function) or getattr(function, "__name__", str(function))
-        if advice is None:
-            last = name.split(".")[-1]
-            advice = next((text for part, text in ADVICE.items() if last == part or part in last.strip("_")), None)
+        word = name.removesuffix(".__get__").split(".")[-1].strip("_")
+        advice = advice or self.advice_on_numbers(word, operands) or ADVICE.get(word)
         advice = advice or f"write it with {CAN_BE_TRACED}"
         raise NotImplementedError(f"{name} in {self.here()} cannot be converted: {advice}")
 
@@ -561,7 +562,10 @@ def record_pad(trace, function, input, pad, mode="constant", value=None):
         trace.refuse(function, "only zeros are supported, mode='constant' with value 0")
     pads = [*pad, 0, 0, 0, 0]
     if input.dim() != 4 or any(pads[4:]):
-        trace.refuse(function, "only height and width of [B, C, H, W] can be padded")
+        trace.refuse(
+            function,
+            "only height and width of [B, C, H, W] can be padded; a 1x1 convolution with rows of zeros adds channels",
+        )
     return trace.record("pad", SpikePad(pads[:4]), [input], function(input, pad))
 
 
@@ -593,7 +597,8 @@ def is_zero(value):
 def check_add(trace, function, input, other, alpha):
     """Refuse what is not a plain sum of two activations of one shape."""
     if not trace.is_traced(input) or not trace.is_traced(other):
-        trace.refuse(function, "adding a constant is not supported, move it into the bias of the layer before")
+        into_bias = "adding a constant is not supported, move it into the bias of the layer before"
+        trace.refuse(function, ON_THE_IMAGE if trace.is_image([input, other]) else into_bias)
     if alpha != 1:
         trace.refuse(function, "only alpha=1 is supported, move the factor into the weights before it")
     if input.shape != other.shape:
@@ -651,9 +656,25 @@ VIEW_FUNCTIONS = (
     torch.Tensor.squeeze,
     torch.unsqueeze,
     torch.Tensor.unsqueeze,
+    torch.unflatten,
+    torch.Tensor.unflatten,
 )
-CLAMP_FUNCTIONS = (torch.clamp, torch.Tensor.clamp, torch.Tensor.clamp_min, torch.clamp_min)
-CLAMP_IN_PLACE_FUNCTIONS = (torch.clamp_, torch.Tensor.clamp_, torch.clamp_min_, torch.Tensor.clamp_min_)
+CLAMP_FUNCTIONS = (
+    torch.clamp,
+    torch.Tensor.clamp,
+    torch.Tensor.clamp_min,
+    torch.clamp_min,
+    torch.clip,
+    torch.Tensor.clip,
+)
+CLAMP_IN_PLACE_FUNCTIONS = (
+    torch.clamp_,
+    torch.Tensor.clamp_,
+    torch.clamp_min_,
+    torch.Tensor.clamp_min_,
+    torch.clip_,
+    torch.Tensor.clip_,
+)
 ADD_FUNCTIONS = (torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__)
 ADD_IN_PLACE_FUNCTIONS = (torch.Tensor.add_, torch.Tensor.__iadd__)
 DROPOUT_FUNCTIONS = (

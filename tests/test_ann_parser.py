@@ -173,6 +173,10 @@ RELUS = {
     "x.relu()": lambda x: x.relu(),
     "x.relu_()": lambda x: x.relu_(),
     "F.relu_(x)": lambda x: F.relu_(x),
+    "x.clip(0)": lambda x: x.clip(0),
+    "x.clip(min=0)": lambda x: x.clip(min=0),
+    "torch.clip(x, 0)": lambda x: torch.clip(x, 0),
+    "x.clip_(0)": lambda x: x.clip_(0),
     "x.clamp(min=0)": lambda x: x.clamp(min=0),
     "x.clamp(0)": lambda x: x.clamp(0),
     "torch.clamp(x, min=0)": lambda x: torch.clamp(x, min=0),
@@ -219,6 +223,9 @@ FUNCTIONS = {
     "x.flatten(1)": (lambda x: x.flatten(1), ["view1"]),
     "torch.flatten": (lambda x: torch.flatten(x, start_dim=1), ["view1"]),
     "Flatten": (nn.Flatten(), ["view1"]),
+    "Unflatten": (nn.Unflatten(1, (2, 2)), ["view1"]),
+    "x.unflatten": (lambda x: x.unflatten(-1, (2, 4)), ["view1"]),
+    "torch.unflatten": (lambda x: torch.unflatten(x, 2, (-1, 2)), ["view1"]),
     "view, changed in place": (lambda x: F.relu(x.flatten(1), inplace=True), ["view1", "relu1"]),
     "+": (lambda x: F.relu(x) + x, ["relu1", "add1"]),
     "torch.add": (lambda x: torch.add(F.relu(x), x), ["relu1", "add1"]),
@@ -524,24 +531,42 @@ REFUSED = {
         "track_running_stats=True",
     ),
     "GroupNorm": (nn.GroupNorm(2, 4), "group_norm", "use BatchNorm"),
-    "Upsample": (nn.Upsample(scale_factor=2), "interpolate", "use conv_transpose2d"),
+    "Upsample": (nn.Upsample(scale_factor=2), "interpolate", "use conv_transpose2d with a relu behind it"),
     "ReflectionPad2d": (nn.ReflectionPad2d(1), "pad", "only zeros"),
     "pad with ones": (lambda x: F.pad(x, (1, 1), value=1.0), "pad", "only zeros"),
     "pad channels": (lambda x: F.pad(x, (0, 0, 0, 0, 1, 1)), "pad", "height and width"),
     "LeakyReLU": (nn.LeakyReLU(), "leaky_relu", "use relu"),
-    "torch.sigmoid": (lambda x: torch.sigmoid(x), "sigmoid", "use relu"),
-    "Sigmoid": (nn.Sigmoid(), "sigmoid", "use relu"),
-    "x * 2": (lambda x: x * 2, "mul", "into the weights"),
-    "x / 2": (lambda x: x / 2, "div", "into the weights"),
-    "x - x": (lambda x: x - x, "sub", "into the weights"),
+    "torch.sigmoid": (lambda x: torch.sigmoid(x), "sigmoid", "apply it outside"),
+    "Sigmoid": (nn.Sigmoid(), "sigmoid", "apply it outside"),
+    "Hardsigmoid": (nn.Hardsigmoid(), "hardsigmoid", "apply it outside"),
+    "x.tanh()": (lambda x: x.tanh(), "tanh", "apply it outside"),
+    "GELU": (nn.GELU(), "gelu", "use relu"),
+    "x * 2": (lambda x: x * 2, "mul", "put the factor into the weights"),
+    "2 * x": (lambda x: 2 * x, "mul", "put the factor into the weights"),
+    "x / 2": (lambda x: x / 2, "div", "put the factor into the weights"),
+    "x * x": (lambda x: x * x, "mul", "no product or quotient of two activations"),
+    "x - x": (lambda x: x - x, "sub", "the layer whose output is subtracted"),
+    "x - 1": (lambda x: x - 1, "sub", "put the constant into the bias"),
+    "1 - x": (lambda x: 1 - x, "__rsub__", "put the constant into the bias"),
+    "-x": (lambda x: -x, "neg", "put the minus sign into the weights"),
+    "x @ weight": (lambda x: x.flatten(1) @ torch.ones(256, 2), "matmul", "F.linear(x, weight.t())"),
+    "einsum": (lambda x: torch.einsum("bchw,cd->bdhw", x, torch.ones(4, 2)), "einsum", "is a linear layer"),
+    "x.permute": (lambda x: x.permute(0, 2, 3, 1), "permute", "permute the weights of the layer behind it"),
+    "x.transpose": (lambda x: x.transpose(1, 2), "transpose", "permute the weights of the layer behind it"),
+    "x.mT": (lambda x: x.mT, "mT", "permute the weights of the layer behind it"),
+    "every second pixel": (lambda x: x[:, :, ::2, ::2], "__getitem__", "with stride 2 every second pixel"),
+    "x.chunk": (lambda x: x.chunk(2, 1)[0], "chunk", "a 1x1 convolution takes some of the channels"),
+    "x.half()": (lambda x: x.half(), "half", "traced in one type"),
     "x + 1": (lambda x: x + 1, "add", "into the bias"),
     "1 + x": (lambda x: 1 + x, "add", "into the bias"),
     "x.add_(1)": (lambda x: x.add_(1), "add_", "into the bias"),
     "x + constant": (lambda x: x + torch.ones(8), "add", "into the bias"),
     "alpha": (lambda x: torch.add(x, x, alpha=2), "add", "alpha=1"),
     "broadcast": (lambda x: x + x.mean([2, 3], keepdim=True), "add", "[2, 4, 8, 8] and [2, 4, 1, 1]"),
-    "x.sum()": (lambda x: x.sum(), "sum", "write it with conv2d"),
-    "if x.sum() > 0": (lambda x: x if x.sum() > 0 else -x, "sum", "write it with conv2d"),
+    "x.sum()": (lambda x: x.sum(), "sum", "use x.mean([2, 3])"),
+    "if x.sum() > 0": (lambda x: x if x.sum() > 0 else -x, "sum", "use x.mean([2, 3])"),
+    "if x > 0": (lambda x: x if x > 0 else -x, "gt", "must not depend on the values"),
+    "x ** 2": (lambda x: x**2, "pow", "write it with conv2d"),
     "if x": (lambda x: x if x else -x, "__bool__", "must not depend on the values"),
     "x.item()": (lambda x: x.item(), "item", "must not depend on the values"),
     "x.numpy()": (lambda x: torch.from_numpy(x.numpy()), "numpy", "keep the computation in torch"),
@@ -583,6 +608,48 @@ def test_slice_is_refused_as_a_slice():
     with pytest.raises(NotImplementedError, match="__getitem__") as caught:
         parse_ann_model(in_a_block(Call(lambda x: x[:, :2])), (image(),))
     assert "must not depend on the values" not in str(caught.value)  # that is the advice for x.item()
+
+
+NORMALISATIONS = {
+    "x - mean": lambda x: x - 0.5,
+    "x.sub_(mean)": lambda x: x.sub_(torch.ones(3, 1, 1)),
+    "mean - x": lambda x: 0.5 - x,
+    "x / std": lambda x: x / torch.ones(3, 1, 1),
+    "x * 2": lambda x: 2 * x,
+    "x + constant": lambda x: x + 1.0,
+}
+
+
+@pytest.mark.parametrize("function", NORMALISATIONS.values(), ids=NORMALISATIONS)
+def test_advice_for_the_image_is_not_about_a_layer_before_it(function):
+    with pytest.raises(NotImplementedError, match="normalise the images in the data set") as caught:
+        parse_ann_model(nn.Sequential(Call(function), nn.Conv2d(3, 4, 1)), (image(),))
+    assert "the layer before" not in str(caught.value)
+
+
+def test_the_advice_for_upsampling_and_slices_converts():
+    ones = nn.ConvTranspose2d(4, 4, 2, 2, groups=4, bias=False)
+    half = nn.Conv2d(4, 6, 1, stride=2, bias=False)
+    with torch.no_grad():
+        ones.weight.fill_(1.0)
+        half.weight.zero_()
+        half.weight[1:5] = torch.eye(4).view(4, 4, 1, 1)
+    x = image(channels=4).relu()
+    assert torch.equal(ones(x), F.interpolate(x, scale_factor=2))
+    assert torch.equal(half(x), F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1)))
+    trace_and_compare(nn.Sequential(nn.ReLU(), ones, nn.ReLU(), half, nn.ReLU()), (4, 8, 8))
+
+
+def test_exported_programs_are_refused_as_such():
+    program = torch.export.export(SmallNet().eval(), (image(),))
+    for exported in (program, program.module()):
+        with pytest.raises(NotImplementedError, match=r"exported program .* pass the Python module"):
+            parse_ann_model(exported, (image(),))
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(ValueError, match=r"the network is a function, give a torch\.nn\.Module"):
+        parse_ann_model(iadd, (image(),))
 
 
 def test_dimension_before_the_batch_is_refused_also_for_a_batch_of_one():
