@@ -134,8 +134,9 @@ def fold_batch_norms(dag: SpikeDAGModule):
     """Fold each BatchNorm into the layer before it, or into the one behind it where that is exact.
 
     Before it: a convolution, transposed convolution or linear layer that nothing else reads; a convolution becomes a
-    SpikeConvBN. Behind it: a linear layer or a convolution without padding that reads nothing else. Any other
-    BatchNorm stays a SpikeBatchNorm. The network's function in eval mode stays the same.
+    SpikeConvBN. Behind it: a linear layer or a convolution without padding that reads nothing else, also through an
+    average pooling and a flatten (`layer_behind`). Any other BatchNorm stays a SpikeBatchNorm. The network's function
+    in eval mode stays the same.
     """
     for name in [name for name, entry in dag.ops.items() if isinstance(entry["op"], SpikeBatchNorm)]:
         fold_into_layer_before(dag, name) or fold_into_layer_behind(dag, name)
@@ -160,16 +161,17 @@ def fold_into_layer_before(dag, name):
 
 def fold_into_layer_behind(dag, name):
     """Whether the BatchNorm `name` could be folded into the layer that reads it."""
-    norm, (node,) = dag.ops[name]["op"], dag.ops[name]["out_nodes"]
-    behind = only_reader(dag, node)
-    layer = dag.ops[behind]["op"] if behind is not None else None
+    norm, layer = dag.ops[name]["op"], layer_behind(dag, name)
     if type(layer) not in (SpikeConv2d, SpikeConvBN, SpikeLinear) or any(getattr(layer, "padding", ())):
         return False
     groups = getattr(layer, "groups", 1)
     per_group = layer.weight.shape[1]
+    repeats = groups * per_group // len(norm.weight)  # a view has spread each channel over so many features
     # the channels that each output channel reads, [C_out, C_in / groups]
-    factor = norm.weight.view(groups, per_group).repeat_interleave(len(layer.weight) // groups, 0)
-    shift = norm.bias.view(groups, per_group).repeat_interleave(len(layer.weight) // groups, 0)
+    factor, shift = (
+        x.repeat_interleave(repeats).view(groups, per_group).repeat_interleave(len(layer.weight) // groups, 0)
+        for x in (norm.weight, norm.bias)
+    )
     spatial = [1] * (layer.weight.dim() - 2)
     added = (layer.weight * shift.view(*shift.shape, *spatial)).flatten(1).sum(1)
     layer.weight.mul_(factor.view(*factor.shape, *spatial))
@@ -177,6 +179,21 @@ def fold_into_layer_behind(dag, name):
     layer.frozen &= norm.frozen
     remove_op(dag, name)
     return True
+
+
+def layer_behind(dag, name):
+    """The one op that reads op `name`, also through average poolings without padding and flattening views.
+
+    These let a factor and a shift per channel pass. None where there is no such op.
+    """
+    while (behind := only_reader(dag, dag.ops[name]["out_nodes"][0])) is not None:
+        op = dag.ops[behind]["op"]
+        pools = isinstance(op, SpikeAvgPool2d) and not any(op.padding)
+        flattens = isinstance(op, ViewOp) and len(op.shape) == 1
+        if not pools and not flattens:
+            return op
+        name = behind
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -832,6 +832,36 @@ def test_autocast_is_off_while_a_network_is_traced(inside):
     assert largest_difference(dag(x), net(x)) <= 1e-5
 
 
+# BatchNorms between a ReLU and the layer that they fold into
+
+
+BEHIND_NORM = {
+    "linear": ([nn.Flatten(), nn.Linear(256, 5)], ["view1", "linear1"]),
+    "pooling and linear": ([nn.AvgPool2d(2), nn.Flatten(), nn.Linear(64, 5)], ["avg_pool1", "view1", "linear1"]),
+    "global pooling": ([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)], ["avg_pool1", "view1", "linear1"]),
+    "pooling and convolution": ([nn.AvgPool2d(2), nn.Conv2d(4, 6, 3, groups=2)], ["avg_pool1", "conv2"]),
+    "convolution": ([nn.Conv2d(4, 6, 3)], ["conv2"]),
+}
+BORDERS = {
+    "padded pooling": ([nn.AvgPool2d(2, padding=1), nn.Conv2d(4, 6, 3)], ["batch_norm1", "avg_pool1", "conv2"]),
+    "padded convolution": ([nn.Conv2d(4, 6, 3, padding=1)], ["batch_norm1", "conv2"]),
+    "another view": ([nn.Unflatten(1, (2, 2)), nn.Flatten(), nn.Linear(256, 5)], None),
+    "read twice": ([Call(lambda x: x + F.avg_pool2d(x, 1)), nn.Conv2d(4, 6, 1)], None),
+}
+
+
+@pytest.mark.parametrize("modules, ops", [*BEHIND_NORM.values(), *BORDERS.values()], ids=[*BEHIND_NORM, *BORDERS])
+def test_batch_norm_folds_into_what_reads_it_where_that_is_exact(modules, ops):
+    norm = nn.BatchNorm2d(4)
+    with torch.no_grad():
+        for values in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            values.uniform_(0.5, 1.5)
+        norm.weight[0] *= -1
+    dag = trace_and_compare(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), norm, *modules))
+    assert ops is None or list(dag.ops) == ["conv1", "relu1", *ops]
+    assert ops is not None or "batch_norm1" in dag.ops
+
+
 # Images of another size than the traced one
 
 
