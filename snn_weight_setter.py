@@ -355,17 +355,37 @@ def plan_ann(dag, name, inputs):
 
 def plan_weighted(dag, name, input, feeds_relu, leads_to_relu):
     """A convolution or linear layer: a current for a neuron, or the network's last layer, which stays ANN."""
-    where = dag.where(name)
+    where, is_split = dag.where(name), any(isinstance(entry["op"], SignedReLU) for entry in dag.ops.values())
     if input == CURRENT:
-        raise ValueError(f"{where} has no ReLU before it: add one, or split what it reads by sign (--signed pair)")
+        split = "" if is_split else ", or split what it reads by sign (--signed pair)"
+        raise ValueError(f"{where} has no ReLU before it: add one{split}")
     if feeds_relu:
         return CURRENT
     if leads_to_relu or (weighted_behind(dag, name) and dag.ops[name]["op"].weight.dim() == 4):
+        pool = max_pool_behind(dag, dag.ops[name]["out_nodes"][0])
+        if pool is not None:
+            raise ValueError(
+                f"{where} has no ReLU behind it, and {dag.where(pool)} pools its values, which may be negative: put a "
+                "ReLU before the pooling, or next behind it"
+            )
+        split = "" if is_split else " split its output by sign (--signed pair),"
         raise ValueError(
-            f"{where} has no ReLU behind it: add one (only the network's last layer goes without), split its output by "
-            "sign (--signed pair), or leave it ANN (--ann_layers)"
+            f"{where} has no ReLU behind it: add one (only the network's last layer goes without),{split} or leave it "
+            "ANN (--ann_layers)"
         )
     return ANALOG
+
+
+def max_pool_behind(dag, node):
+    """Name of a max pooling that values reach without a ReLU, or None: their signs cannot be split before it."""
+    for name in readers(dag, node):
+        op, (out,) = dag.ops[name]["op"], dag.ops[name]["out_nodes"]
+        if isinstance(op, SpikeMaxPool2d):
+            return name
+        found = max_pool_behind(dag, out) if isinstance(op, LINEAR_OPS) else None
+        if found is not None:
+            return found
+    return None
 
 
 def hardware_layers(dag, ann_layers=()):
@@ -498,9 +518,24 @@ def plan_concat(dag, name, inputs, feeds_relu, leads_to_relu):
 def check_analog(dag, name, inputs, leads_to_relu):
     """Raise ValueError where activations meet spikes or currents that cannot be decoded there."""
     if CURRENT in inputs or (SPIKES in inputs and leads_to_relu):
+        images = [is_image(dag, node) for node in dag.ops[name]["in_nodes"]]
+        if any(images):
+            others = sorted({kind for kind, image in zip(inputs, images) if not image})
+            raise ValueError(
+                f"{dag.where(name)} joins the image and {' and '.join(others)}: give the image a convolution and a "
+                "ReLU of its own before it"
+            )
         raise ValueError(
             f"{dag.where(name)} joins {' and '.join(sorted(set(inputs)))}: put a ReLU behind every layer before it"
         )
+
+
+def is_image(dag, node):
+    """Whether a node holds the network's input, or what no layer with weights has computed from it."""
+    name = writer(dag, node)
+    return name is None or (
+        not is_trained(dag.ops[name]["op"]) and all(is_image(dag, read) for read in dag.ops[name]["in_nodes"])
+    )
 
 
 def plan_pass(input, leads_to_relu):

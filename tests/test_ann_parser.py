@@ -12,6 +12,7 @@ from torch import nn
 from torch.overrides import resolve_name
 
 from ann_parser import parse_ann_model, wrapped_functions
+from snn_weight_setter import trans_ann2snn_weight
 
 TRACED_BATCH, OTHER_BATCHES = 2, (1, 3, 5)
 
@@ -860,6 +861,61 @@ def test_batch_norm_folds_into_what_reads_it_where_that_is_exact(modules, ops):
     dag = trace_and_compare(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), norm, *modules))
     assert ops is None or list(dag.ops) == ["conv1", "relu1", *ops]
     assert ops is not None or "batch_norm1" in dag.ops
+
+
+# Refusals of the conversion, whose advice has to lead on
+
+
+def converted(net, x, **options):
+    """The outputs of the spiking network with float weights after many steps, and the network's."""
+    dag = parse_ann_model(net.eval(), (x[:1],))
+    snn = trans_ann2snn_weight(dag, [(x, torch.zeros(len(x)))], "cpu", 256, 32, quantile=1.0, **options)
+    with torch.no_grad():
+        return snn(x), net(x)
+
+
+def refusal_of(net, x, **options):
+    with pytest.raises(ValueError) as caught:
+        converted(net, x, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("signed", [None, "pair"])
+@pytest.mark.parametrize("between", [[], [nn.AvgPool2d(1), nn.ZeroPad2d(1)]], ids=["directly", "behind a padding"])
+def test_a_pooling_of_signed_values_is_named(signed, between):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), *between, nn.MaxPool2d(2), nn.Conv2d(4, 4, 2), nn.ReLU())
+    refusal = refusal_of(net, image(8), signed=signed, maxpool="gate")
+    assert "conv1 (0) has no ReLU behind it, and max_pool1 " in refusal and "--signed pair" not in refusal
+    net.insert(1, nn.ReLU())
+    actual, expected = converted(net, image(8), signed=signed, maxpool="gate")
+    assert largest_difference(actual, expected) < 0.05 * expected.abs().max()
+
+
+def test_pairs_are_advised_where_they_help_and_not_where_they_are():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.ReLU())
+    assert "--signed pair" in refusal_of(net, image(8))
+    actual, expected = converted(net, image(8), signed="pair")
+    assert largest_difference(actual, expected) < 0.05 * expected.abs().max()
+
+
+class JoinsTheImage(nn.Module):
+    """Features beside the image, which comes as it is or through `first`."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.conv, self.first = nn.Conv2d(3, 4, 3, padding=1), first
+        self.last = nn.Sequential(nn.Conv2d(7, 4, 1), nn.ReLU())
+
+    def forward(self, x):
+        return self.last(torch.cat([F.relu(self.conv(x)), self.first(x)], 1))
+
+
+def test_an_image_beside_features_needs_a_layer_of_its_own():
+    x = image(8).abs()
+    refusal = refusal_of(JoinsTheImage(nn.Identity()), x)
+    assert "joins the image and spikes" in refusal and "every layer" not in refusal
+    actual, expected = converted(JoinsTheImage(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())), x)
+    assert largest_difference(actual, expected) < 0.05 * expected.abs().max()
 
 
 # Images of another size than the traced one
