@@ -15,13 +15,16 @@ import json
 import math
 import os
 import shutil
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 from snn_weight_setter import node_shapes
+from spike_dag import FORMAT as DAG_FORMAT
 from spike_dag import from_dict, one_thread_per_operator, run_ops
 from spike_tensor import Current, Memory, SpikeTensor
+from torch_files import OtherFile
 
 FORMAT = "ann2snn-stretch-1"
 MANIFEST = "manifest.json"
@@ -209,7 +212,7 @@ def hardware_dict(snn):
     """`SpikeDAGModule.to_dict()` without the float weights of layers that read spikes: theirs are integers alone."""
     data, reals = snn.to_dict(), nodes_of_reals(snn)
     for op in data["ops"]:
-        del op["frozen"]  # only a training needs it
+        del op["frozen"], op["weight_back"]  # only a training needs them
         if op["spiking"] and op["in_nodes"][0] not in reals and "weight_q" in op["tensors"]:
             unused = ("weight", "bias", "weight_scale")
             op["tensors"] = {name: tensor for name, tensor in op["tensors"].items() if name not in unused}
@@ -306,9 +309,9 @@ def read_array(folder, entry):
 def load_npy(path):
     """The array in a .npy file. Raises Damaged, without NumPy's advice to allow pickles, where there is none."""
     try:
-        with open(path, "rb") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        # mapped first: an array that is declared larger than its file takes no memory before it is refused
+        return np.array(np.lib.format.open_memmap(path, mode="r"))
+    except (ValueError, TypeError, OverflowError, EOFError) as error:
         raise Damaged(f"{path} is damaged, it holds no array of numbers, save the network again") from error
 
 
@@ -336,17 +339,32 @@ def decode(value, folder):
 def load_saved_snn(folder, manifest=None):
     """The spiking network in a folder, as a SpikeDAGModule. Raises OSError or ValueError as `read_manifest`."""
     manifest = read_manifest(folder) if manifest is None else manifest
-    ops = [with_float_weights(decode(op, folder)) for op in manifest["ops"]]
-    return from_dict(
-        {
-            "format": "ann2snn-dag-1",
-            "inputs_nodes": tuple(entry["node"] for entry in manifest["inputs"]),
-            "outputs_nodes": tuple(entry["node"] for entry in manifest["outputs"]),
-            "timesteps": manifest["timesteps"],
-            "training": False,
-            "ops": ops,
-        }
-    )
+    with naming(folder):
+        ops = [with_float_weights(decode(op, folder)) for op in manifest["ops"]]
+        return from_dict(
+            {
+                "format": DAG_FORMAT,
+                "inputs_nodes": tuple(entry["node"] for entry in manifest["inputs"]),
+                "outputs_nodes": tuple(entry["node"] for entry in manifest["outputs"]),
+                "timesteps": manifest["timesteps"],
+                "training": False,
+                "ops": ops,
+            }
+        )
+
+
+@contextmanager
+def naming(folder):
+    """Within it, whatever entries of a manifest lead to that are no such thing becomes Damaged."""
+    try:
+        yield
+    except (Mismatch, Damaged, OSError):
+        raise
+    except Exception as error:  # in NumPy and PyTorch too
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        if isinstance(error, OtherFile):
+            reason = error.found.removeprefix("damaged network data: ")
+        raise Damaged(f"{folder}/{MANIFEST} is damaged ({reason}), save the network again") from error
 
 
 def with_float_weights(op):
@@ -372,17 +390,10 @@ def replay(folder):
     Raises Mismatch where a spike or an output is another, OSError or ValueError where the folder is damaged.
     """
     manifest = read_manifest(folder)
-    try:
+    with naming(folder):
         snn, vectors = load_saved_snn(folder, manifest), read_vectors(folder, manifest)
         check_vectors(snn, vectors)
         return replay_vectors(snn, vectors)
-    except (Mismatch, Damaged, OSError):
-        raise
-    except Exception as error:  # whatever entries that are no such thing lead to, in NumPy and PyTorch too
-        reason = (str(error).splitlines() or [""])[0]
-        raise Damaged(
-            f"{folder}/{MANIFEST} is damaged ({type(error).__name__}: {reason}), save the network again"
-        ) from error
 
 
 def read_vectors(folder, manifest):
@@ -392,9 +403,7 @@ def read_vectors(folder, manifest):
 
 
 def check_vectors(snn, vectors):
-    """Raise ValueError unless there is something to compare for all that is computed."""
-    if type(snn.timesteps) is not int or snn.timesteps < 1:
-        raise ValueError(f"timesteps {snn.timesteps!r}")
+    """Raise ValueError unless there is something to compare for all that is computed, in its types and shapes."""
     for kind, nodes in nodes_of_vectors(snn).items():
         if set(nodes) != set(vectors[kind]):
             raise ValueError(f"the vectors hold {kind} of {list(vectors[kind])}, not of {nodes}")
@@ -404,6 +413,20 @@ def check_vectors(snn, vectors):
                 raise ValueError(f"the {kind} of {node} are {array.dtype} {list(array.shape)}")
     if not vectors["spikes"]:
         raise ValueError("nothing in it spikes")
+    check_shapes(snn, vectors)
+
+
+def check_shapes(snn, vectors):
+    """Raise ValueError unless the vectors are of one number of inputs, and of the shapes that the network gives."""
+    inputs = [torch.from_numpy(vectors["constants"][node]) for node in snn.inputs_nodes]
+    snn.largest_sample(inputs)  # raises Misfit where an op cannot take its inputs
+    shapes, batch = node_shapes(snn, *(x[:1] for x in inputs)), len(inputs[0])
+    for kind, arrays in vectors.items():
+        steps = [snn.timesteps] if kind == "spikes" else []
+        for node, array in arrays.items():
+            expected = [*steps, batch, *shapes[node]]
+            if list(array.shape) != expected:
+                raise ValueError(f"the {kind} of {node} are {list(array.shape)}, in the network {expected}")
 
 
 def replay_vectors(snn, vectors):

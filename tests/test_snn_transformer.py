@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 import re
 import subprocess
 import sys
@@ -734,6 +735,20 @@ def change_array(folder, kind, change, **more):
     change_manifest(folder, change_entry)
 
 
+def declare_larger(folder):
+    """The header of a .npy file says that it holds 2**40 numbers."""
+
+    def change_entry(manifest):
+        entry = next(iter(manifest["vectors"]["outputs"].values()))
+        path, shape = folder / entry["file"], [2**20, 16, 2**16, 1]
+        with open(path, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": tuple(shape)})
+            file.write(bytes(64))
+        entry.update(sha256=saved_snn.file_hash(path), shape=shape)
+
+    change_manifest(folder, change_entry)
+
+
 DAMAGES = {
     "weight": (lambda f: flip_last_bit(f / "weights/conv2.weight_q.npy"), "weight_q.npy is damaged, its"),
     "vector": (lambda f: flip_last_bit(f / "vectors/relu1_out1.npy"), "relu1_out1.npy is damaged, its sha256"),
@@ -758,7 +773,29 @@ DAMAGES = {
     ),
     "no inputs": (lambda f: change_manifest(f, lambda m: rename(m, "constants", "input1_out1")), "vectors hold"),
     "no weight": (lambda f: change_manifest(f, lambda m: m["ops"][0]["tensors"].clear()), "is damaged ("),
-    "wrong op": (lambda f: change_manifest(f, lambda m: m["ops"][0].update(type="x")), "(ValueError: unknown op"),
+    "wrong op": (lambda f: change_manifest(f, lambda m: m["ops"][0].update(type="x")), "damaged (unknown op type x"),
+    "stride 0": (
+        lambda f: change_manifest(f, lambda m: m["ops"][0]["config"].update(stride=[0, 0])),
+        "manifest.json is damaged (conv1 stride (0, 0): use a whole number, 1 to 65536",
+    ),
+    "channels": (
+        lambda f: change_manifest(f, lambda m: m["ops"][0]["config"].update(out_channels=2**30)),
+        "manifest.json is damaged (conv1 weight [16, 16, 3, 3]: the op has [1073741824, 16, 3, 3]",
+    ),
+    "timesteps 1e9": (
+        lambda f: change_manifest(f, lambda m: m.update(timesteps=10**9)),
+        "manifest.json is damaged (the network timesteps 1000000000: use None or a whole number, 1 to 65536",
+    ),
+    "few inputs": (
+        lambda f: change_array(f, "constants", lambda x: x[:2], shape=[2, 16, 8, 8]),
+        "are [3, 16, 8, 8], in the network [2, 16, 8, 8]",
+    ),
+    "large inputs": (
+        lambda f: change_array(f, "constants", lambda x: x.repeat(2, 3), shape=[3, 16, 8, 16]),
+        "is damaged (Misfit: add",
+    ),
+    "other steps": (lambda f: change_manifest(f, lambda m: m.update(timesteps=4)), "in the network [4, 3, 16, 8, 8]"),
+    "larger than its file": (declare_larger, "it holds no array of numbers"),
     "deep": (lambda f: (f / "manifest.json").write_text("[" * 100_000), "manifest.json is damaged"),
     "dtype": (lambda f: change_array(f, "constants", lambda x: x.astype(np.float64)), "input1_out1.npy is damaged: it"),
     "both dtypes": (
@@ -789,6 +826,33 @@ def test_damage_is_one_line_and_status_2(saved, tmp_path, capsys, name):
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
     assert "allow_pickle" not in err
+
+
+def fields_of(data):
+    """`holder, key` of every field of nested dicts and lists."""
+    for key, value in list(data.items() if isinstance(data, dict) else enumerate(data)):
+        yield data, key
+        if isinstance(value, (dict, list)):
+            yield from fields_of(value)
+
+
+def test_an_edited_field_of_the_manifest_is_one_line(saved, tmp_path):
+    """Whatever it is, also in NumPy and PyTorch; what no replay reads may be anything."""
+    folder, rng = copy_of_folder(saved[0], tmp_path), random.Random(0)
+    whole = (folder / "manifest.json").read_text()
+    places, statuses = len(list(fields_of(json.loads(whole)))), []
+    for _ in range(100):
+        manifest = json.loads(whole)
+        holder, key = list(fields_of(manifest))[rng.randrange(places)]
+        holder[key] = rng.choice([None, True, -1, 0, 1, 3, 10**9, 2**70, -0.5, "", "x", "conv1", [], [0, 0], [1], {}])
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        change_manifest(folder, lambda manifest: None)
+        try:
+            saved_snn.replay(folder)
+        except (saved_snn.Mismatch, saved_snn.Damaged, OSError) as error:
+            statuses.append(type(error))
+            assert str(error).count("\n") == 0
+    assert statuses.count(saved_snn.Damaged) > 20
 
 
 @pytest.mark.parametrize(
