@@ -9,6 +9,7 @@ import signal
 import sys
 
 from runtime.failures import in_one_line, squeeze
+from runtime.ranges import RANGES, Whole
 from runtime.streams import steady_streams
 
 LARGEST = 2**31 - 1  # of whole numbers: what counters of any library hold
@@ -105,6 +106,22 @@ def whole_number(least, most=None, also=()):
             raise argparse.ArgumentTypeError(f"{text} is not a whole number from {span}")
         if number > LARGEST:
             raise argparse.ArgumentTypeError(f"{text} is over {LARGEST}")
+        return number
+
+    return convert
+
+
+def option(name):
+    """An argparse type: a number in the range of option `name` (`runtime.ranges`), as the calls in Python check it."""
+    span = RANGES[name]
+
+    def convert(text):
+        try:
+            number = span.accepts(int(text) if isinstance(span, Whole) else float(text))
+        except (ValueError, OverflowError):
+            number = None
+        if number is None:
+            raise argparse.ArgumentTypeError(f"{text} is not {span}")
         return number
 
     return convert
@@ -228,7 +245,7 @@ def add_conversion_flags(parser):
     add_data_flags(parser)
     add_hardware_flags(parser)
     parser.add_argument(
-        "--timesteps", type=whole_number(1, 65536), default=16, help="timesteps per image, T (%(default)s)"
+        "--timesteps", type=option("timesteps"), default=16, help="timesteps per image, T (%(default)s)"
     )
     parser.add_argument(
         "--reset_mode", choices=["zero", "subtraction"], default="subtraction", help="after a spike (%(default)s)"
@@ -236,58 +253,69 @@ def add_conversion_flags(parser):
     parser.add_argument(
         "-e",
         "--finetune_epochs",
-        type=whole_number(0),
+        type=option("finetune_epochs"),
         default=10,
         help="finetune epochs, 0 only quantizes (%(default)s)",
     )
-    parser.add_argument("--finetune_lr", type=real_number(0), default=0.01, help="finetune learning rate (%(default)s)")
+    parser.add_argument(
+        "--finetune_lr", type=option("finetune_lr"), default=0.01, help="finetune learning rate (%(default)s)"
+    )
     parser.add_argument(
         "--finetune_optimizer",
         choices=["sgd", "adam"],
         default="sgd",
         help="sgd, or adam with --finetune_lr as a share of the weights, which learns few bits faster (%(default)s)",
     )
-    parser.add_argument("--finetune_wd", type=real_number(0), default=1e-4, help="finetune weight decay (%(default)s)")
     parser.add_argument(
-        "--finetune_momentum", type=real_number(0, 1), default=0.9, help="finetune momentum (%(default)s)"
+        "--finetune_wd", type=option("finetune_wd"), default=1e-4, help="finetune weight decay (%(default)s)"
+    )
+    parser.add_argument(
+        "--finetune_momentum", type=option("finetune_momentum"), default=0.9, help="finetune momentum (%(default)s)"
+    )
+    parser.add_argument(
+        "--finetune_nesterov",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="Nesterov's momentum for --finetune_optimizer sgd (off)",
     )
     parser.add_argument(
         "--finetune_damping",
-        type=real_number(0),
+        type=option("finetune_damping"),
         default=0.1,
         help="pull of the weights towards integers, reached in the last finetune epoch (%(default)s)",
     )
     parser.add_argument(
         "--finetune_distill",
-        type=real_number(0, 1),
+        type=option("finetune_distill"),
         default=0.0,
         metavar="SHARE",
         help="share of the loss that asks for the float network's outputs instead of the labels (%(default)s)",
     )
     parser.add_argument(
         "--activation_levels",
-        type=whole_number(1),
+        type=option("activation_levels"),
         default=None,
         metavar="L",
         help="finetune with activations of L levels, as T = L timesteps have, and learn lambda (float activations)",
     )
     parser.add_argument(
         "--finetune_snn",
-        type=whole_number(0),
+        type=option("finetune_snn"),
         default=0,
         metavar="EPOCHS",
-        help="epochs that finetune the converted network on its own spikes, with labels (%(default)s)",
+        help="epochs that finetune the converted network on its own spikes, by labels and the ANN's outputs "
+        "(%(default)s)",
     )
     parser.add_argument(
         "--calibration_epochs",
-        type=whole_number(0),
+        type=option("calibration_epochs"),
         default=0,
         metavar="EPOCHS",
         help="passes over the calibration images that finetune it on the ANN's outputs, without labels (%(default)s)",
     )
     parser.add_argument(
         "--finetune_snn_lr",
-        type=real_number(0, 1),
+        type=option("finetune_snn_lr"),
         default=None,
         help="their learning rate, a share of the weights (0.02 / root of T with labels, 0.03 / T without)",
     )
@@ -323,19 +351,19 @@ def add_conversion_flags(parser):
     )
     parser.add_argument(
         "--quantile",
-        type=real_number(0.5, 1),
+        type=option("quantile"),
         default=0.999,
         help="activation quantile of --threshold quantile (%(default)s)",
     )
     parser.add_argument(
         "--initial_potential",
-        type=real_number(0, 1),
+        type=option("initial_potential"),
         default=None,
         help="membrane potential before the first step, in Vthr (0.5 for subtraction, 0 for zero)",
     )
     parser.add_argument(
         "--listen",
-        type=whole_number(0, 65536),
+        type=option("listen"),
         default=0,
         metavar="D",
         help="steps of input that every layer integrates before it fires for T steps; at D = T exact (%(default)s)",
@@ -348,14 +376,17 @@ def add_conversion_flags(parser):
     )
     parser.add_argument(
         "--hold_back",
-        type=real_number(0, 1),
+        type=option("hold_back"),
         default=0.25,
         help="share of Vthr by which potentials start lower and that a bias makes up for over T steps, so that fewer "
         "spikes come too early; with a correction and reset by subtraction (%(default)s)",
     )
     add_graph_flags(parser)
     parser.add_argument(
-        "--calibration_samples", type=whole_number(1), default=1000, help="images that calibration sees (%(default)s)"
+        "--calibration_samples",
+        type=option("calibration_samples"),
+        default=1000,
+        help="images that calibration sees (%(default)s)",
     )
     parser.add_argument(
         "--engine",

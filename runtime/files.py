@@ -197,9 +197,12 @@ def write_json(path, value):
 
     def write(temporary):
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2)
-            file.write("\n")
+            file.write(text + "\n")
 
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    except ValueError as error:  # NaN is no JSON: other programs refuse the whole file
+        raise ValueError(f"cannot write {path}, one of the results is NaN or infinite ({error})") from error
     write_atomically(path, write)
 
 
