@@ -17,6 +17,7 @@ import analyse_error
 import ann2snn
 import hw_constraints
 import train_ann
+from reports.analysis import Analysis, write_report
 from runtime.cli import run_script
 from runtime.failures import in_one_line, squeeze
 from runtime.files import check_room, check_writable, write_atomically, write_folder
@@ -163,11 +164,13 @@ def test_a_network_that_does_not_fit_is_one_line(tmp_path, limit, words):
 
 
 def test_an_error_of_the_results_says_that_the_network_is_written(tmp_path, capsys, monkeypatch):
-    def fail(*args, **options):
-        raise OSError(28, "No space left on device")
+    def fail_for_results(source, target, replace=os.replace):
+        if target == str(results):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
 
     save, results = tmp_path / "snn.pth", tmp_path / "results.json"
-    monkeypatch.setattr("runtime.files.json.dump", fail)
+    monkeypatch.setattr("runtime.files.os.replace", fail_for_results)
     line = refused(capsys, ann2snn.main, ann2snn.parse_args([*DEBUG[2:], str(save), "--results", str(results)]))
     assert line == (
         f"error: cannot write {results} (No space left on device), free some room or name another place; "
@@ -176,11 +179,27 @@ def test_an_error_of_the_results_says_that_the_network_is_written(tmp_path, caps
     assert os.listdir(tmp_path) == ["snn.pth"]
 
 
+def test_a_folder_that_could_not_be_filled_does_not_stay(tmp_path):
+    call = "write_folder(sys.argv[1], {'report.html': bytes(9999)})"
+    run = python(f"import sys\nfrom runtime.files import *\n{call}", tmp_path / "report", preexec_fn=limited(5000))
+    assert "report/report.html (File too large)" in run.stderr and os.listdir(tmp_path) == []
+
+
+def test_a_report_may_name_a_file_whose_name_is_no_utf8(tmp_path, monkeypatch):
+    monkeypatch.setattr("reports.figures.draw_figures", lambda *args: {})
+    monkeypatch.setattr("reports.html.report_page", lambda *args: "<p>/data/\udcff.pth</p>")
+    write_report(str(tmp_path), Analysis({"name": "\udcff"}, {}))
+    assert (tmp_path / "report.html").read_text() == "<p>/data/\\udcff.pth</p>"
+    assert json.loads((tmp_path / "report.json").read_text()) == {"name": "\udcff"}
+
+
 def test_room_is_looked_for(tmp_path, monkeypatch):
     path = str(tmp_path / "file")
     monkeypatch.setattr("runtime.files.shutil.disk_usage", lambda folder: SimpleNamespace(free=3 * 2**20))
     check_room(path, 3 * 2**20)
-    with pytest.raises(OSError, match=f"cannot write {path}, it needs 4.0 MiB and {tmp_path} has 3.0 MiB left"):
+    with pytest.raises(
+        OSError, match=f"cannot write {path}, it needs 4,194,304 bytes and {tmp_path} has 3,145,728 left"
+    ):
         check_room(path, 4 * 2**20)
 
 
