@@ -22,6 +22,7 @@ import sys
 from runtime.cli import OneLineParser, run_script
 
 MOST_STATUS_BYTES = 2**28  # of inputs that are kept for the calibration
+LR = 0.001  # at 0.01, 9 blocks of a trained ResNet-20 at 4 bits fall from 80 to 10 % in 5 steps; at this, they gain
 
 
 class SNNTransformer:
@@ -34,7 +35,8 @@ class SNNTransformer:
     runs in float32, also where the rest runs under autocast.
 
     timesteps: T. weight_bitwidth: 1 to 8, one number or one for each layer, or 32 for float weights. lr, momentum,
-    weight_decay: of `optimizer`, which trains the whole network. damping: pull of the stretch's weights towards
+    weight_decay: of `optimizer`, which trains the whole network; the defaults suit one that is trained already, and
+    longer gradients are cut (`quantization.LONGEST_GRADIENT`). damping: pull of the stretch's weights towards
     integers, a share of lr (`dampen`). per_channel: a weight scale per output channel. calibration_samples: the newest
     inputs that calibration sees.
     conversion: what `trans_ann2snn_weight` takes else (reset_mode, listen, threshold, quantile, granularity,
@@ -53,7 +55,7 @@ class SNNTransformer:
         *,
         timesteps=16,
         weight_bitwidth=4,
-        lr=0.01,
+        lr=LR,
         momentum=0.9,
         weight_decay=1e-4,
         damping=0.05,
@@ -140,11 +142,15 @@ class SNNTransformer:
         return self.model.part
 
     def before_step(self):
-        """The pull towards the integers; the gradients of what is frozen go."""
-        from quantization import dampen
+        """The pull towards the integers; the gradients of what is frozen go, and long ones are cut."""
+        import torch
+
+        from quantization import LONGEST_GRADIENT, dampen
 
         for parameter in frozen_parameters(self.dag):
             parameter.grad = None
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(trained, LONGEST_GRADIENT)
         dampen(self.dag, self.damping)
 
     def after_step(self):

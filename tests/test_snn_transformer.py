@@ -493,6 +493,61 @@ def test_the_first_step_is_plain_sgd_on_the_shadow_weights():
     assert torch.allclose(transformer.net[3].weight, net[3].weight - 0.5 * quantised[3].weight.grad)
 
 
+def test_one_steep_batch_moves_no_weight_far():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8, 1)), torch.rand(3, 1, 2, 2)
+    transformer = SNNTransformer(net, ["0", "1"], example_inputs=x, lr=0.1, weight_decay=0.0, damping=0.0)
+    before = [p.detach().clone() for p in transformer.net[3].parameters()]
+    (1e6 * transformer.inference_get_status(x)).square().sum().backward()
+    transformer.optimizer.step()
+    moved = [(p - old).norm() for p, old in zip(transformer.net[3].parameters(), before, strict=True)]
+    assert 0 < torch.stack(moved).norm() <= 0.1 * 1.001  # lr times the longest gradient
+
+
+def trained_network():
+    """Convolutions with BatchNorms, trained on noisy patterns, and images and labels to go on with."""
+
+    def block(C_in, C_out):
+        return [nn.Conv2d(C_in, C_out, 3, padding=1), nn.BatchNorm2d(C_out), nn.ReLU()]
+
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Sequential(*block(1, 4), nn.AvgPool2d(2)),
+        nn.Sequential(*block(4, 12), *block(12, 12), *block(12, 12)),
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5)),
+    )
+    labels = torch.arange(600) % 5
+    images = torch.randn(5, 1, 8, 8)[labels] + 0.7 * torch.randn(600, 1, 8, 8)
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    for batch in range(36):
+        part = slice(batch % 12 * 32, batch % 12 * 32 + 32)
+        optimizer.zero_grad()
+        F.cross_entropy(net(images[part]), labels[part]).backward()
+        optimizer.step()
+    return net, images, labels
+
+
+def test_default_steps_leave_a_trained_network_as_good_as_it_is():
+    net, images, labels = trained_network()
+
+    def accuracy(net):
+        with torch.no_grad():
+            return (net.eval()(images[384:]).argmax(1) == labels[384:]).float().mean().item()
+
+    transformer = SNNTransformer(net, ["1"], example_inputs=images[:2])
+    with torch.no_grad():
+        transformer.inference_get_status(images[:384])
+    reached = {0: accuracy(transformer.generate_ann_snn())}
+    assert accuracy(net) > 0.9 and reached[0] > 0.85
+    for step in range(1, 51):
+        part = slice(step % 12 * 32, step % 12 * 32 + 32)
+        F.cross_entropy(transformer.inference_get_status(images[part]), labels[part]).backward()
+        transformer.optimizer.step()
+        if step in (5, 50):
+            reached[step] = accuracy(transformer.generate_ann_snn())
+    assert reached[5] > reached[0] - 0.03 and reached[50] > reached[0] - 0.01, reached
+
+
 def test_gradients_are_cleared_after_a_step_and_add_up_without():
     net, x = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8, 1)), torch.rand(3, 1, 2, 2)
     transformer = SNNTransformer(net, ["0", "1"], example_inputs=x, lr=0.0)
