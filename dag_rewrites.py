@@ -201,8 +201,15 @@ def layer_behind(dag, name):
 
 
 def pool_behind_relus(dag):
-    """Swap every max pooling with the one ReLU that reads it: the maximum of the ReLUs is the ReLU of the maximum."""
-    pools = [name for name, entry in dag.ops.items() if isinstance(entry["op"], SpikeMaxPool2d)]
+    """Swap every max pooling with the one ReLU that reads it: the maximum of the ReLUs is the ReLU of the maximum.
+
+    A view between them, which changes no value, is swapped too.
+    """
+    pools = []
+    for name, entry in dag.ops.items():
+        is_view_of_pool = isinstance(entry["op"], ViewOp) and writer(dag, entry["in_nodes"][0]) in pools
+        if isinstance(entry["op"], SpikeMaxPool2d) or is_view_of_pool:
+            pools.append(name)
     for name in reversed(pools):  # the one next to the ReLU first, so that it meets the one before
         pool, (node,) = dag.ops[name]["op"], dag.ops[name]["out_nodes"]
         behind = only_reader(dag, node)

@@ -898,6 +898,13 @@ def test_pairs_are_advised_where_they_help_and_not_where_they_are():
     assert largest_difference(actual, expected) < 0.05 * expected.abs().max()
 
 
+@pytest.mark.parametrize("view", [nn.Flatten(), nn.AdaptiveAvgPool2d(3), nn.Unflatten(1, (2, 2))], ids=str)
+def test_a_relu_behind_a_view_of_a_pooling_goes_before_both(view):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), view, nn.ReLU(), nn.Flatten(), nn.Linear(36, 5))
+    actual, expected = converted(net, image(8), maxpool="gate")
+    assert largest_difference(actual, expected) < 0.05 * expected.abs().max()
+
+
 class JoinsTheImage(nn.Module):
     """Features beside the image, which comes as it is or through `first`."""
 
