@@ -85,7 +85,7 @@ def several(rule, least, most):
 
 def pair(rule):
     """One value for height and width, or two."""
-    return either(rule, several(rule, 2, 2))
+    return Rule(either(rule, several(rule, 2, 2)).holds, f"{rule.words}, or two of them")
 
 
 def tensor(*dtypes, positive=False):
@@ -104,7 +104,7 @@ def tensor(*dtypes, positive=False):
 NONE = Rule(lambda value: value is None, "None")
 BOOL = instance(bool, "True or False")
 TEXT = instance(str, "a string")
-NAMES = several(TEXT, 0, 2**31)
+NAMES = Rule(several(TEXT, 0, 2**31).holds, "a tuple of strings")
 DICT = instance(dict, "a dictionary")
 POSITIVE = Rule(
     lambda value: isinstance(value, Real) and not isinstance(value, bool) and 0 < value <= 3e38, "a positive number"

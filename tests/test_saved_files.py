@@ -438,7 +438,7 @@ def edited(snn, op, **changes):
 @pytest.mark.parametrize(
     "name, changes, message",
     [
-        ("conv2", {"stride": (0, 0)}, r"conv2 stride \(0, 0\): use a whole number, 1 to 65536 or 2 times"),
+        ("conv2", {"stride": (0, 0)}, r"conv2 stride \(0, 0\): use a whole number, 1 to 65536, or two of them"),
         ("conv2", {"padding": -1}, "conv2 padding -1: use a whole number, 0 to 4096"),
         ("conv2", {"groups": 3}, "conv2 groups 3 do not divide the 8 and 4 channels"),
         ("conv2", {"out_channels": 2**31 - 2}, r"conv2 weight \[4, 4, 3, 3\]: the op has \[2147483646, 4, 3, 3\]"),
