@@ -650,20 +650,20 @@ def test_options_reach_the_conversion():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"timesteps": 0}, "timesteps 0: a spiking network needs at least 1"),
+        ({"timesteps": 0}, "timesteps 0: use a whole number, 1 to 65536"),
         ({"timesteps": 4.5}, "timesteps 4.5: use a whole number"),
         ({"timesteps": 4, "listen": 9}, "listen 9: use 0 to 4, the timesteps"),
         ({"reset_mode": "none"}, "unknown reset mode 'none'"),
         ({"threshold": "x"}, "unknown threshold 'x'"),
-        ({"quantile": 2}, "quantile 2: use a share above 0, up to 1"),
-        ({"quantile": "x"}, "quantile x: use a share above 0, up to 1"),
-        ({"hold_back": "x"}, "hold_back x: use a share of Vthr from 0 to 1"),
-        ({"hold_back": -0.5}, "hold_back -0.5: use a share of Vthr from 0 to 1"),
-        ({"initial_potential": 7}, "initial_potential 7: use a share of Vthr from 0 to 1"),
-        ({"initial_potential": "x"}, "initial_potential x: use a share of Vthr from 0 to 1"),
+        ({"quantile": 2}, "quantile 2: use a number above 0 to 1"),
+        ({"quantile": "x"}, "quantile 'x': use a number above 0 to 1"),
+        ({"hold_back": "x"}, "hold_back 'x': use a number from 0 to 1"),
+        ({"hold_back": -0.5}, "hold_back -0.5: use a number from 0 to 1"),
+        ({"initial_potential": 7}, "initial_potential 7: use a number from 0 to 1"),
+        ({"initial_potential": "x"}, "initial_potential 'x': use a number from 0 to 1"),
         ({"granularity": "x"}, "unknown granularity 'x'"),
         ({"correction": "x"}, "unknown correction 'x'"),
-        ({"calibration_samples": 0}, "calibration_samples 0: the calibration needs at least 1"),
+        ({"calibration_samples": 0}, "calibration_samples 0: use a whole number, 1 or more"),
         ({"damping": -1}, "damping -1: use 0 or more"),
         ({"weight_bitwidth": 4.0}, "weight bit width 4.0: use 1 to 8"),
         ({"weight_bitwidth": None}, "weight bit width None: use 1 to 8"),
@@ -987,7 +987,7 @@ def test_vectors_are_of_several_calls_where_one_has_too_few(tmp_path):
         vectors = saved_snn.read_vectors(tmp_path / "saved", read_manifest(tmp_path / "saved"))
         assert np.array_equal(vectors["constants"]["input1_out1"], calls.flatten(0, 1)[:kept].numpy())
     for samples, message in (
-        (0, "samples 0: the test vectors need at least 1"),
+        (0, "samples 0: use a whole number, 1 or more"),
         (1.5, "samples 1.5: use a whole number"),
     ):
         with pytest.raises(ValueError, match=message):
