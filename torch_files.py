@@ -12,7 +12,7 @@ import torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # all that PyTorch computes with
 ZIP = b"PK\x03\x04"
-DOS_FOLDER = 0x10  # an attribute in zip files; torch.load gives what is marked so whatever lies in memory
+DOS_FOLDER = 0x10  # an attribute in zip files, which torch.save never sets
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before PyTorch 1.6
 SAVE_STATE = "save a state dict with torch.save(net.state_dict(), path)"
 OF_PYTORCH = "take the PyTorch network that it was made of, and torch.save(net.state_dict(), path)"
