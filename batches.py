@@ -1,7 +1,7 @@
 """What a data loader may yield, in one place: inputs with labels, with more beside them, by name, or inputs alone.
 
 inputs, labels = split_batch(batch)         # (tensor, ...), labels or None
-loader = reusable(loader)                   # of an iterator that runs once, what it yields
+loader = reusable(loader)                   # of a stream that runs once, what it yields
 """
 
 from collections.abc import Iterator, Mapping
@@ -38,7 +38,7 @@ def split_batch(batch):
 
 def by_name(batch, keys):
     """The entry of a mapping under the first of `keys` that it has, else None."""
-    return next((batch[key] for key in keys if key in batch), None)
+    return next((batch[key] for key in keys if key in batch and batch[key] is not None), None)
 
 
 def in_words(batch):
@@ -58,7 +58,10 @@ def labelled_batch(batch, device, dtype=torch.float32):
     inputs, labels = split_batch(batch)
     if labels is None:
         raise ValueError(f"a batch of the data loader has no labels, it has to be {FORMS.rsplit(', or', 1)[0]}")
-    labels = torch.as_tensor(labels)
+    try:
+        labels = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"the labels of a batch are {in_words(labels)}, they have to be numbers") from error
     if labels.dim() and len(labels) != len(inputs[0]):
         raise ValueError(f"a batch has {len(inputs[0])} inputs and {len(labels)} labels, give one label for each input")
     return on_device(inputs, device, dtype=dtype), labels.to(device)
@@ -74,6 +77,8 @@ def on_device(inputs, device, most=None, dtype=torch.float32):
             raise ValueError(
                 f"the inputs are {x.dtype}, convert them to float and scale them as for the network's training"
             )
+        if not torch.isfinite(x).all():
+            raise ValueError("an input has NaN or infinite values, look at how the images are read and normalised")
     return tuple(x[:most].to(device, dtype) for x in inputs)
 
 
@@ -88,18 +93,26 @@ def memory_format(inputs):
 
 
 def first_batch(loader):
-    """The first batch of a loader that can be run through again. Raises ValueError where it is empty."""
-    for batch in loader:
+    """The first batch, of one sample or more, of a loader. Raises ValueError where there is none."""
+    for batch in batches_of(loader):
         return batch
     raise ValueError("the data loader is empty, give it at least one batch")
 
 
+def batches_of(loader):
+    """The batches of a loader but empty ones, as a filter leaves them."""
+    return (batch for batch in loader if len(split_batch(batch)[0][0]))
+
+
 def reusable(loader, samples=None):
-    """The loader itself, or a list of what an iterator yields, which runs once; of `samples` inputs at least."""
-    if not isinstance(loader, Iterator):
+    """The loader itself, or a list of what one that may run only once yields, of `samples` inputs at least.
+
+    Such are iterators, and where `samples` are enough, for which nothing is drawn anew, loaders without a length.
+    """
+    if not isinstance(loader, Iterator) and (samples is None or has_length(loader)):
         return loader
     batches, seen = [], 0
-    for batch in loader:
+    for batch in batches_of(loader):
         batches.append(batch)
         seen += len(split_batch(batch)[0][0])
         if samples is not None and seen >= samples:
@@ -109,10 +122,15 @@ def reusable(loader, samples=None):
 
 def count_batches(loader):
     """Batches of a pass over a loader, also of one without a length."""
+    return len(loader) if has_length(loader) else sum(1 for _ in loader)
+
+
+def has_length(loader):
+    """Whether a loader knows how many batches it has: one over a stream of data does not."""
     try:
-        return len(loader)
+        return len(loader) >= 0
     except TypeError:
-        return sum(1 for _ in loader)
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,6 +166,9 @@ def loss_of(criterion, outputs, targets):
 
     Raises ValueError that names both shapes where the criterion takes neither.
     """
+    is_score = isinstance(outputs, torch.Tensor) and (outputs.dim() == 1 or outputs.shape[1:] == (1,))
+    if is_score and targets.numel() == outputs.numel():
+        targets = targets.reshape(outputs.shape)  # a squared error of [B, 1] and [B] would be one of [B, B]
     try:
         return criterion(outputs, targets)
     except (RuntimeError, ValueError, IndexError) as error:

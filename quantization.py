@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from batches import (
+    batches_of,
     count_batches,
     first_batch,
     labelled_batch,
@@ -22,6 +23,7 @@ from batches import (
     on_device,
     reusable,
     split_batch,
+    type_of,
 )
 from runtime.ranges import check_option
 from spike_dag import SpikeDAGModule
@@ -47,6 +49,8 @@ def list_bitwidths(net, weight_bitwidth):
     Raises ValueError for other bit widths, for a sequence of another length, and for one that mixes floats in.
     """
     layers = net.weighted_layers()
+    if getattr(weight_bitwidth, "ndim", None) == 0:
+        weight_bitwidth = weight_bitwidth.item()
     is_number = not hasattr(weight_bitwidth, "__iter__") or isinstance(weight_bitwidth, str)
     widths = [weight_bitwidth] * len(layers) if is_number else list(weight_bitwidth)
     for bits in widths:
@@ -324,7 +328,7 @@ def quantize_train(
     """
     net.train()
     total, samples = torch.zeros((), device=device), 0
-    for batch in tqdm(train_loader, name, leave=False, delay=1):
+    for batch in batches_of(tqdm(train_loader, name, leave=False, delay=1)):
         inputs, targets = labelled_batch(batch, device)
         inputs = tuple(x.to(memory_format=memory_format(x)) for x in inputs)
         optimizer.zero_grad()
@@ -335,6 +339,7 @@ def quantize_train(
                 wanted = teacher(*inputs)
             loss = loss.lerp(distillation_loss(outputs, wanted), distill)
         loss.backward()
+        forget_frozen(net)
         torch.nn.utils.clip_grad_norm_(net.parameters(), LONGEST_GRADIENT)
         if damping:
             dampen(net, damping)
@@ -345,7 +350,7 @@ def quantize_train(
         total += loss.detach() * len(inputs[0])
         samples += len(inputs[0])
     if not samples:
-        raise ValueError("no samples to finetune on, the data loader is empty")
+        raise ValueError("no samples to finetune on, the data loader is empty, or runs only once")
     mean = total.item() / samples
     if not (mean < float("inf") and all(torch.isfinite(p).all() for p in net.parameters())):
         raise ValueError(
@@ -354,12 +359,22 @@ def quantize_train(
     return mean
 
 
+def forget_frozen(net):
+    """Drop the gradients of what is not trained: no optimizer clears them, and they would count when all are cut."""
+    trained = {id(p) for p in net.trained_parameters()}
+    for p in net.parameters():
+        if id(p) not in trained:
+            p.grad = None
+
+
 def distillation_loss(outputs, wanted, temperature=TEMPERATURE):
     """How far the outputs [B, classes] are from the wanted ones, softened.
 
     Hinton et al., Distilling the Knowledge in a Neural Network, NIPS workshop 2014; for few bits Mishra and Marr,
     Apprentice, ICLR 2018.
     """
+    if outputs.dim() == 1 or outputs.shape[1] == 1:  # one score against the score 0 of the other class
+        outputs, wanted = (F.pad(x.reshape(-1, 1), (1, 0)) for x in (outputs, wanted))
     learnt, wanted = F.log_softmax(outputs / temperature, 1), F.softmax(wanted / temperature, 1)
     return F.kl_div(learnt, wanted, reduction="batchmean") * temperature**2
 
@@ -383,15 +398,14 @@ def quantize_finetune(net, train_loader, criterion, device, args):
     Raises ValueError for NaN weights, another bit width, values out of range (`runtime.ranges`), a converted network, a
     network of which nothing is to be trained, or a loss that diverges.
     """
-    check_finetune_options(args)
+    epochs = check_finetune_options(args)
     per_channel = getattr(args, "weight_granularity", "layer") == "channel"
     train_loader = reusable(train_loader)
     qnet = as_dag(net, train_loader).to(device, memory_format=torch.channels_last)
     init_quantize_net(qnet, args.weight_bitwidth, per_channel)
-    if not args.finetune_epochs:
+    if not epochs:
         return qnet
-    epochs = args.finetune_epochs
-    optimizer, epoch_schedule, batch_schedule, largest_damping = choose_optimizer(qnet, args, train_loader)
+    optimizer, epoch_schedule, batch_schedule, largest_damping = choose_optimizer(qnet, args, train_loader, epochs)
     distill = getattr(args, "finetune_distill", 0.0)
     teacher = float_teacher(net, train_loader).to(device, memory_format=torch.channels_last) if distill else None
     with tqdm(range(1, epochs + 1), "finetune") as bar:
@@ -411,21 +425,22 @@ def quantize_finetune(net, train_loader, criterion, device, args):
 
 
 def check_finetune_options(args):
-    """Raise ValueError for options of `quantize_finetune` that are out of range."""
+    """The epochs, as a plain number. Raises ValueError for options of `quantize_finetune` that are out of range."""
     for name in ("epochs", "lr", "wd", "momentum", "damping", "distill"):
         if hasattr(args, f"finetune_{name}"):
             check_option(f"finetune_{name}", getattr(args, f"finetune_{name}"))
     granularity = getattr(args, "weight_granularity", "layer")
     if granularity not in ("layer", "channel"):
         raise ValueError(f"unknown weight_granularity '{granularity}', use layer or channel")
+    return check_option("finetune_epochs", args.finetune_epochs)
 
 
-def choose_optimizer(qnet, args, train_loader):
+def choose_optimizer(qnet, args, train_loader, epochs):
     """`optimizer, epoch_schedule, batch_schedule, damping`: what `args` choose to finetune by.
 
     One of the schedules is None. Raises ValueError for another `finetune_optimizer`.
     """
-    name, epochs = getattr(args, "finetune_optimizer", "sgd"), args.finetune_epochs
+    name = getattr(args, "finetune_optimizer", "sgd")
     trained = qnet.trained_parameters()
     if not trained:
         raise ValueError(
@@ -460,15 +475,16 @@ def float_teacher(net, loader):
 
 
 def as_dag(net, loader):
-    """A copy of `net` as a SpikeDAGModule; a plain module is traced on one image of `loader`.
+    """A copy of `net` as a SpikeDAGModule in float32; a plain module is traced on one image of `loader`.
 
     Raises ValueError for a network that was converted: its weights are integers of spikes already.
     """
     if isinstance(net, SpikeDAGModule):
         if net.neurons():
             raise ValueError("the network is a spiking one already, give the network that it was converted from")
-        return copy.deepcopy(net)
+        return copy.deepcopy(net).float()
     from ann_parser import parse_ann_model  # a layer above this one
 
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
-    return parse_ann_model(net, on_device(split_batch(first_batch(loader))[0], device, 1))
+    inputs = on_device(split_batch(first_batch(loader))[0], device, 1, type_of(net))
+    return parse_ann_model(net, inputs).float()

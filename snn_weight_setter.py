@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from batches import first_batch, on_device, reusable, split_batch
+from batches import batches_of, first_batch, on_device, reusable, split_batch
 from dag_rewrites import check_avgpool, is_trained, prepare_conversion, readers, writer
 from hw_constraints import Layer, largest_bitwidths
 from quantization import (
@@ -620,7 +620,7 @@ def node_shapes(dag, *inputs):
 def run_samples(dag, loader, device, samples):
     """Forward the first `samples` images. Raises ValueError where there are none."""
     done = 0
-    for batch in tqdm(loader, "calibrate", leave=False, delay=1):
+    for batch in batches_of(tqdm(loader, "calibrate", leave=False, delay=1)):
         inputs = on_device(split_batch(batch)[0], device, samples - done)
         dag(*inputs)
         done += len(inputs[0])

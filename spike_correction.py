@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from tqdm import tqdm
 
-from batches import on_device, split_batch
+from batches import batches_of, on_device, split_batch
 from dag_rewrites import is_trained, only_reader, writer
 from spike_dag import as_spiking, one_thread_per_operator, run_ops
 from spike_layers import SignedReLU, SpikeAdd, SpikeBatchNorm, WeightedLayer
@@ -127,7 +127,7 @@ class CorrectionImages:
 def calibration_images(loader, device, samples, qnet, timesteps):
     """The first `samples` images of `loader`, or as many as `MOST_BYTES` allow, in chunks for a thread each."""
     chunks, seen, most = [], 0, min(samples, MOST_IMAGES)
-    for batch in loader:
+    for batch in batches_of(loader):
         inputs = on_device(split_batch(batch)[0], device)
         bytes_per_image = timesteps * qnet.largest_sample(inputs)
         most = min(most, max(16, MOST_BYTES // bytes_per_image))

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from batches import count_batches, labelled_batch, loss_of, on_device, reusable, split_batch
+from batches import batches_of, count_batches, labelled_batch, loss_of, on_device, reusable, split_batch
 from quantization import (
     FLOAT_BITS,
     QuantAdam,
@@ -75,9 +75,9 @@ def finetune_spikes(
     another gradient, for a network that is not converted, for a qnet with other layers, and where the loss is not
     finite.
     """
-    check_option("finetune_snn", epochs)
+    epochs = check_option("finetune_snn", epochs)
     if lr is not None:
-        check_option("finetune_snn_lr", lr)
+        lr = check_option("finetune_snn_lr", lr)
     if not snn.neurons():
         raise ValueError("the network has no spikes to finetune on, convert it first (trans_ann2snn_weight)")
     if criterion is None and teacher is None:
@@ -94,14 +94,16 @@ def finetune_spikes(
     if not parameters:
         raise ValueError("every layer of the network is frozen (requires_grad=False), unfreeze what is to be finetuned")
     if teacher is not None:
-        teacher = copy.deepcopy(teacher).to(device).eval()
+        teacher = copy.deepcopy(teacher).to(device, torch.float32).eval()
     loader = reusable(loader)
     lr = default_lr(snn.timesteps, criterion is not None) if lr is None else lr
     optimizer = QuantAdam(groups_of(layers, lr))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * count_batches(loader)))
     for epoch in range(1, epochs + 1):
-        for batch in tqdm(loader, f"finetune spikes, epoch {epoch}", leave=False, delay=1):
+        samples = 0
+        for batch in batches_of(tqdm(loader, f"finetune spikes, epoch {epoch}", leave=False, delay=1)):
             inputs, targets = batch_of(batch, device, criterion is not None)
+            samples += len(inputs[0])
             optimizer.zero_grad()
             for part, labels in parts_of(inputs, targets, part_size):
                 loss = total_loss(snn, part, labels, forward, criterion, teacher, features)
@@ -111,6 +113,8 @@ def finetune_spikes(
             optimizer.step()
             schedule.step()
             set_integers(layers)
+        if not samples:
+            raise ValueError("no samples to finetune on, the data loader is empty, or runs only once")
     if not all(torch.isfinite(p).all() for p in parameters):
         raise ValueError(f"finetuning on spikes diverged in epoch {epochs}, lower its learning rate")
     snn.bound_currents()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from batches import first_output, fit_labels, labelled_batch, loss_of, type_of
+from batches import batches_of, first_output, fit_labels, labelled_batch, loss_of, type_of
 from spike_tensor import firing_ratios, record_firing_ratios
 
 
@@ -37,7 +37,7 @@ def evaluate(net, loader, device, criterion, timesteps=None, every_step=False):
     """
     totals, samples = {}, 0
     with measured_on(net, device):
-        for batch in tqdm(loader, "validate", leave=False, delay=1):
+        for batch in batches_of(tqdm(loader, "validate", leave=False, delay=1)):
             inputs, targets = labelled_batch(batch, device, type_of(net))
             batch_means = measure_batch(net, inputs, targets, criterion, timesteps, every_step)
             for key, mean in batch_means.items():
@@ -101,7 +101,8 @@ def hits_of(outputs, targets, criterion):
     One score is class 1 above 0, or above one half where the criterion takes it for a probability.
     """
     if outputs.shape[1:] == targets.shape and (targets.dim() == 1 or targets.shape[1] == 1):
-        border = 0.5 if isinstance(criterion, nn.BCELoss) else 0.0
+        of_probabilities = isinstance(criterion, nn.BCELoss) or criterion is nn.functional.binary_cross_entropy
+        border = 0.5 if of_probabilities else 0.0
         return ((outputs > border) == (targets > 0.5)).flatten(1)
     return outputs.argmax(-1) == as_classes(targets)
 

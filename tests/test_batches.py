@@ -11,8 +11,8 @@ from torch import nn
 
 from activation_levels import quantize_activations
 from ann_parser import parse_ann_model
-from batches import count_batches, fit_labels, split_batch
-from quantization import quantize_finetune
+from batches import count_batches, fit_labels, loss_of, split_batch
+from quantization import distillation_loss, quantize_finetune
 from snn_weight_setter import trans_ann2snn_weight
 from spike_finetune import finetune_spikes
 from validate import evaluate, validate_ann, validate_snn
@@ -34,6 +34,7 @@ LOADERS = {
     "inputs in a tuple": lambda: [((IMAGES[p],), LABELS[p]) for p in PARTS],
     "an iterator": lambda: iter([(IMAGES[p], LABELS[p]) for p in PARTS]),
     "without a length": lambda: Endless(),
+    "an unused name": lambda: [{"image": IMAGES[p], "label": None, "target": LABELS[p]} for p in PARTS],
 }
 
 
@@ -165,13 +166,87 @@ def test_empty_loaders_are_refused(empty, monkeypatch):
         lambda loader: trans_ann2snn_weight(parsed(), loader, "cpu", 4, 4),
         lambda loader: quantize_activations(parsed(), loader, "cpu", 4),
         lambda loader: validate_ann(parsed(), loader, "cpu", nn.CrossEntropyLoss()),
+        lambda loader: finetune_spikes(converted(), loader, "cpu", 1, criterion=nn.CrossEntropyLoss()),
     ):
-        with pytest.raises(ValueError, match=r"the data loader is empty|no images to calibrate on"):
+        with pytest.raises(ValueError, match="the data loader is empty"):
             work(empty())
+
+
+def converted():
+    return trans_ann2snn_weight(small_net(), [IMAGES], "cpu", 4, 4)
 
 
 def parsed():
     return parse_ann_model(small_net(), (torch.zeros(1, 1, 8, 8),))
+
+
+def test_empty_batches_as_a_filter_leaves_them_change_nothing():
+    pairs, empty = LOADERS["pairs"](), (IMAGES[:0], LABELS[:0])
+    filtered, criterion = [empty, *pairs, empty], nn.CrossEntropyLoss()
+    qnets = [quantize_finetune(small_net(), loader, criterion, "cpu", flags()) for loader in (pairs, filtered)]
+    assert torch.equal(*map(weights_of, qnets))
+    snns = [trans_ann2snn_weight(qnets[0], loader, "cpu", 4, 4) for loader in (pairs, filtered)]
+    assert torch.equal(*[snn(IMAGES) for snn in snns])
+    assert finetune_spikes(snns[0], filtered, "cpu", 1, criterion=criterion).timesteps == 4
+    assert len({validate_snn(snns[0], loader, "cpu", criterion, 4) for loader in (pairs, filtered)}) == 1
+
+
+class Once:
+    """A loader over a stream: no length, no iterator, and it runs once."""
+
+    def __init__(self):
+        self.stream = iter([(IMAGES[p], LABELS[p]) for p in PARTS])
+
+    def __iter__(self):
+        yield from self.stream
+
+
+def test_a_stream_that_runs_once_calibrates_and_is_never_taken_for_trained():
+    dag = parsed()
+    expected = trans_ann2snn_weight(dag, LOADERS["pairs"](), "cpu", 4, 4)(IMAGES)
+    assert torch.equal(trans_ann2snn_weight(dag, Once(), "cpu", 4, 4)(IMAGES), expected)
+    for work in (
+        lambda: quantize_finetune(dag, Once(), nn.CrossEntropyLoss(), "cpu", flags(finetune_epochs=2)),
+        lambda: finetune_spikes(converted(), Once(), "cpu", 1, criterion=nn.CrossEntropyLoss()),
+    ):
+        with pytest.raises(ValueError, match="empty, or runs only once"):
+            work()
+
+
+@pytest.mark.parametrize("labels", [LABELS.float(), LABELS.float()[:, None]], ids=["[B]", "[B, 1]"])
+def test_a_squared_error_of_one_score_compares_each_with_its_own(labels):
+    outputs = torch.rand(64, 1)
+    wanted = (outputs[:, 0] - LABELS).square().mean()
+    assert torch.equal(loss_of(nn.MSELoss(), outputs, labels), wanted)
+
+
+def test_one_score_learns_from_a_teacher():
+    """Softmax of one class is constant; against the score 0 of the other class there is something to learn."""
+    outputs, wanted = torch.tensor([[1.0], [-2.0]]), torch.tensor([[0.5], [0.0]])
+    q = torch.sigmoid(wanted / 4)
+    p = torch.sigmoid(outputs / 4)
+    expected = 16 * (q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()).mean()
+    assert distillation_loss(outputs, wanted).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_float64_networks_are_quantised_and_converted_in_float32():
+    net = small_net().double()
+    qnet = quantize_finetune(net, LOADERS["float64"](), nn.CrossEntropyLoss(), "cpu", flags())
+    assert {p.dtype for p in qnet.parameters()} == {torch.float32}
+    assert torch.equal(trans_ann2snn_weight(net, LOADERS["pairs"](), "cpu", 4, 4)(IMAGES), converted()(IMAGES))
+
+
+@pytest.mark.parametrize("labels, kind", [({"boxes": 1}, "a dict with 'boxes'"), (["a"] * 64, "a list of str, str")])
+def test_labels_that_are_no_numbers_are_refused_in_words(labels, kind):
+    with pytest.raises(ValueError, match=f"the labels of a batch are {kind}"):
+        validate_ann(small_net(), [(IMAGES, labels)], "cpu", nn.CrossEntropyLoss())
+
+
+def test_a_calibration_image_that_is_not_finite_is_what_the_words_name():
+    images = IMAGES.clone()
+    images[5, 0, 3, 3] = math.nan
+    with pytest.raises(ValueError, match="an input has NaN or infinite values, look at how the images are read"):
+        trans_ann2snn_weight(small_net(), [(IMAGES, LABELS), (images, LABELS)], "cpu", 4, 4)
 
 
 def test_a_loader_without_a_length_is_counted():
@@ -204,7 +279,8 @@ def test_one_score_is_measured_by_its_sign(outputs, labels):
 def test_a_probability_is_measured_by_one_half():
     outputs = torch.tensor([[0.1], [0.4], [0.6], [0.9]])
     labels = torch.tensor([0, 1, 1, 1])
-    assert validate_ann(Scores(outputs), [(torch.zeros(4, 1), labels)], "cpu", nn.BCELoss())[0] == 75.0
+    for criterion in (nn.BCELoss(), nn.functional.binary_cross_entropy):
+        assert validate_ann(Scores(outputs), [(torch.zeros(4, 1), labels)], "cpu", criterion)[0] == 75.0
 
 
 @pytest.mark.parametrize(
@@ -250,7 +326,7 @@ def test_an_image_that_is_not_finite_has_no_score(wrong):
     snn = trans_ann2snn_weight(small_net(), LOADERS["pairs"](), "cpu", 4, 4)
     with pytest.raises(ValueError, match="input1_out1 has NaN or infinite values"):
         snn(images)
-    for net, timesteps in ((small_net(), None), (snn, 4)):
+    for net, timesteps in ((small_net(), None), (snn, 4), (converted(), 4)):
         with pytest.raises(ValueError, match="NaN or infinite"):
             evaluate(net, [(images, LABELS)], "cpu", nn.CrossEntropyLoss(), timesteps)
 

@@ -154,6 +154,28 @@ def test_frozen_parameters_are_quantised_but_not_trained(optimizer):
     assert not torch.equal(before.ops["linear1"]["op"].weight, after.ops["linear1"]["op"].weight)
 
 
+def test_what_is_frozen_does_not_hold_back_what_is_trained():
+    """Its gradients were never cleared, and counted when all were cut to one length."""
+    nets = [nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval() for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    images, labels = IMAGES * 20, LABELS  # gradients that have to be cut
+    features = nets[0][:3](images).detach()
+    nets[0][0].requires_grad_(False)
+    options = flags(finetune_epochs=3, weight_bitwidth=32)
+    with_frozen = quantize_finetune(nets[0], [(images, labels)], nn.CrossEntropyLoss(), "cpu", options)
+    head = nn.Sequential(nn.Linear(144, 3))
+    head.load_state_dict({"0.weight": nets[1][3].weight, "0.bias": nets[1][3].bias})
+    alone = quantize_finetune(head, [(features, labels)], nn.CrossEntropyLoss(), "cpu", options)
+    assert torch.allclose(with_frozen.ops["linear1"]["op"].weight, alone.ops["linear1"]["op"].weight, atol=1e-5)
+    assert not torch.allclose(alone.ops["linear1"]["op"].weight, nets[1][3].weight, atol=1e-2)
+
+
+@pytest.mark.parametrize("bits", [np.array(4), torch.tensor(4), np.array([4, 4, 4])])
+def test_bit_widths_and_epochs_may_be_of_any_type(bits):
+    assert {layer.weight_bits for layer in tuned(body(), weight_bitwidth=bits).weighted_layers().values()} == {4}
+    assert tuned(body(), finetune_epochs=2.0).ops["conv1"]["op"].weight_bits == 8
+
+
 def test_a_network_that_is_frozen_whole_says_so():
     net = body().requires_grad_(False)
     assert tuned(net).ops["conv1"]["op"].weight_bits == 8
