@@ -2,7 +2,7 @@
 
 from benchmarks.fuzz import run_case, run_cases
 
-COUNT = 100  # 300 took over a minute on two busy cores
+COUNT = 300  # half a minute on a core
 
 
 def test_random_cases_keep_their_promises():
@@ -10,7 +10,7 @@ def test_random_cases_keep_their_promises():
     broken = [f"{kind}:{seed} {v}" for kind, cases in verdicts.items() for seed, v in cases.items() if "BROKEN" in v]
     assert not broken, "\n".join(broken)
     kept = {kind: sum(verdict == "kept" for verdict in cases.values()) for kind, cases in verdicts.items()}
-    assert kept["networks"] >= 0.45 * COUNT  # they are not all refused
+    assert kept["networks"] >= 0.45 * COUNT and kept["files"]  # they are not all refused
 
 
 def test_a_broken_promise_is_found(monkeypatch):
