@@ -164,15 +164,21 @@ def fit_labels(outputs, targets):
 def loss_of(criterion, outputs, targets):
     """The loss, of the labels as they come, or else in the form that belongs to the outputs (`fit_labels`).
 
-    Raises ValueError that names both shapes where the criterion takes neither.
+    Of several outputs the criterion gets all, or the first where it takes no tuple. Raises ValueError that names both
+    shapes where it takes neither.
     """
+    if isinstance(outputs, (tuple, list)):
+        try:
+            return criterion(outputs, targets)
+        except (TypeError, AttributeError):  # what torch's losses say of a tuple
+            outputs = first_output(outputs)
     is_score = isinstance(outputs, torch.Tensor) and (outputs.dim() == 1 or outputs.shape[1:] == (1,))
     if is_score and targets.numel() == outputs.numel():
         targets = targets.reshape(outputs.shape)  # a squared error of [B, 1] and [B] would be one of [B, B]
     try:
         return criterion(outputs, targets)
     except (RuntimeError, ValueError, IndexError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or not isinstance(outputs, torch.Tensor):
+        if isinstance(error, torch.OutOfMemoryError):
             raise
         fitted = fit_labels(outputs, targets)
         if fitted.dim() == 2 and not fitted.is_floating_point():

@@ -17,6 +17,7 @@ from batches import (
     batches_of,
     count_batches,
     first_batch,
+    first_output,
     labelled_batch,
     loss_of,
     memory_format,
@@ -65,9 +66,9 @@ def list_bitwidths(net, weight_bitwidth):
 
 def weights_in_words(weight_bitwidth):
     """Weight bits of all layers, or of each: "float weights", "4-bit weights" or "8,4,4,4-bit weights"."""
-    if weight_bitwidth == FLOAT_BITS:
+    widths = [int(bits) for bits in ([weight_bitwidth] if isinstance(weight_bitwidth, Integral) else weight_bitwidth)]
+    if set(widths) == {FLOAT_BITS}:
         return "float weights"
-    widths = [weight_bitwidth] if isinstance(weight_bitwidth, Integral) else weight_bitwidth
     return f"{','.join(map(str, widths))}-bit weights"
 
 
@@ -337,6 +338,7 @@ def quantize_train(
         if distill:
             with torch.no_grad():
                 wanted = teacher(*inputs)
+            outputs, wanted = first_output(outputs), first_output(wanted)
             loss = loss.lerp(distillation_loss(outputs, wanted), distill)
         loss.backward()
         forget_frozen(net)

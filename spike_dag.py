@@ -105,12 +105,14 @@ class SpikeDAGModule(nn.Module):
         if not self.neurons():
             return one_or_all(self.forward_ann(inputs))
         timesteps = self.timesteps if timesteps is None else check_option("timesteps", timesteps)
+        inputs = tuple(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in inputs)
         if not len(inputs[0]):
             raise ValueError("the batch is empty, give at least one image to simulate")
         for node, x in zip(self.inputs_nodes, inputs):
-            if not torch.isfinite(x).all():  # neurons would take it for silence
+            if not torch.isfinite(x).all():  # neurons would take NaN for silence
                 raise ValueError(f"{node} has NaN or infinite values, look at how the images are read and normalised")
-        return one_or_all(self.simulate(inputs, timesteps, every_step))
+        with torch.autocast(inputs[0].device.type, enabled=False):  # integers are not exact in narrower types
+            return one_or_all(self.simulate(inputs, timesteps, every_step))
 
     def forward_ann(self, inputs):
         """The outputs of a network that does not spike."""

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from batches import batches_of, count_batches, labelled_batch, loss_of, on_device, reusable, split_batch
+from batches import batches_of, count_batches, first_output, labelled_batch, loss_of, on_device, reusable, split_batch
 from quantization import (
     FLOAT_BITS,
     QuantAdam,
@@ -39,7 +39,7 @@ from quantization import (
 )
 from runtime.ranges import check_option
 from snn_weight_setter import LARGEST_INTEGER
-from spike_dag import one_thread_per_operator, run_ops
+from spike_dag import one_or_all, one_thread_per_operator, run_ops
 from spike_layers import SpikeMaxPool2d
 from spike_tensor import Memory, SpikeTensor
 
@@ -174,7 +174,7 @@ def total_loss(snn, inputs, targets, forward, criterion, teacher, features):
     if teacher is not None:
         with torch.no_grad():
             wanted, known = ann_forward(teacher, inputs)
-        loss = loss + distillation_loss(outputs, wanted, TEMPERATURE)
+        loss = loss + distillation_loss(first_output(outputs), first_output(wanted), TEMPERATURE)
         errors = [relative_error(activation, known[name]) for name, activation in activations]
         loss = loss + features * sum(errors) / max(len(errors), 1)
     return loss
@@ -190,7 +190,7 @@ def ann_forward(dag, inputs):
     values, returned = dict(zip(dag.inputs_nodes, inputs)), {}
     for name, entry in dag.ops.items():
         values[entry["out_nodes"][0]] = returned[name] = entry["op"](*[values[node] for node in entry["in_nodes"]])
-    return values[dag.outputs_nodes[0]], returned
+    return one_or_all([values[node] for node in dag.outputs_nodes]), returned
 
 
 def forward_through_time(snn, inputs):
@@ -206,7 +206,7 @@ def forward_through_time(snn, inputs):
             if isinstance(value, SpikeTensor) and entry["op"].neuron is not None:
                 activations.append((name_of[id(entry)], value.to_float()))
         run_ops(behind, values)
-    return values[snn.outputs_nodes[0]], activations
+    return one_or_all([values[node] for node in snn.outputs_nodes]), activations
 
 
 @contextmanager
@@ -232,7 +232,7 @@ def tandem_forward(snn, inputs):
             value = SentInstead.apply(value, rates[name], None if neuron is None else neuron.scale_factor)
             activations.append((name, value))
         values[entry["out_nodes"][0]] = value
-    return values[snn.outputs_nodes[0]], activations
+    return one_or_all([values[node] for node in snn.outputs_nodes]), activations
 
 
 GRADIENTS = {"time": forward_through_time, "tandem": tandem_forward}

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from batches import batches_of, first_output, fit_labels, labelled_batch, loss_of, type_of
+from batches import batches_of, fit_labels, labelled_batch, loss_of, type_of
+from spike_dag import one_or_all
 from spike_tensor import firing_ratios, record_firing_ratios
 
 
@@ -78,15 +79,17 @@ def mean_of(totals, samples):
 def measure_batch(net, inputs, targets, criterion, timesteps, every_step):
     """Means over one batch, on the CPU."""
     if timesteps is None:
-        outputs, means = first_output(net(*inputs))[None], {}  # [1, B, classes]
+        returned, means = net(*inputs), {}
     else:
         with record_firing_ratios():
-            outputs = first_output(net(*inputs, timesteps=timesteps, every_step=every_step))
+            returned = net(*inputs, timesteps=timesteps, every_step=every_step)
             means = {"firing_rate": list(firing_ratios)}
-        outputs = outputs if every_step else outputs[None]  # [T, B, classes]
+    returned = returned if isinstance(returned, (tuple, list)) else (returned,)
+    curves = tuple(x if every_step and timesteps is not None else x[None] for x in returned)
+    outputs, last = curves[0], tuple(x[-1] for x in curves)  # [T, B, classes] of the first, [B, ...] of all
     targets = fit_labels(outputs[-1], targets)
     hits = 100.0 * hits_of(outputs, targets, criterion).double().mean(1).cpu()  # [T]
-    means |= {"top1": hits[-1], "loss": loss_of(criterion, outputs[-1], targets).item()}
+    means |= {"top1": hits[-1], "loss": loss_of(criterion, one_or_all(last), targets).item()}
     if every_step:
         means["top1_by_timestep"] = hits
     if outputs.dim() == 3 and outputs.shape[-1] >= 5:

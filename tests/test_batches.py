@@ -130,6 +130,37 @@ def test_several_inputs_and_outputs_from_start_to_end():
     assert loss == pytest.approx(nn.functional.cross_entropy(scores, LABELS).item(), rel=1e-5)
 
 
+def test_a_plain_loss_and_one_of_all_outputs_agree_on_the_first():
+    """In finetuning, distilling, finetuning on spikes and validation."""
+    torch.manual_seed(0)
+    net, pairs, plain = TwoInputs(), [((IMAGES[p], 1 - IMAGES[p]), LABELS[p]) for p in PARTS], nn.CrossEntropyLoss()
+
+    def of_all(outputs, labels):
+        assert isinstance(outputs, tuple)
+        return plain(outputs[0], labels)
+
+    results = []
+    for criterion in (plain, of_all):
+        qnet = quantize_finetune(net, pairs, criterion, "cpu", flags(finetune_distill=0.5))
+        snn = trans_ann2snn_weight(qnet, pairs, "cpu", 4, 4)
+        teacher = parse_ann_model(net, (IMAGES[:1], IMAGES[:1]))
+        for gradient in ("time", "tandem"):
+            snn = finetune_spikes(snn, pairs, "cpu", 1, criterion=criterion, teacher=teacher, gradient=gradient)
+        curve = evaluate(snn, pairs, "cpu", criterion, 4, every_step=True)
+        results.append((weights_of(qnet), weights_of(snn), torch.tensor([curve["loss"], *curve["top1_by_timestep"]])))
+    for wanted, found in zip(*results):
+        assert torch.equal(wanted, found)
+
+
+def test_a_spiking_network_is_exact_under_autocast_and_on_half_images():
+    snn = converted()
+    expected = snn(IMAGES)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(snn(IMAGES), expected)
+    halves = IMAGES.to(torch.bfloat16)
+    assert torch.equal(snn(halves), snn(halves.float()))
+
+
 @pytest.mark.parametrize(
     "batch, words",
     [
