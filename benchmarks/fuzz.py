@@ -251,8 +251,9 @@ def check_simulation(snn, images):
         alone = {name: torch.cat([each[name] for each in alone]) for name in rates}
         promise(equal(alone, rates) or is_tie(snn, alone, rates), "the batch size changes a spike")
         snn.set_engine("auto", memory_budget=2**14)
-        promise(equal(decoded_rates(snn, (images,)), rates), "the memory budget changes a spike")
-        promise(is_near(snn(images), spikes, 1e-5), "the memory budget changes the outputs")
+        cut = decoded_rates(snn, (images,))
+        promise(equal(cut, rates) or is_tie(snn, cut, rates), "the memory budget changes a spike")
+        promise(not equal(cut, rates) or is_near(snn(images), spikes, 1e-5), "the memory budget changes the outputs")
         snn.set_engine("auto")
     loaded = through_a_file(snn)
     promise(torch.equal(loaded(images), spikes), "the saved network sends other spikes")
