@@ -12,6 +12,7 @@ are corrected.
 
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -19,7 +20,7 @@ from batches import batches_of, on_device, split_batch
 from dag_rewrites import is_trained, only_reader, writer
 from spike_dag import as_spiking, one_thread_per_operator, run_ops
 from spike_layers import SignedReLU, SpikeAdd, SpikeBatchNorm, WeightedLayer
-from spike_tensor import Memory
+from spike_tensor import Memory, SpikeTensor
 
 MOST_IMAGES = 256  # the mean of a channel is known from few
 MOST_BYTES = 2**28  # spikes of the largest layer, of all images that a correction sees
@@ -46,7 +47,8 @@ def correct_spikes(snn, qnet, loader, device, samples, with_bias=False, hold_bac
 class CorrectionImages:
     """The images that a correction sees, in chunks, and what the ANN and the spiking network make of them.
 
-    activations, values: for every chunk, node -> what it is in the ANN, and the spikes of the corrected layers.
+    activations, values: for every chunk, node -> what it is in the ANN, and the spikes of the corrected layers; on a
+    CPU a bit each, so that what a correction holds hardly grows with T.
     """
 
     def __init__(self, snn, qnet, chunks):
@@ -97,16 +99,22 @@ class CorrectionImages:
 
     def current_into(self, name, before, known):
         """The current that flows into the neuron of op `name`."""
-        values = dict(known)
+        values = self.read_by([*before, name], known)
         run_ops([self.snn.ops[each] for each in before], values, self.timesteps, Memory(self.timesteps))
         entry = self.snn.ops[name]
         return entry["op"](*[as_spiking(values[node], self.timesteps) for node in entry["in_nodes"]])
 
     def spikes_of(self, name, before, known):
-        """The spikes of op `name`."""
-        values, memory = dict(known), Memory(self.timesteps)
+        """The spikes of op `name`, as they are kept."""
+        values, memory = self.read_by([*before, name], known), Memory(self.timesteps)
         run_ops([self.snn.ops[each] for each in (*before, name)], values, self.timesteps, memory)
-        return values[self.snn.ops[name]["out_nodes"][0]]
+        spikes = values[self.snn.ops[name]["out_nodes"][0]]
+        return PackedSpikes(spikes) if spikes.data.device.type == "cpu" else spikes
+
+    def read_by(self, names, known):
+        """Node -> value of the known nodes that ops read, with all spikes as they are simulated."""
+        nodes = {node for name in names for node in self.snn.ops[name]["in_nodes"]} & set(known)
+        return {n: known[n].unpack() if isinstance(known[n], PackedSpikes) else known[n] for n in nodes}
 
     def activation_of(self, name, before, known):
         """What the ANN's op `name` returns."""
@@ -122,6 +130,23 @@ class CorrectionImages:
         for store in (*self.values, *self.activations):
             for node in set(store) - wanted:
                 del store[node]
+
+
+class PackedSpikes:
+    """A SpikeTensor of 0 and 1, a bit each; `unpack` gives the same, in the same order of memory."""
+
+    def __init__(self, spikes):
+        self.timesteps, self.scale_factor, data = spikes.timesteps, spikes.scale_factor, spikes.data
+        self.is_channels_last = data.dim() == 4 and data.is_contiguous(memory_format=torch.channels_last)
+        data = data.permute(0, 2, 3, 1) if self.is_channels_last else data
+        self.shape, self.dtype = data.shape, data.dtype
+        self.bits = np.packbits(data.to(torch.uint8).numpy())
+
+    def unpack(self):
+        bits = np.unpackbits(self.bits, count=self.shape.numel())
+        data = torch.from_numpy(bits).view(self.shape).to(self.dtype)
+        data = data.permute(0, 3, 1, 2) if self.is_channels_last else data
+        return SpikeTensor.like(data, self.timesteps, self.scale_factor)
 
 
 def calibration_images(loader, device, samples, qnet, timesteps):

@@ -15,6 +15,7 @@ from ann_parser import parse_ann_model
 from build_network import get_net_by_name, load_weights
 from quantization import init_quantize_net
 from snn_weight_setter import Pool, least_error_scales, plan_conversion, pool_activations, trans_ann2snn_weight
+from spike_correction import PackedSpikes
 from spike_layers import IFNeuron, SpikeConv2d, SpikeReLU, if_step
 from spike_tensor import Current, SpikeTensor, record_firing_ratios
 
@@ -370,6 +371,22 @@ def test_impossible_conversions(change, message):
     options = dict(loader=[(torch.rand(4, 1, 6, 6),)], device="cpu", timesteps=4, weight_bitwidth=4) | change
     with pytest.raises(ValueError, match=message):
         trans_ann2snn_weight(dag, **options)
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (12, 3, 5, 7), (12, 0, 5, 7)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64])
+def test_packed_spikes_are_the_same_in_the_same_order_of_memory(shape, dtype):
+    data = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.3).to(dtype)
+    for each in (data, data.to(memory_format=torch.channels_last)) if len(shape) == 4 else (data,):
+        packed = PackedSpikes(SpikeTensor.like(each, 4, torch.tensor(2.0)))
+        spikes = packed.unpack()
+        assert (
+            torch.equal(spikes.data, each)
+            and spikes.data.dtype == dtype
+            and packed.bits.nbytes == -(-each.numel() // 8)
+        )
+        assert spikes.data.is_contiguous(memory_format=torch.channels_last) or each.is_contiguous()
+        assert (spikes.timesteps, spikes.scale_factor.item()) == (4, 2.0)
 
 
 def test_nan_weights_are_refused_by_name():
