@@ -49,7 +49,7 @@ def main(args):
 
     test_loader, _, train_loader, train_val_loader = get_dataset(args)
     criterion = nn.CrossEntropyLoss()
-    net = load_network(args, train_loader.dataset)
+    net, args = load_network(args, train_loader.dataset)
     ann = evaluate(net, test_loader, device, criterion)
     if args.equalize:
         net = equalize_channels(net)

@@ -60,7 +60,7 @@ def main(args):
     clock = Stopwatch()
 
     test_loader, _, train_loader, train_val_loader = get_dataset(args)
-    net = load_network(args, train_loader.dataset)
+    net, args = load_network(args, train_loader.dataset)
     check_room(args.save_file, weight_bytes(net))
     clock.lap("data")
 

@@ -1,7 +1,7 @@
 """The steps from a command line to a spiking network that ann2snn.py and analyse_error.py share.
 
 check_command_line(args)                            what can be wrong is found before the work begins
-net = load_network(args, images)                    the trained network as a graph that can be converted
+net, args = load_network(args, images)              the trained network as a graph that can be converted
 qnet = quantize_finetune(net, ...)                  quantization.py
 snn = convert(qnet, train_val_loader, device, args) the spiking network
 snn = finetune_on_spikes(snn, qnet, net, ...)       spike_finetune.py
@@ -52,7 +52,9 @@ def check_command_line(args):
 
 
 def load_network(args, images):
-    """The trained network as a SpikeDAGModule, ready to be quantised and converted; images: the training set.
+    """`net, args`: the trained network as a SpikeDAGModule, ready to be quantised, and `args` with its weight bits.
+
+    images: the training set.
 
     Raises OSError or ValueError for weights that do not fit, layers that cannot be converted, an output that is no row
     of class scores (for a detector, no maps of boxes), and limits of a chip asked for by name.
@@ -62,11 +64,12 @@ def load_network(args, images):
     net = prepare_conversion(net, args.maxpool, args.signed, args.avgpool)
     plan_conversion(net, args.ann_layers)
     hardware = HARDWARE[args.hardware or "v1.0"]
-    args.weight_bitwidth = choose_bitwidths(net, args.weight_bitwidth, hardware, args.ann_layers)
+    bits = choose_bitwidths(net, args.weight_bitwidth, hardware, args.ann_layers)
+    args = type(args)(**{**vars(args), "weight_bitwidth": bits})
     check_outputs = check_detects if args.dataset in DETECTION_DATASETS else check_classifies
     check_outputs(net, args.net_name, images)
     check_limits(net, args)
-    return net
+    return net, args
 
 
 def choose_measure(args):

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from runtime import files
 from snn_weight_setter import node_shapes
 from spike_dag import FORMAT as DAG_FORMAT
 from spike_dag import from_dict, one_thread_per_operator, run_ops
@@ -128,11 +129,13 @@ def write_saved_snn(folder, snn, inputs, details):
     folder = os.path.realpath(folder)  # a link stays, the folder that it names is replaced
     snn = snn.cpu()
     inputs = tuple(x.detach().cpu().float() for x in inputs)
-    temporary = f"{folder}.{os.getpid()}.tmp"
+    files.remove_stale(folder)
+    temporary = files.temporary_beside(folder)
     os.makedirs(temporary)
     try:
-        write_contents(temporary, snn, inputs, details)
-        put_in_place(temporary, folder)
+        with files.naming(folder):
+            write_contents(temporary, snn, inputs, details)
+            put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -160,7 +160,8 @@ def measure(args, flags, loaders, finetuned):
     (test_loader, _, train_loader, train_val_loader), state = loaders[images_key]
     set_random_state(train_loader, state)
     key = str(sorted((name, str(value)) for name, value in vars(flags).items() if name not in AFTER_FINETUNING))
-    net, start = load_network(flags, train_loader.dataset).to(device), time.perf_counter()
+    net, flags = load_network(flags, train_loader.dataset)
+    net, start = net.to(device), time.perf_counter()
     criterion, evaluate = choose_measure(flags)
     if flags.equalize:
         net = equalize_channels(net)

@@ -5,6 +5,7 @@ Exit status 0 is success; 1 an interrupted run (Ctrl-C, SIGTERM, SIGHUP), or a t
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 
@@ -57,6 +58,7 @@ def run_script(main, args):
     """
     with steady_streams() as output, signals_as_interrupts():
         try:
+            check_alone()
             main(args)
         except KeyboardInterrupt:
             print("interrupted, no result is half-written", file=sys.stderr)
@@ -67,6 +69,13 @@ def run_script(main, args):
                 raise
             exit_with_error(line)
         check_printed(output)
+
+
+def check_alone():
+    """Raise ValueError in one of several processes of torchrun: each would do all of the work, and write it."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes not in ("", "0", "1"):
+        raise ValueError(f"started as one of {processes} processes (WORLD_SIZE), start it without torchrun")
 
 
 @contextlib.contextmanager

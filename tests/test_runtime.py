@@ -465,3 +465,12 @@ def test_only_what_a_user_can_cause_is_said_in_one_line():
     assert in_one_line(MemoryError(caught), args).startswith("out of memory")
     assert in_one_line(ValueError("a"), args) == "a" and in_one_line(RuntimeError("a"), args) is None
     assert in_one_line(MemoryError(), args) == "out of memory: free some memory"
+
+
+def test_one_of_several_processes_is_refused(tmp_path):
+    """torchrun would do all of the work in every one of them."""
+    command = [sys.executable, "ann2snn.py", "debug_net0", "--dataset", "debug0", "-e", "0"]
+    command += ["--save_file", str(tmp_path / "snn.pth")]
+    run = subprocess.run(command, cwd=ROOT, env={**ENVIRONMENT, "WORLD_SIZE": "2"}, capture_output=True, text=True)
+    assert run.returncode == 2 and not os.listdir(tmp_path)
+    assert run.stderr == "error: started as one of 2 processes (WORLD_SIZE), start it without torchrun\n"
