@@ -497,7 +497,15 @@ class SpikeConv2d(WeightedLayer, nn.Conv2d):
     spatial = 2
 
     def operate(self, input, weight, bias):
+        if self.skips_pixels() and torch.is_grad_enabled() and weight.requires_grad:
+            # the same from the pixels that are read: torch 2.14.1's own weight gradient may end the process on a CPU
+            rows, columns = self.stride
+            return F.conv2d(input[:, :, ::rows, ::columns], weight, bias, groups=self.groups)
         return self._conv_forward(input, weight, bias)
+
+    def skips_pixels(self):
+        """Whether it is a 1x1 convolution that reads only some of the pixels, as in the shortcuts of ResNets."""
+        return self.kernel_size == (1, 1) and self.stride != (1, 1) and self.padding in ((0, 0), "valid")
 
     def packs_int8(self):
         return not isinstance(self.padding, str) and super().packs_int8()

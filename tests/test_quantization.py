@@ -29,7 +29,7 @@ from quantization import (
     quantize_train,
     round_to_integers,
 )
-from spike_layers import SpikeConvTranspose2d
+from spike_layers import SpikeConv2d, SpikeConvTranspose2d
 from validate import validate_ann
 
 weights = arrays(np.float32, (4, 3, 3, 3), elements=st.floats(-10, 10, width=32))
@@ -109,6 +109,21 @@ def test_a_transposed_convolution_has_its_silent_channels_in_its_second_dimensio
     layer.weight.data[:, 2] = 0
     W_q, _ = quantize_layer(layer, layer.weight.detach(), 1, per_channel=True)
     assert not W_q[:, 2].any() and (W_q[:, [0, 1, 3]].abs() == 1).all()
+
+
+@pytest.mark.parametrize("stride, groups", [(2, 1), ((1, 3), 2)])
+def test_strided_1x1_convolutions_learn_as_those_of_torch(stride, groups):
+    x = torch.randn(8, 4, 7, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    layer = SpikeConv2d(4, 6, 1, stride, groups=groups)
+    assert layer.skips_pixels() and not SpikeConv2d(4, 6, 1, stride, padding=1).skips_pixels()
+    learnt = layer(x)
+    expected = nn.functional.conv2d(x, layer.weight, layer.bias, stride, groups=groups)
+    assert torch.allclose(learnt, expected, rtol=1e-5, atol=1e-6)
+    parameters = x, layer.weight, layer.bias
+    for found, wanted in zip(*[torch.autograd.grad(y.square().sum(), parameters) for y in (learnt, expected)]):
+        assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(layer(x), layer._conv_forward(x, layer.weight, layer.bias))
 
 
 def test_the_scale_has_less_error_than_the_maximum():
