@@ -336,7 +336,7 @@ def list_image_folder(path):
     classes = tuple(sorted(entry.name for entry in os.scandir(path) if entry.is_dir()))
     files, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(entry.name for entry in os.scandir(os.path.join(path, name)) if is_image(entry))
+        found = sorted(entry.name for entry in os.scandir(os.path.join(path, name)) if is_image_file(entry))
         if not found:
             raise ValueError(
                 f"no images in {os.path.join(path, name)}, remove that class or add {IMAGE_SUFFIXES} files"
@@ -348,7 +348,7 @@ def list_image_folder(path):
     return files, labels, classes
 
 
-def is_image(entry):
+def is_image_file(entry):
     """Whether an entry of a folder has an image's name and is a file, for a pipe would keep its reader waiting.
 
     A link to a file that is gone counts too: its image is missing, which reading it will say.

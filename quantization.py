@@ -105,7 +105,9 @@ def quantize(weight, bits, per_channel=False):
     else:
         scale = largest / least_error_clip(magnitude, largest, per_channel)
     weight_q = round_to_integers(weight, scale, bits)
-    return weight_q * sounding(weight.flatten(1)).view(-1, *[1] * (weight.dim() - 1)) if bits == 1 else weight_q, scale
+    if bits == 1:
+        weight_q = weight_q * sounding(weight.flatten(1)).view(-1, *[1] * (weight.dim() - 1))
+    return weight_q, scale
 
 
 def sounding(rows):

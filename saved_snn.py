@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from runtime import files
+from runtime.files import naming, remove_stale, temporary_beside
 from snn_weight_setter import node_shapes
 from spike_dag import FORMAT as DAG_FORMAT
 from spike_dag import from_dict, one_thread_per_operator, run_ops
@@ -129,11 +129,11 @@ def write_saved_snn(folder, snn, inputs, details):
     folder = os.path.realpath(folder)  # a link stays, the folder that it names is replaced
     snn = snn.cpu()
     inputs = tuple(x.detach().cpu().float() for x in inputs)
-    files.remove_stale(folder)
-    temporary = files.temporary_beside(folder)
+    remove_stale(folder)
+    temporary = temporary_beside(folder)
     os.makedirs(temporary)
     try:
-        with files.naming(folder):
+        with naming(folder):
             write_contents(temporary, snn, inputs, details)
             put_in_place(temporary, folder)
     finally:
@@ -342,7 +342,7 @@ def decode(value, folder):
 def load_saved_snn(folder, manifest=None):
     """The spiking network in a folder, as a SpikeDAGModule. Raises OSError or ValueError as `read_manifest`."""
     manifest = read_manifest(folder) if manifest is None else manifest
-    with naming(folder):
+    with damage_named(folder):
         ops = [with_float_weights(decode(op, folder)) for op in manifest["ops"]]
         return from_dict(
             {
@@ -357,7 +357,7 @@ def load_saved_snn(folder, manifest=None):
 
 
 @contextmanager
-def naming(folder):
+def damage_named(folder):
     """Within it, whatever entries of a manifest lead to that are no such thing becomes Damaged."""
     try:
         yield
@@ -393,7 +393,7 @@ def replay(folder):
     Raises Mismatch where a spike or an output is another, OSError or ValueError where the folder is damaged.
     """
     manifest = read_manifest(folder)
-    with naming(folder):
+    with damage_named(folder):
         snn, vectors = load_saved_snn(folder, manifest), read_vectors(folder, manifest)
         check_vectors(snn, vectors)
         return replay_vectors(snn, vectors)

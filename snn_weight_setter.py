@@ -518,7 +518,7 @@ def plan_concat(dag, name, inputs, feeds_relu, leads_to_relu):
 def check_analog(dag, name, inputs, leads_to_relu):
     """Raise ValueError where activations meet spikes or currents that cannot be decoded there."""
     if CURRENT in inputs or (SPIKES in inputs and leads_to_relu):
-        images = [is_image(dag, node) for node in dag.ops[name]["in_nodes"]]
+        images = [holds_image(dag, node) for node in dag.ops[name]["in_nodes"]]
         if any(images):
             others = sorted({kind for kind, image in zip(inputs, images) if not image})
             raise ValueError(
@@ -530,11 +530,11 @@ def check_analog(dag, name, inputs, leads_to_relu):
         )
 
 
-def is_image(dag, node):
+def holds_image(dag, node):
     """Whether a node holds the network's input, or what no layer with weights has computed from it."""
     name = writer(dag, node)
     return name is None or (
-        not is_trained(dag.ops[name]["op"]) and all(is_image(dag, read) for read in dag.ops[name]["in_nodes"])
+        not is_trained(dag.ops[name]["op"]) and all(holds_image(dag, read) for read in dag.ops[name]["in_nodes"])
     )
 
 
@@ -1073,7 +1073,7 @@ class SpikeSetter:
     def check_range(self, name, value):
         """Raise ValueError for a bias, a threshold or a scale of op `name` that is not finite, or is too large."""
         largest = value.abs().max().item()
-        if not largest <= (3e38 if self.is_float else LARGEST_INT32):
+        if not largest <= (torch.finfo(torch.float32).max if self.is_float else LARGEST_INT32):  # NaN is not either
             raise ValueError(
                 f"{self.dag.where(name)} needs a threshold or a bias of {largest:.3g}, beyond the integers of a chip: "
                 "its weights or biases are of very different sizes, or not finite, train the network again"

@@ -153,12 +153,13 @@ def naming(path):
 
 @contextlib.contextmanager
 def after_writing(*paths):
-    """Within it an OSError says in the end which files were written before."""
+    """Within it what a user can cause says in the end which files were written before."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:
         written = " and ".join(path for path in paths if path)
-        raise OSError(f"{error}; written before: {written}") from error
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{error}; written before: {written}") from error
 
 
 def write_atomically(path, write):
