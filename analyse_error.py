@@ -26,15 +26,16 @@ def main(args):
     from torch import nn
 
     from build_network import input_size
+    from dag_rewrites import equalize_channels
     from datasets import DETECTION_DATASETS, get_dataset
+    from finetuning.on_spikes import finetune_on_spikes
     from pipeline import accuracy_table, check_command_line, convert, load_network, with_levels
-    from quantization import equalize_channels, quantize_finetune
+    from quantization import quantize_finetune
     from reports.analysis import analyse, summary_rows, write_report
     from runtime.device import choose_device, seed_everything
     from runtime.files import check_folder
     from runtime.packages import REPORT_PACKAGES, check_packages
     from spike_dag import format_table
-    from spike_finetune import finetune_on_spikes
     from validate import evaluate
 
     if args.dataset in DETECTION_DATASETS:

@@ -24,7 +24,9 @@ def parse_args(argv=None):
 def main(args):
     # imported here, so that --help and a wrong command line answer at once
     from build_network import input_size
+    from dag_rewrites import equalize_channels
     from datasets import get_dataset
+    from finetuning.on_spikes import finetune_on_spikes
     from pipeline import (
         Stopwatch,
         accuracy_table,
@@ -34,7 +36,7 @@ def main(args):
         load_network,
         with_levels,
     )
-    from quantization import equalize_channels, quantize_finetune
+    from quantization import quantize_finetune
     from runtime.device import choose_device, seed_everything
     from runtime.files import (
         after_writing,
@@ -45,7 +47,6 @@ def main(args):
         write_json,
         write_torch,
     )
-    from spike_finetune import finetune_on_spikes
 
     # everything that can be wrong with the command line is found before the work begins
     check_command_line(args)

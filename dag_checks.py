@@ -13,9 +13,9 @@ from numbers import Integral, Real
 
 import torch
 
+from runtime.torch_files import FLOATS, OtherFile, unusual_kind
 from spike_layers import (
     OP_TYPES,
-    RESET_MODES,
     ConcatOp,
     SignedReLU,
     SpikeAdd,
@@ -27,7 +27,7 @@ from spike_layers import (
     ViewOp,
     WeightedLayer,
 )
-from torch_files import FLOATS, OtherFile, unusual_kind
+from spike_neurons import RESET_MODES
 
 
 class DamagedData(OtherFile):

@@ -278,3 +278,47 @@ def with_both_signs(layer):
     if scale is not None:
         wide.set_weight_scale(scale.repeat_interleave(2, 0) if scale.dim() and inputs == 0 else scale)
     return wide.train(layer.training)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Equalization
+
+
+@torch.no_grad()
+def equalize_channels(dag):
+    """A copy of `dag` that computes the same, with equally large weights in all output channels of a layer.
+
+    A ReLU and an average pooling let a factor per channel pass, so each channel is divided by its largest |W| (over
+    the layer's mean) and the next layer's inputs multiplied by it. One scale per layer then serves all channels
+    (weight equalisation; Nagel et al., Data-Free Quantization, ICCV 2019). Layers whose output is added,
+    concatenated, read twice or gathered into channels by a view stay as they are.
+    """
+    dag = copy.deepcopy(dag)
+    for name, layer in dag.weighted_layers().items():
+        reader = next_weighted_layer(dag, name)
+        if reader is None:
+            continue
+        largest = layer.rows(layer.weight).abs().amax(1)  # [C]
+        inputs = reader.in_features if isinstance(reader, SpikeLinear) else reader.in_channels
+        if inputs % len(largest):
+            continue  # a view has gathered several of them into one channel
+        factor = torch.where(largest > 0, largest / largest.mean(), 1.0)
+        layer.scale_output(1 / factor)
+        per_input = factor.repeat_interleave(inputs // len(factor))  # a view spreads channels
+        reader.weight.mul_(reader.input_view(per_input))
+    return dag
+
+
+def next_weighted_layer(dag, name):
+    """The one dense layer that reads op `name` through ReLUs, average poolings and views, or None."""
+    (node,) = dag.ops[name]["out_nodes"]
+    while True:
+        readers = [entry["op"] for entry in dag.ops.values() for read in entry["in_nodes"] if read == node]
+        if len(readers) != 1 or node in dag.outputs_nodes:
+            return None
+        (op,) = readers
+        if isinstance(op, WeightedLayer) and op.weight.requires_grad:
+            return op if getattr(op, "groups", 1) == 1 else None
+        if not isinstance(op, (SpikeReLU, SpikeAvgPool2d, ViewOp)) or getattr(op, "ceiling", None) is not None:
+            return None
+        (node,) = next(entry["out_nodes"] for entry in dag.ops.values() if entry["op"] is op)

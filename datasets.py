@@ -213,7 +213,7 @@ def get_dataset(args):
         name, root = "folder", name
     check_dataset_name(name)
     if name in DETECTION_DATASETS:
-        from coco import coco_loaders
+        from detection.coco import coco_loaders
 
         return coco_loaders(root, args)
     images = DATASETS[name](root, getattr(args, "image_size", 32))

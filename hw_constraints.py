@@ -124,6 +124,79 @@ def check_hardware(layers, bits, hardware):
         raise ValueError(f"Hardware {hardware.name}: {layer.where} has {broken}: {advice}")
 
 
+def hardware_layers(dag, ann_layers=()):
+    """The layers of a network as `hw_constraints.Layer`, in order; a folded pooling is part of the layer behind it.
+
+    Raises ValueError, where poolings are to be folded, for a network that cannot be converted (`plan_conversion`).
+    """
+    from conversion.plan import RELUS, find_ann_layers, look_ahead, weighted_behind
+    from spike_layers import SpikeAvgPool2d, WeightedLayer
+
+    stays_ann = find_ann_layers(dag, ann_layers)
+    feeds_relu, leads_to_relu = look_ahead(dag, stays_ann)
+    layers, from_image, folded = [], set(dag.inputs_nodes), find_folded(dag, ann_layers)
+    for name, entry in dag.ops.items():
+        op, (out,) = entry["op"], entry["out_nodes"]
+        is_first = all(node in from_image for node in entry["in_nodes"])
+        if is_first and not isinstance(op, RELUS):
+            from_image.add(out)
+        if not isinstance(op, WeightedLayer) or op in folded.values():
+            continue
+        if name in stays_ann:
+            role = "last"
+        elif isinstance(op, SpikeAvgPool2d):
+            role = "pool" if leads_to_relu[out] else "last"
+        elif not feeds_relu[out] and not leads_to_relu[out] and not weighted_behind(dag, name):
+            role = "last"
+        else:
+            role = "first" if is_first else "hidden"
+        kernel_size = tuple(op.weight.shape[2:]) or (1, 1)
+        in_channels = len(op.rows(op.weight)[0]) // (kernel_size[0] * kernel_size[1])
+        if entry["in_nodes"][0] in folded:
+            kernel_size = folded_kernel_size(kernel_size, op, folded[entry["in_nodes"][0]])
+        layers.append(Layer(name, entry["path"], kernel_size, in_channels, role, feeds_relu[out]))
+    return layers
+
+
+def find_folded(dag, ann_layers):
+    """Node -> the folded average pooling whose sums it holds, from the pooling to the layers that weigh them."""
+    from conversion.plan import plan_conversion
+    from dag_rewrites import is_trained
+    from spike_layers import SpikeAvgPool2d
+
+    marked = any(isinstance(entry["op"], SpikeAvgPool2d) and entry["op"].folded for entry in dag.ops.values())
+    names, found = plan_conversion(dag, ann_layers).folded if marked else (), {}
+    for name, entry in dag.ops.items():
+        (out,), node = entry["out_nodes"], entry["in_nodes"][0]
+        if name in names:
+            found[out] = entry["op"]
+        elif node in found and not is_trained(entry["op"]):
+            found[out] = found[node]
+    return found
+
+
+def folded_kernel_size(kernel_size, layer, pool):
+    """Height and width of the kernel that `layer`, of `kernel_size`, and the average pooling before it make."""
+    dilations = getattr(layer, "dilation", (1, 1))
+    sides = zip(kernel_size, dilations, pool.stride, pool.kernel_size)
+    return tuple((k - 1) * dilation * stride + window for k, dilation, stride, window in sides)
+
+
+def choose_bitwidths(dag, weight_bitwidth, hardware, ann_layers=()):
+    """`weight_bitwidth` itself, or for "auto" the largest width of every layer with weights that `hardware` allows."""
+    if weight_bitwidth != "auto":
+        return weight_bitwidth
+    trained = dag.weighted_layers()
+    return tuple(largest_bitwidths([x for x in hardware_layers(dag, ann_layers) if x.name in trained], hardware))
+
+
+def bitwidths_by_name(dag, weight_bitwidth):
+    """Op name -> weight bits of every layer with weights. Raises ValueError as `set_bitwidths` does."""
+    from quantization import list_bitwidths
+
+    return dict(zip(dag.weighted_layers(), list_bitwidths(dag, weight_bitwidth)))
+
+
 def parse_args(argv=None):
     parser = OneLineParser(description="Check a network against the limits of a chip.")
     parser.add_argument("net_name", help="network name to check")
@@ -149,7 +222,7 @@ def main(args):
     from ann_parser import parse_ann_model
     from build_network import get_net_by_name, input_size
     from dag_rewrites import prepare_conversion
-    from snn_weight_setter import bitwidths_by_name, choose_bitwidths, hardware_layers
+    from hw_constraints import bitwidths_by_name, choose_bitwidths, hardware_layers
     from spike_dag import format_table
 
     size = input_size(args.net_name)

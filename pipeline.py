@@ -4,7 +4,7 @@ check_command_line(args)                            what can be wrong is found b
 net, args = load_network(args, images)              the trained network as a graph that can be converted
 qnet = quantize_finetune(net, ...)                  quantization.py
 snn = convert(qnet, train_val_loader, device, args) the spiking network
-snn = finetune_on_spikes(snn, qnet, net, ...)       spike_finetune.py
+snn = finetune_on_spikes(snn, qnet, net, ...)       finetuning/on_spikes.py
 """
 
 import platform
@@ -14,22 +14,25 @@ import time
 import numpy
 import torch
 
-from activation_levels import quantize_activations
 from ann_parser import parse_ann_model
 from build_network import build_trained_net, check_net_name
+from conversion.plan import plan_conversion
 from dag_rewrites import prepare_conversion
 from datasets import DETECTION_DATASETS, check_dataset_name
-from detection import DetectionLoss, check_detects, evaluate_detector
-from hw_constraints import HARDWARE, check_hardware, hardware_table, violations
-from quantization import weights_in_words
-from runtime.packages import REPORT_PACKAGES, check_packages
-from snn_weight_setter import (
+from detection.boxes import DetectionLoss, check_detects, evaluate_detector
+from finetuning.levels import quantize_activations
+from hw_constraints import (
+    HARDWARE,
     bitwidths_by_name,
+    check_hardware,
     choose_bitwidths,
     hardware_layers,
-    plan_conversion,
-    trans_ann2snn_weight,
+    hardware_table,
+    violations,
 )
+from quantization import weights_in_words
+from runtime.packages import REPORT_PACKAGES, check_packages
+from snn_weight_setter import trans_ann2snn_weight
 from spike_dag import format_table
 from validate import evaluate
 

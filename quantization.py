@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from batches import (
+from runtime.batches import (
     batches_of,
     count_batches,
     first_batch,
@@ -28,7 +28,6 @@ from batches import (
 )
 from runtime.ranges import check_option
 from spike_dag import SpikeDAGModule
-from spike_layers import SpikeAvgPool2d, SpikeLinear, SpikeReLU, ViewOp, WeightedLayer
 
 FLOAT_BITS = 32
 LONGEST_GRADIENT = 1.0  # of a step of finetuning, over all parameters
@@ -165,46 +164,6 @@ def sampling_stride(size, most, period):
     while math.gcd(stride, period) > 1:
         stride += 1
     return stride
-
-
-@torch.no_grad()
-def equalize_channels(dag):
-    """A copy of `dag` that computes the same, with equally large weights in all output channels of a layer.
-
-    A ReLU and an average pooling let a factor per channel pass, so each channel is divided by its largest |W| (over
-    the layer's mean) and the next layer's inputs multiplied by it. One scale per layer then serves all channels
-    (weight equalisation; Nagel et al., Data-Free Quantization, ICCV 2019). Layers whose output is added,
-    concatenated, read twice or gathered into channels by a view stay as they are.
-    """
-    dag = copy.deepcopy(dag)
-    for name, layer in dag.weighted_layers().items():
-        reader = next_weighted_layer(dag, name)
-        if reader is None:
-            continue
-        largest = layer.rows(layer.weight).abs().amax(1)  # [C]
-        inputs = reader.in_features if isinstance(reader, SpikeLinear) else reader.in_channels
-        if inputs % len(largest):
-            continue  # a view has gathered several of them into one channel
-        factor = torch.where(largest > 0, largest / largest.mean(), 1.0)
-        layer.scale_output(1 / factor)
-        per_input = factor.repeat_interleave(inputs // len(factor))  # a view spreads channels
-        reader.weight.mul_(reader.input_view(per_input))
-    return dag
-
-
-def next_weighted_layer(dag, name):
-    """The one dense layer that reads op `name` through ReLUs, average poolings and views, or None."""
-    (node,) = dag.ops[name]["out_nodes"]
-    while True:
-        readers = [entry["op"] for entry in dag.ops.values() for read in entry["in_nodes"] if read == node]
-        if len(readers) != 1 or node in dag.outputs_nodes:
-            return None
-        (op,) = readers
-        if isinstance(op, WeightedLayer) and op.weight.requires_grad:
-            return op if getattr(op, "groups", 1) == 1 else None
-        if not isinstance(op, (SpikeReLU, SpikeAvgPool2d, ViewOp)) or getattr(op, "ceiling", None) is not None:
-            return None
-        (node,) = next(entry["out_nodes"] for entry in dag.ops.values() if entry["op"] is op)
 
 
 class ShadowStep:

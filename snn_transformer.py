@@ -65,7 +65,7 @@ class SNNTransformer:
         **conversion,
     ):
         from ann_parser import copy_of
-        from stretch import module_paths
+        from transformer.stretch import module_paths
 
         weight_bitwidth = plain_bitwidths(weight_bitwidth)
         check_options(conversion)
@@ -118,10 +118,10 @@ class SNNTransformer:
 
     def trace(self, args, kwargs):
         """Find the stretch in a run of the network, quantise it, and make the optimizer."""
+        from conversion.plan import plan_conversion
         from dag_rewrites import prepare_conversion
         from quantization import init_quantize_net
-        from snn_weight_setter import plan_conversion
-        from stretch import SplicedNet, StretchSGD, cut_out
+        from transformer.stretch import SplicedNet, StretchSGD, cut_out
 
         with in_eval_mode(self.net):
             stretch, dag = cut_out(self.net, self.layers, args, kwargs)
@@ -175,7 +175,7 @@ class SNNTransformer:
         """
         import copy
 
-        from stretch import SplicedNet
+        from transformer.stretch import SplicedNet
 
         self.check_has_status()
         if self.snn is None:
@@ -205,7 +205,7 @@ class SNNTransformer:
         """What the stretch reads in eval mode, a tuple of tensors for each kept call of the network."""
         import torch
 
-        from stretch import run_spliced
+        from transformer.stretch import run_spliced
 
         found = []
 
@@ -229,14 +229,14 @@ class SNNTransformer:
         """Write the spiking stretch into a folder, with test vectors of the first `samples` kept inputs, 1 or more.
 
         manifest.json holds its ops, shapes, bit width, integer weights, Vthr, scales, T, reset mode, and the sha256 of
-        every file (`saved_snn`). An earlier result in `directory` is replaced; nothing is left half-written. Raises
+        every file (`transformer.saved`). An earlier result in `directory` is replaced; nothing is left half-written. Raises
         OSError where the folder cannot be written, or holds something else.
         """
         import copy
 
         from ann_parser import autocast_off
         from runtime.ranges import check_option
-        from saved_snn import check_target, write_saved_snn
+        from transformer.saved import check_target, write_saved_snn
 
         samples = check_option("samples", samples)
         check_target(directory)
@@ -288,7 +288,7 @@ def check_options(options):
 
 def check_values(timesteps, calibration_samples, damping, conversion):
     """Raise ValueError for values that the conversion, at the end of a training, would not take."""
-    from snn_weight_setter import check_conversion
+    from conversion.options import check_conversion
 
     elsewhere = ("maxpool", "signed", "ann_layers")  # checked when the stretch is traced
     options = {name: value for name, value in conversion.items() if name not in elsewhere}
@@ -352,7 +352,7 @@ class Status:
 
 def size_of(arguments):
     """Samples and bytes of the arguments of a call; the first tensor has the batch in front."""
-    from stretch import tensors_in
+    from transformer.stretch import tensors_in
 
     tensors = tensors_in(arguments)
     memory = sum(x.numel() * x.element_size() for x in tensors)
@@ -385,7 +385,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    from saved_snn import Mismatch, replay
+    from transformer.saved import Mismatch, replay
 
     try:
         print(replay(args.directory))

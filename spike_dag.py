@@ -25,9 +25,10 @@ from dag_checks import (
     run_ann_op,
 )
 from runtime.ranges import check_option
-from spike_layers import OP_TYPES, ClipFloorShift, IFNeuron, WeightedLayer
+from runtime.torch_files import OtherFile, read_torch_file
+from spike_layers import OP_TYPES, WeightedLayer
+from spike_neurons import ClipFloorShift, IFNeuron
 from spike_tensor import Current, Memory, SpikeTensor, decode
-from torch_files import OtherFile, read_torch_file
 
 FORMAT = "ann2snn-dag-1"
 ENGINES = {"auto": torch.uint8, "reference": torch.float64}

@@ -15,249 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from neuron_kernels import (
-    GpuWeights,
-    Int8Weights,
-    can_run_compiled,
-    convolves_on_gpu,
-    exact_type,
-    if_steps,
-    int8_is_exact,
-    learning_steps,
-    learning_steps_back,
-    order,
-)
+from kernels.currents import Int8Weights, exact_type, int8_is_exact
+from kernels.currents_gpu import GpuWeights, convolves_on_gpu
+from kernels.memory_order import order
+from spike_neurons import EXACT_IN_FLOAT32, IntegerState
 from spike_tensor import Current, Memory, SpikeTensor
 
-RESET_MODES = ("zero", "subtraction")
 MOST_PREPARED = 64  # shapes that a layer remembers the type for
-EXACT_IN_FLOAT32 = 2**24  # integers up to here are exact in float32
-
-
-def if_step(membrane, current, Vthr, reset_mode):
-    """One timestep of integrate-and-fire neurons: `membrane, spike`, both in the type of `membrane`.
-
-    Fires where u >= Vthr; then "subtraction" takes Vthr off the membrane potential, "zero" sets it to 0.
-    """
-    membrane = membrane + current
-    fires = membrane >= Vthr
-    spike = fires.to(membrane.dtype)
-    if reset_mode == "subtraction":
-        return membrane - Vthr * spike, spike
-    return membrane.masked_fill(fires, 0), spike
-
-
-class SpikesThroughTime(torch.autograd.Function):
-    """The spikes of integrate-and-fire neurons, [T, B, ...], from their currents, with a surrogate gradient.
-
-    steps: currents of T steps, [T, B, ...], of which the first `listen` come before the first spike. The gradient of a
-    spike is a triangle of area 1 over the membrane potential, from u = 0 over Vthr to 2 Vthr (piecewise linear; Bellec
-    et al., Long Short-Term Memory and Learning-to-Learn in Networks of Spiking Neurons, NeurIPS 2018); it passes
-    through the reset too.
-    """
-
-    @staticmethod
-    def forward(ctx, steps, Vthr, initial_potential, reset_mode, listen):
-        run = learning_steps if learns_compiled(steps) else learning_steps_in_turn
-        potentials, spikes = run(steps, Vthr, initial_potential, listen, reset_mode == "subtraction")
-        ctx.save_for_backward(potentials, Vthr)
-        ctx.reset_mode, ctx.listen = reset_mode, listen
-        return spikes
-
-    @staticmethod
-    def backward(ctx, gradient):
-        potentials, Vthr = ctx.saved_tensors
-        run = learning_steps_back if learns_compiled(potentials) else learning_steps_back_in_turn
-        of_steps = run(gradient, potentials, Vthr, ctx.listen, ctx.reset_mode == "subtraction")
-        return of_steps, None, None, None, None
-
-
-def learns_compiled(steps):
-    """Whether `learning_steps` can be used."""
-    return steps.dtype == torch.float32 and can_run_compiled(steps)
-
-
-def learning_steps_in_turn(steps, Vthr, start, listen, subtract):
-    """As `learning_steps`, in any floating-point type."""
-    potentials, spikes = torch.empty_like(steps), torch.empty_like(steps)
-    membrane = start + steps[:listen].sum(0)
-    for t, (potential, spike) in enumerate(zip(potentials, spikes)):
-        if t + listen < len(steps):
-            membrane = membrane + steps[t + listen]
-        potential.copy_(membrane)
-        spike.copy_(potential >= Vthr)
-        membrane = membrane - Vthr * spike if subtract else membrane * (1 - spike)
-    return potentials, spikes
-
-
-def learning_steps_back_in_turn(gradient, potentials, Vthr, listen, subtract):
-    """As `learning_steps_back`, in any floating-point type."""
-    of_steps, of_membrane = torch.empty_like(potentials), torch.zeros_like(potentials[0])
-    of_spike = (potentials / Vthr).sub_(1).abs_().neg_().add_(1).clamp_min_(0).div_(Vthr)  # [T, B, ...]
-    for t in reversed(range(len(potentials))):
-        kept = of_membrane if subtract else of_membrane * (potentials[t] < Vthr)
-        reset = Vthr if subtract else potentials[t]
-        of_membrane = kept + of_spike[t] * (gradient[t] - reset * of_membrane)
-        if t + listen < len(potentials):
-            of_steps[t + listen] = of_membrane
-    of_steps[:listen] = of_membrane
-    return of_steps
-
-
-class IFNeuron(nn.Module):
-    """Integrate-and-fire neurons of one layer.
-
-    Vthr: threshold, integer except behind the real-valued first layer. scale_factor: lambda, the activation that a
-    spike at every step stands for. initial_potential: u before the first step. Each is a scalar or [C, 1, 1] ([N]
-    behind a linear layer). largest_current: bound of |current| per step, None behind the first layer (float).
-    listen: steps of input that are integrated before the first spike; the T steps of spikes come that much later.
-    At listen = T the whole input is known before, and floor(u / Vthr) spikes, 0 to T, are sent.
-    learns: autograd follows the spikes (`spike_finetune.learning`).
-    spike_type: uint8, from which the layers behind make float32 currents, or float64, the reference engine's.
-    """
-
-    def __init__(
-        self,
-        Vthr,
-        scale_factor,
-        initial_potential,
-        reset_mode,
-        largest_current=None,
-        spike_type=torch.uint8,
-        listen=0,
-    ):
-        super().__init__()
-        if reset_mode not in RESET_MODES:
-            raise ValueError(f"unknown reset mode '{reset_mode}', use one of {', '.join(RESET_MODES)}")
-        self.register_buffer("Vthr", torch.as_tensor(Vthr))
-        self.register_buffer("scale_factor", torch.as_tensor(scale_factor))
-        self.register_buffer("initial_potential", torch.as_tensor(initial_potential))
-        self.reset_mode = reset_mode
-        self.largest_current = largest_current
-        self.spike_type = spike_type
-        self.listen = listen
-        self.learns = False
-        self.largest_start = {}
-
-    def config(self):
-        """The constructor's arguments."""
-        tensors = ("Vthr", "scale_factor", "initial_potential")
-        settings = ("reset_mode", "largest_current", "spike_type", "listen")
-        return {name: getattr(self, name) for name in tensors + settings}
-
-    def membrane_type(self, timesteps):
-        """float32 where every potential within `timesteps` steps is exact in it, else float64."""
-        if self.largest_current is None:
-            return torch.float32
-        if self.spike_type == torch.float64:
-            return torch.float64
-        state = IntegerState(self.Vthr, self.initial_potential)
-        if self.largest_start.get("state") != state:  # asked once: a GPU would have to wait for the answer
-            largest = self.Vthr.max().item() + self.initial_potential.abs().max().item()
-            self.largest_start = {"state": state, "largest": largest}
-        largest = self.largest_current * timesteps + self.largest_start["largest"]
-        return torch.float32 if largest < EXACT_IN_FLOAT32 else torch.float64
-
-    def forward(self, current, memory=None):
-        """Current of T steps -> SpikeTensor of T steps; the membrane potentials stay in `memory` for more steps."""
-        memory = Memory(current.timesteps) if memory is None else memory
-        dtype = self.membrane_type(memory.timesteps)
-        if self.learns:
-            return SpikeTensor.like(self.unroll(current, dtype), current.timesteps, self.scale_factor)
-        membrane = memory.by_layer.get(self)
-        if membrane is None:
-            shape = current.data.shape if current.constant else (-1, *current.data.shape[1:])
-            batch = len(current.data) // (1 if current.constant else current.timesteps)
-            membrane = self.initial_potential.to(dtype).expand(batch, *shape[1:])
-            membrane = torch.empty_like(membrane, memory_format=order(membrane)).copy_(membrane)
-        exact_in_float32 = dtype == torch.float32 and current.data.dtype != torch.float64
-        compiled = self.spike_type == torch.uint8 and exact_in_float32 and can_run_compiled(current.data)
-        spikes = []
-        for part in self.hear(current, membrane) if self.listen else [current]:
-            if compiled:
-                spikes.append(self.run_compiled(part, membrane))
-            else:
-                sent, membrane = self.run(part, membrane)
-                spikes.append(sent)
-        memory.by_layer[self] = membrane
-        spikes = torch.cat(spikes) if len(spikes) > 1 else spikes[0]
-        return SpikeTensor(spikes, current.timesteps, self.scale_factor)  # [T*B, ...]
-
-    def hear(self, current, membrane):
-        """Add the first `listen` steps to the membrane potentials; the currents that flow in while the neurons fire.
-
-        These are the rest of the steps, and then nothing, the same at every step, so that it takes no memory.
-        """
-        steps = current.per_step()  # [T, B, ...]
-        for step in steps[: self.listen]:
-            membrane += step
-        rest = steps[self.listen :]
-        silence = Current(torch.zeros_like(steps[0]), len(steps) - len(rest), constant=True)
-        return [Current(rest.flatten(0, 1), len(rest)), silence] if len(rest) else [silence]
-
-    def unroll(self, current, dtype):
-        """The spikes of all steps, float32 [T*B, ...], as autograd can follow them through time."""
-        steps, Vthr, initial = (x.to(dtype) for x in (current.per_step(), self.Vthr, self.initial_potential))
-        spikes = SpikesThroughTime.apply(steps, Vthr, initial, self.reset_mode, self.listen)  # [T, B, ...]
-        return spikes.flatten(0, 1).to(torch.float32)
-
-    def run(self, current, membrane):
-        """Spikes [T*B, ...] and the membrane potentials behind them, step by step in plain PyTorch."""
-        steps, Vthr = current.per_step(), self.Vthr.to(membrane.dtype)  # [T, B, ...]
-        spikes = torch.empty(steps.shape, dtype=self.spike_type, device=steps.device)
-        for t, step in enumerate(steps):
-            membrane, spikes[t] = if_step(membrane, step.to(membrane.dtype), Vthr, self.reset_mode)
-        return spikes.flatten(0, 1), membrane
-
-    def run_compiled(self, current, membrane):
-        """Spikes [T*B, ...] in one pass; changes `membrane` in place."""
-        steps, constant = (None, current.data) if current.constant else (current.data, None)
-        subtract = self.reset_mode == "subtraction"
-        return if_steps(steps, constant, current.spikes, self.Vthr, membrane, subtract, current.timesteps)
-
-    def extra_repr(self):
-        threshold = f"{self.Vthr:g}" if self.Vthr.numel() == 1 else f"{self.Vthr.min():g}..{self.Vthr.max():g}"
-        return f"Vthr={threshold}, reset_mode={self.reset_mode}"
-
-
-class ClipFloorShift(nn.Module):
-    """scale / levels * clip(floor(x levels / scale + 1/2), 0, levels): what `levels` timesteps of spikes can say.
-
-    Quantisation clip-floor-shift (Bu et al., ICLR 2022) with a learnt scale, lambda, a scalar or one per channel: the
-    gradient passes the floor as if it were not there, and that of the scale is LSQ's (Esser et al., Learned Step Size
-    Quantization, ICLR 2020), divided by the root of neurons times levels, as all of its neurons pull at it.
-    """
-
-    def __init__(self, levels, scale):
-        super().__init__()
-        self.levels = levels
-        self.scale = nn.Parameter(scale)
-
-    def forward(self, x):
-        return RoundToLevels.apply(x, self.scale, self.levels)
-
-    def extra_repr(self):
-        return f"levels={self.levels}"
-
-
-class RoundToLevels(torch.autograd.Function):
-    """The function of `ClipFloorShift`, and its gradients for x and scale."""
-
-    @staticmethod
-    def forward(ctx, x, scale, levels):
-        size = scale.abs().clamp_min(1e-6)
-        steps = (x / size).clamp_(0, 1).mul_(levels)
-        ctx.save_for_backward(steps, scale)
-        ctx.levels, ctx.share = levels, (x[0].numel() / scale.numel() * levels) ** -0.5
-        return (steps + 0.5).floor_().mul_(size / levels)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (steps, scale), levels = ctx.saved_tensors, ctx.levels
-        inside = (steps > 0) & (steps < levels)
-        of_scale = (steps + 0.5).floor_().sub_(steps).mul_(inside).add_(steps >= levels, alpha=levels)
-        total = of_scale.mul_(gradient).sum_to_size(scale.shape) * (ctx.share / levels) * scale.sign()
-        return gradient * inside, total, None
 
 
 class SpikeLayer(nn.Module):
@@ -313,7 +77,7 @@ class WeightedLayer(SpikeLayer):
     weight_bits: bit width of the integers, None before quantisation.
     largest_input: of the integers that the layer reads at a step: 1 for spikes, the window's size behind a folded
     pooling.
-    learns: autograd follows the currents to weights and biases (`spike_finetune.learning`).
+    learns: autograd follows the currents to weights and biases (`finetuning.on_spikes.learning`).
     """
 
     spatial = 0  # dimensions of a sample behind the channels
@@ -475,20 +239,6 @@ class WeightedLayer(SpikeLayer):
             self.bias.mul_(factor)
         if shift is not None:
             self.bias = nn.Parameter(shift.detach().clone() if self.bias is None else self.bias + shift)
-
-
-class IntegerState:
-    """Which tensors a layer's integers are, and how often they were changed in place."""
-
-    def __init__(self, *tensors):
-        self.tensors = tensors  # kept, so that no other tensor takes their place in memory
-        self.versions = [None if x is None or x.is_inference() else x._version for x in tensors]
-
-    def __eq__(self, other):
-        same = isinstance(other, IntegerState) and self.versions == other.versions
-        return same and all(mine is theirs for mine, theirs in zip(self.tensors, other.tensors))
-
-    __hash__ = None
 
 
 class SpikeConv2d(WeightedLayer, nn.Conv2d):

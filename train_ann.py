@@ -49,9 +49,10 @@ def main(args):
     import torch
     from torch import nn
 
-    from build_network import build_trained_net, check_runs, get_net_by_name, input_size, load_weights
+    from build_network import build_trained_net, check_runs, get_net_by_name, input_size
     from datasets import DATASETS, DETECTION_DATASETS, check_dataset_name, get_dataset
-    from detection import DetectionLoss, check_detects, evaluate_detector
+    from detection.boxes import DetectionLoss, check_detects, evaluate_detector
+    from networks.checkpoint import load_weights
     from pipeline import check_classifies
     from runtime.device import choose_device, seed_everything
     from runtime.files import check_room, check_writable, write_torch

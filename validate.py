@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from batches import batches_of, fit_labels, labelled_batch, loss_of, type_of
+from runtime.batches import batches_of, fit_labels, labelled_batch, loss_of, type_of
 from spike_dag import one_or_all
 from spike_tensor import firing_ratios, record_firing_ratios
 

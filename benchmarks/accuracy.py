@@ -141,11 +141,12 @@ def measure(args, flags, loaders, finetuned):
     import torch
 
     from build_network import input_size
+    from dag_rewrites import equalize_channels
     from datasets import DETECTION_DATASETS, get_dataset
+    from finetuning.on_spikes import finetune_on_spikes
     from pipeline import check_command_line, choose_measure, convert, load_network, with_levels
-    from quantization import equalize_channels, quantize_finetune
+    from quantization import quantize_finetune
     from runtime.device import choose_device, seed_everything
-    from spike_finetune import finetune_on_spikes
 
     check_command_line(flags)
     if flags.dataset in DETECTION_DATASETS:
@@ -219,9 +220,9 @@ def evenly_spaced(loader, most):
 
 def price(snn, images, torch):
     """Spikes and synaptic operations per image."""
+    from conversion.statistics import node_shapes
     from reports.energy import count_operations
     from reports.observe import observe
-    from snn_weight_setter import node_shapes
 
     seen = observe(snn, images)
     ann = {"spikes": 0.0, "synops": 0.0}

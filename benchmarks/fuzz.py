@@ -236,7 +236,7 @@ def is_near(actual, expected, share):
 @torch.no_grad()
 def check_simulation(snn, images):
     """The same spikes from both simulators, from a file, at another batch size and in another memory budget."""
-    from spike_finetune import decoded_rates
+    from finetuning.on_spikes import decoded_rates
 
     spikes = snn(images)
     promise(spikes.isfinite().all(), "an output is not finite")

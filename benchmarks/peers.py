@@ -68,8 +68,8 @@ def load(args, network):
 
     from build_network import build_trained_net, input_size
     from datasets import get_dataset
+    from finetuning.on_spikes import first_images
     from runtime.device import seed_everything
-    from spike_finetune import first_images
 
     flags = conversion_args(network, 8, "-e 0", 1, 0, args.dataset)
     flags.image_size = input_size(flags.net_name)

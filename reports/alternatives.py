@@ -10,11 +10,11 @@ import sys
 import torch
 from tqdm import tqdm
 
+from conversion.correction import correct_spikes
 from pipeline import convert, with_levels
 from quantization import FLOAT_BITS, init_quantize_net, quantize_finetune
 from reports.observe import run_spiking
 from runtime.device import seed_everything
-from spike_correction import correct_spikes
 from spike_tensor import SpikeTensor
 
 MOST_TIMESTEPS = 65536

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from hw_constraints import HARDWARE, hardware_table
+from conversion.correction import bias_beyond
+from conversion.statistics import node_shapes
+from hw_constraints import HARDWARE, bitwidths_by_name, hardware_layers, hardware_table
 from pipeline import versions
 from quantization import FLOAT_BITS, round_to_integers
 from reports.alternatives import repair_layers, score_error, sweep, try_alternatives
@@ -19,8 +21,6 @@ from reports.energy import count_operations, energy_table, potential_bound, sign
 from reports.errors import PARTS, ErrorSums, decoded, initial_share, split_error
 from reports.observe import activations_on_spikes, node_values, observe
 from runtime.files import write_folder
-from snn_weight_setter import bitwidths_by_name, hardware_layers, node_shapes
-from spike_correction import bias_beyond
 
 BATCH = 32  # images that are looked into at a time, at most
 MOST_PAIRS = 20_000  # of activations and decoded rates a layer that a figure shows

@@ -13,7 +13,7 @@ the way from one to the other one thing changes at a time, and every change is a
     integers     the count from the current that really came, minus that: weights rounded once more, where branches
                  share a neuron, biases rounded to the neuron's integers or corrected (`--correction bias`), and what
                  finetuning on spikes moved
-    correction   the same with the initial potential as it was corrected (`spike_correction`), minus that
+    correction   the same with the initial potential as it was corrected (`conversion.correction`), minus that
     arrival      uneven arrival: the spikes that were really sent, minus that. Without listening, a spike is sent too
                  early that later negative currents do not bear out, or too late to be sent at all. With reset to zero,
                  what is over the threshold and lost at a reset is here too
@@ -43,7 +43,7 @@ def split_error(activation, quantised, on_spikes, current, counts, neuron, times
     activation, quantised: of the float and of the quantised ANN; on_spikes: of the latter where it reads decoded
     spikes, [B, ...]. current: the sum of T steps into the neurons, counts: the spikes that they sent, [B, ...]. share:
     the initial potential before its correction, in Vthr. moved: what the biases give over T steps beyond the ANN's
-    (`spike_correction.bias_beyond`), which the potential starts lower for; it counts as a part of the potential. The
+    (`conversion.correction.bias_beyond`), which the potential starts lower for; it counts as a part of the potential. The
     parts add up to `decoded(counts, neuron, timesteps) - activation`.
     """
     activation, quantised = activation.double(), quantised.double()

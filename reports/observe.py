@@ -3,7 +3,7 @@
 import torch
 
 from spike_dag import run_ops
-from spike_layers import if_step
+from spike_neurons import if_step
 from spike_tensor import Memory, SpikeTensor
 
 

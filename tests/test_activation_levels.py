@@ -9,12 +9,12 @@ from test_spike_finetune import CHOICES, prepared
 from torch import nn
 
 import ann2snn
-from activation_levels import quantize_activations
+from finetuning.levels import quantize_activations
 from quantization import quantize_finetune, round_to_integers
 from runtime.cli import run_script
 from snn_weight_setter import trans_ann2snn_weight
 from spike_dag import from_dict, load_dag
-from spike_layers import ClipFloorShift
+from spike_neurons import ClipFloorShift
 
 
 def test_levels_and_gradients_by_hand():

@@ -25,10 +25,12 @@ from test_spikes import convert, spikes_and_first_currents
 import analyse_error
 import ann2snn
 import reports.figures
-import snn_weight_setter
 from ann_parser import parse_ann_model
-from build_network import get_net_by_name, load_weights
+from build_network import get_net_by_name
+from conversion import integers
+from conversion.correction import bias_beyond, correct_spikes
 from dag_rewrites import prepare_conversion
+from networks.checkpoint import load_weights
 from pipeline import convert as convert_by_flags
 from quantization import quantize_finetune, quantize_layer
 from reports.alternatives import alternatives, measure, repair_layers, try_alternatives
@@ -38,8 +40,7 @@ from reports.html import report_page
 from reports.observe import activations_on_spikes, node_values, observe
 from runtime.cli import run_script
 from runtime.files import check_folder, write_folder
-from spike_correction import bias_beyond, correct_spikes
-from spike_layers import IFNeuron
+from spike_neurons import IFNeuron
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = "checkpoint/example_net_ann.pth"
@@ -249,7 +250,7 @@ def test_a_repair_is_what_a_conversion_with_float_weights_there_gives(digits_loa
     args, net, loaders = digits_conversion(digits_loaders, "--weight_bitwidth", "3")
     qnet, *known = quantised_and_expected(args, net, loaders)
     repaired = repair_layers(args, qnet, loaders[3], "cpu", *known)
-    original = snn_weight_setter.SpikeSetter.set_weight
+    original = integers.SpikeSetter.set_weight
     for name in ("conv2", "conv3"):
 
         def leave_float(setter, op, layer, in_nodes, out, name=name):
@@ -260,7 +261,7 @@ def test_a_repair_is_what_a_conversion_with_float_weights_there_gives(digits_loa
                 layer.set_integers(weight * (scale / unit), None, layer.unit)
                 layer.weight.data.copy_(weight)
 
-        monkeypatch.setattr(snn_weight_setter.SpikeSetter, "set_weight", leave_float)
+        monkeypatch.setattr(integers.SpikeSetter, "set_weight", leave_float)
         ann = copy.deepcopy(qnet)
         snn = convert_by_flags(ann, loaders[3], "cpu", args, calibration_samples=24, correction="none")
         ann.ops[name]["op"].weight.data.copy_(net.ops[name]["op"].weight)

@@ -15,22 +15,24 @@ from torch import nn
 
 import ann2snn
 import spike_layers
-from activation_levels import quantize_activations
 from ann_parser import parse_ann_model
 from benchmarks.accuracy import conversion_args
-from build_network import get_net_by_name, load_weights
+from build_network import get_net_by_name
+from conversion.plan import plan_conversion
+from conversion.statistics import node_shapes
 from dag_rewrites import prepare_conversion
-from hw_constraints import HARDWARE, hardware_table, largest_bitwidths
-from neuron_kernels import Int8Weights, exact_type, int8_is_exact
+from finetuning.levels import quantize_activations
+from finetuning.on_spikes import finetune_spikes, shadow_weights, tandem_forward
+from hw_constraints import HARDWARE, hardware_layers, hardware_table, largest_bitwidths
+from kernels.currents import Int8Weights, exact_type, int8_is_exact
+from networks.checkpoint import load_weights
 from reports.energy import count_operations
 from reports.observe import observe
-from saved_snn import replay
 from snn_transformer import SNNTransformer
-from snn_weight_setter import hardware_layers, node_shapes, plan_conversion
 from spike_dag import from_dict, load_dag, run_ops
-from spike_finetune import finetune_spikes, shadow_weights, tandem_forward
 from spike_layers import SpikeAvgPool2d, SpikeConv2d, SpikeLinear
 from spike_tensor import Memory, SpikeTensor
+from transformer.saved import replay
 
 
 class Poolings(nn.Module):

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from activation_levels import quantize_activations
 from ann_parser import parse_ann_model
-from batches import count_batches, fit_labels, loss_of, split_batch
+from finetuning.levels import quantize_activations
+from finetuning.on_spikes import finetune_spikes
 from quantization import distillation_loss, quantize_finetune
+from runtime.batches import count_batches, fit_labels, loss_of, split_batch
 from snn_weight_setter import trans_ann2snn_weight
-from spike_finetune import finetune_spikes
 from validate import evaluate, validate_ann, validate_snn
 
 IMAGES = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -18,7 +18,8 @@ from PIL import Image
 
 import ann2snn
 import build_network
-from build_network import get_net_by_name, load_weights
+from build_network import get_net_by_name
+from networks.checkpoint import load_weights
 from runtime.cli import run_script
 from runtime.device import choose_device
 from runtime.files import check_writable, write_atomically, write_json

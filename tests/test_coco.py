@@ -16,12 +16,11 @@ from PIL import Image
 from test_snn_transformer import assert_reference_agrees, with_statistics, with_status
 
 import ann2snn
-import coco
 import train_ann
 from build_network import get_net_by_name
-from coco import Letterbox, mirror_and_shift, pad_targets, shift
 from datasets import get_dataset
-from detection import (
+from detection import coco
+from detection.boxes import (
     DetectionLoss,
     assign,
     cells,
@@ -31,8 +30,9 @@ from detection import (
     mean_average_precision,
     to_boxes,
 )
+from detection.coco import Letterbox, mirror_and_shift, pad_targets, shift
 from runtime.cli import run_script
-from saved_snn import make_vectors
+from transformer.saved import make_vectors
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import draw_shapes

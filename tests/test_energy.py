@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from test_layers import small_model
 from test_spikes import convert
 
+from conversion.statistics import node_shapes
 from reports.energy import (
     COSTS_45_NM,
     Costs,
@@ -23,8 +24,8 @@ from reports.energy import (
     synaptic_operations,
 )
 from reports.observe import observe, replay
-from snn_weight_setter import node_shapes
-from spike_layers import IFNeuron, SignedReLU, SpikeAvgPool2d, SpikeConv2d, SpikeConvTranspose2d, SpikeLinear
+from spike_layers import SignedReLU, SpikeAvgPool2d, SpikeConv2d, SpikeConvTranspose2d, SpikeLinear
+from spike_neurons import IFNeuron
 from spike_tensor import Current
 
 

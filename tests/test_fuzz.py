@@ -15,6 +15,6 @@ def test_random_cases_keep_their_promises():
 
 def test_a_broken_promise_is_found(monkeypatch):
     """A reference whose neurons never fire."""
-    monkeypatch.setattr("spike_layers.if_step", lambda membrane, current, Vthr, mode: (membrane, 0 * membrane))
+    monkeypatch.setattr("spike_neurons.if_step", lambda membrane, current, Vthr, mode: (membrane, 0 * membrane))
     verdicts = [run_case("networks", seed) for seed in range(8)]
     assert any("BROKEN: Broken: the simulators differ" in verdict for verdict in verdicts)

@@ -11,13 +11,14 @@ from test_spikes import assert_every_spike_is_reproduced, convert
 from torch import nn
 
 import ann2snn
-from activation_levels import quantize_activations
-from neuron_kernels import learning_steps, learning_steps_back, order
+from finetuning.levels import quantize_activations
+from finetuning.on_spikes import GRADIENTS, finetune_spikes
+from kernels.memory_order import order
+from kernels.neurons import learning_steps, learning_steps_back
 from runtime.cli import run_script
 from snn_weight_setter import trans_ann2snn_weight
 from spike_dag import load_dag
-from spike_finetune import GRADIENTS, finetune_spikes
-from spike_layers import IFNeuron, learning_steps_back_in_turn, learning_steps_in_turn
+from spike_neurons import IFNeuron, learning_steps_back_in_turn, learning_steps_in_turn
 from spike_tensor import Current
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from ann2snn import parse_args
 from ann_parser import parse_ann_model
 from build_network import build_trained_net
+from conversion.correction import bias_beyond, bias_carrier, bias_carriers, hold_back_neuron
 from dag_rewrites import prepare_conversion
 from reports.analysis import look_into_layers
-from spike_correction import bias_beyond, bias_carrier, bias_carriers, hold_back_neuron
 
 ROOT = Path(__file__).parents[1]
 

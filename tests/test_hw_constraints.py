@@ -12,8 +12,15 @@ from torch import nn
 import build_network
 import hw_constraints
 from ann_parser import parse_ann_model
-from hw_constraints import HARDWARE, Layer, check_hardware, hardware_table, largest_bitwidth, violations
-from snn_weight_setter import hardware_layers
+from hw_constraints import (
+    HARDWARE,
+    Layer,
+    check_hardware,
+    hardware_layers,
+    hardware_table,
+    largest_bitwidth,
+    violations,
+)
 
 ROOT = Path(__file__).parents[1]
 V1 = HARDWARE["v1.0"]

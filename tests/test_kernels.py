@@ -13,11 +13,14 @@ from test_layers import small_model
 from test_spikes import assert_every_spike_is_reproduced, convert
 from torch import nn
 
-import neuron_kernels
 import spike_dag
 import spike_layers
-from neuron_kernels import Int8Weights, exact_type, int8_is_exact, order
-from spike_layers import IFNeuron, WeightedLayer
+import spike_neurons
+from kernels import neurons, neurons_cpu
+from kernels.currents import Int8Weights, exact_type, int8_is_exact
+from kernels.memory_order import order
+from spike_layers import WeightedLayer
+from spike_neurons import IFNeuron
 from spike_tensor import Current
 
 ROOT = Path(__file__).parents[1]
@@ -95,16 +98,18 @@ def learn(forward, backward, steps, Vthr, start, gradient, listen, subtract):
 def test_compiled_neurons_learn_as_the_plain_ones(shape, granularity, listen, subtract, seed):
     pytest.importorskip("numba")
     given, listen = learning_inputs(shape, granularity, seed), min(listen, shape[0])
-    found = learn(neuron_kernels.learning_steps, neuron_kernels.learning_steps_back, *given, listen, subtract)
+    found = learn(neurons.learning_steps, neurons.learning_steps_back, *given, listen, subtract)
     plain = learn(
-        spike_layers.learning_steps_in_turn, spike_layers.learning_steps_back_in_turn, *given, listen, subtract
+        spike_neurons.learning_steps_in_turn, spike_neurons.learning_steps_back_in_turn, *given, listen, subtract
     )
     assert_learn_alike(found, plain)
 
 
 GPU_NEURONS = """
 import torch
-from neuron_kernels import if_steps_on_cpu, if_steps_on_gpu, order
+from kernels.memory_order import order
+from kernels.neurons_cpu import if_steps_on_cpu
+from kernels.neurons_gpu import if_steps_on_gpu
 from test_kernels import neuron_inputs, thresholds
 
 checked = 0
@@ -126,19 +131,19 @@ print(checked)
 
 GPU_LEARNING = """
 import torch
-import neuron_kernels
-from spike_layers import learning_steps_back_in_turn, learning_steps_in_turn
+from kernels import neurons, neurons_cpu, neurons_gpu
+from spike_neurons import learning_steps_back_in_turn, learning_steps_in_turn
 from test_kernels import assert_learn_alike, learn, learning_inputs
 
-neuron_kernels.learning_steps_on_cpu = neuron_kernels.learning_steps_on_gpu
-neuron_kernels.learning_steps_back_on_cpu = neuron_kernels.learning_steps_back_on_gpu
+neurons_cpu.learning_steps_on_cpu = neurons_gpu.learning_steps_on_gpu
+neurons_cpu.learning_steps_back_on_cpu = neurons_gpu.learning_steps_back_on_gpu
 checked = 0
 for shape in [(1, 3, 5, 7, 6), (4, 2, 1, 3, 3), (5, 4, 33)]:
     for granularity in ("layer", "channel", "neuron"):
         for listen in {0, 1, shape[0]}:
             for subtract in (True, False):
                 given = *learning_inputs(shape, granularity, checked), listen, subtract
-                found = learn(neuron_kernels.learning_steps, neuron_kernels.learning_steps_back, *given)
+                found = learn(neurons.learning_steps, neurons.learning_steps_back, *given)
                 assert_learn_alike(found, learn(learning_steps_in_turn, learning_steps_back_in_turn, *given))
                 checked += 1
 print(checked)
@@ -148,7 +153,7 @@ print(checked)
 GPU_CONVOLUTIONS = """
 import torch
 from torch.nn.functional import conv2d
-from neuron_kernels import GpuWeights
+from kernels.currents_gpu import GpuWeights
 
 generator, checked = torch.Generator().manual_seed(0), 0
 for inputs, outputs, groups in [(16, 16, 1), (3, 40, 1), (70, 130, 1), (20, 20, 20), (1, 1, 1)]:
@@ -223,7 +228,7 @@ def test_int8_convolutions_are_exact(bits, kernel, stride, dilation, groups, siz
 def test_every_spike_without_the_fast_kernels(monkeypatch, without):
     """As on a machine that lacks them: the fallbacks are as exact."""
     if without != "int8":
-        monkeypatch.setattr(neuron_kernels, "njit", None)
+        monkeypatch.setattr(neurons_cpu, "njit", None)
     if without != "numba":
         monkeypatch.setattr(spike_layers, "int8_is_exact", lambda largest=1: False)
     for name in ("shortcuts", "upwards"):
@@ -262,7 +267,7 @@ def test_types_of_a_gpu_are_exact(monkeypatch, name, bits):
         return layer.operate_in_type(spikes.to(layer.gpu_type(spikes)))
 
     monkeypatch.setattr(WeightedLayer, "current_of", current_of)
-    monkeypatch.setattr(neuron_kernels, "njit", None)  # numba has no float16
+    monkeypatch.setattr(neurons_cpu, "njit", None)  # numba has no float16
     assert_every_spike_is_reproduced(snn, images[:3], 16)
     assert types >= {torch.float16}
 

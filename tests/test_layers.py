@@ -8,17 +8,18 @@ from hypothesis import strategies as st
 from test_spikes import assert_every_spike_is_reproduced, convert, spikes_and_first_currents
 from torch import nn
 
-import spike_correction
 from ann_parser import as_tuple, parse_ann_model
 from build_network import NETWORKS, get_net_by_name
+from conversion import correction as spike_correction
+from conversion.correction import calibration_images
+from conversion.plan import plan_conversion
 from dag_rewrites import prepare_conversion
 from quantization import init_quantize_net, quantize_finetune
-from saved_snn import load_saved_snn, replay, write_saved_snn
-from snn_weight_setter import plan_conversion, trans_ann2snn_weight
-from spike_correction import calibration_images
+from snn_weight_setter import trans_ann2snn_weight
 from spike_dag import load_dag
 from spike_layers import SpikeAdd, SpikeBatchNorm, SpikeConvBN, SpikeMaxPool2d
 from spike_tensor import SpikeTensor
+from transformer.saved import load_saved_snn, replay, write_saved_snn
 
 
 def with_statistics(net, seed=0):

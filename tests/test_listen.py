@@ -10,7 +10,7 @@ from test_spikes import convert, spikes_and_first_currents
 import ann2snn
 from runtime.cli import run_script
 from spike_dag import load_dag
-from spike_layers import IFNeuron
+from spike_neurons import IFNeuron
 from spike_tensor import Current
 
 

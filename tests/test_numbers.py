@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from activation_levels import quantize_activations
 from ann_parser import parse_ann_model
+from finetuning.levels import quantize_activations
+from finetuning.on_spikes import finetune_spikes
 from quantization import quantize_finetune, quantize_layers
 from runtime.ranges import RANGES, Whole, check_option
 from snn_weight_setter import trans_ann2snn_weight
-from spike_finetune import finetune_spikes
 from spike_layers import SpikeConv2d
 
 IMAGES = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))

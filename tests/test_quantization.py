@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
 
-from activation_levels import quantize_activations
 from ann_parser import parse_ann_model
-from build_network import get_net_by_name, load_weights
+from build_network import get_net_by_name
+from dag_rewrites import equalize_channels
+from finetuning.levels import quantize_activations
+from networks.checkpoint import load_weights
 from quantization import (
     LONGEST_GRADIENT,
     QuantAdam,
     QuantSGD,
     distillation_loss,
-    equalize_channels,
     init_quantize_net,
     largest_integer,
     quantize,

@@ -19,13 +19,14 @@ import torch
 from torch import nn
 
 from ann_parser import parse_ann_model
-from build_network import get_net_by_name, load_weights
+from build_network import get_net_by_name
 from dag_checks import CONFIGS, NEURON, NEURON_OF_LATER_FILES, OP, OP_OF_LATER_FILES, TENSORS, Misfit
+from networks.checkpoint import load_weights
 from quantization import init_quantize_net, quantize_layers
+from runtime.torch_files import OtherFile, read_torch_file
 from snn_weight_setter import trans_ann2snn_weight
 from spike_dag import SpikeDAGModule, from_dict, load_dag
 from spike_layers import OP_TYPES, SpikeConv2d, SpikeReLU
-from torch_files import OtherFile, read_torch_file
 
 ROOT = Path(__file__).resolve().parents[1]
 

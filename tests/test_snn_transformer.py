@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from reference import simulate
 from torch import nn
 
-import saved_snn
 import snn_transformer
 from build_network import get_net_by_name
 from runtime.cli import run_script
-from saved_snn import load_saved_snn, make_vectors, read_manifest
 from snn_transformer import SNNTransformer
 from spike_dag import SpikeDAGModule
+from transformer import saved as saved_snn
+from transformer.saved import load_saved_snn, make_vectors, read_manifest
 
 ROOT = Path(__file__).parents[1]
 STRETCHES = {

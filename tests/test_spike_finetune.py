@@ -12,13 +12,9 @@ from torch import nn
 
 import ann2snn
 from ann_parser import parse_ann_model
-from build_network import get_net_by_name, load_weights
+from build_network import get_net_by_name
 from dag_rewrites import prepare_conversion
-from quantization import distillation_loss, groups_of, init_quantize_net, largest_integer
-from runtime.cli import run_script
-from snn_weight_setter import trans_ann2snn_weight
-from spike_dag import load_dag
-from spike_finetune import (
+from finetuning.on_spikes import (
     GRADIENTS,
     MOST_THROUGH_TIME,
     decoded_rates,
@@ -27,7 +23,13 @@ from spike_finetune import (
     shadow_weights,
     tandem_forward,
 )
-from spike_layers import IFNeuron, SpikeLinear
+from networks.checkpoint import load_weights
+from quantization import distillation_loss, groups_of, init_quantize_net, largest_integer
+from runtime.cli import run_script
+from snn_weight_setter import trans_ann2snn_weight
+from spike_dag import load_dag
+from spike_layers import SpikeLinear
+from spike_neurons import IFNeuron
 from spike_tensor import Current
 
 CHOICES = dict(maxpool="gate", signed="pair")

@@ -12,11 +12,15 @@ from torch import nn
 
 import spike_tensor
 from ann_parser import parse_ann_model
-from build_network import get_net_by_name, load_weights
+from build_network import get_net_by_name
+from conversion.correction import PackedSpikes
+from conversion.plan import plan_conversion
+from conversion.statistics import Pool, least_error_scales, pool_activations
+from networks.checkpoint import load_weights
 from quantization import init_quantize_net
-from snn_weight_setter import Pool, least_error_scales, plan_conversion, pool_activations, trans_ann2snn_weight
-from spike_correction import PackedSpikes
-from spike_layers import IFNeuron, SpikeConv2d, SpikeReLU, if_step
+from snn_weight_setter import trans_ann2snn_weight
+from spike_layers import SpikeConv2d, SpikeReLU
+from spike_neurons import IFNeuron, if_step
 from spike_tensor import Current, SpikeTensor, record_firing_ratios
 
 

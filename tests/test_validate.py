@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from ann_parser import parse_ann_model
-from build_network import get_net_by_name, load_weights
+from build_network import get_net_by_name
+from networks.checkpoint import load_weights
 from snn_weight_setter import trans_ann2snn_weight
 from validate import evaluate, validate_ann, validate_snn
 

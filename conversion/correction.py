@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from batches import batches_of, on_device, split_batch
 from dag_rewrites import is_trained, only_reader, writer
+from runtime.batches import batches_of, on_device, split_batch
 from spike_dag import as_spiking, one_thread_per_operator, run_ops
 from spike_layers import SignedReLU, SpikeAdd, SpikeBatchNorm, WeightedLayer
 from spike_tensor import Memory, SpikeTensor

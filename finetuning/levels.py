@@ -16,18 +16,13 @@ import copy
 
 import torch
 
-from batches import first_batch, on_device, reusable, split_batch
+from conversion.integers import SpikeSetter
+from conversion.plan import plan_conversion
+from conversion.statistics import calibrate, least_error_scales, node_shapes, use_learnt_scales
 from quantization import as_dag
+from runtime.batches import first_batch, on_device, reusable, split_batch
 from runtime.ranges import check_option
-from snn_weight_setter import (
-    SpikeSetter,
-    calibrate,
-    least_error_scales,
-    node_shapes,
-    plan_conversion,
-    use_learnt_scales,
-)
-from spike_layers import ClipFloorShift
+from spike_neurons import ClipFloorShift
 
 
 def quantize_activations(net, loader, device, levels, ann_layers=(), calibration_samples=1000, granularity="layer"):

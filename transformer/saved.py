@@ -20,12 +20,12 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from conversion.statistics import node_shapes
 from runtime.files import naming, remove_stale, temporary_beside
-from snn_weight_setter import node_shapes
+from runtime.torch_files import OtherFile
 from spike_dag import FORMAT as DAG_FORMAT
 from spike_dag import from_dict, one_thread_per_operator, run_ops
 from spike_tensor import Current, Memory, SpikeTensor
-from torch_files import OtherFile
 
 FORMAT = "ann2snn-stretch-1"
 MANIFEST = "manifest.json"

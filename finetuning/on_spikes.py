@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from batches import batches_of, count_batches, first_output, labelled_batch, loss_of, on_device, reusable, split_batch
+from conversion.integers import LARGEST_INTEGER
 from quantization import (
     FLOAT_BITS,
     QuantAdam,
@@ -37,8 +37,17 @@ from quantization import (
     quantize_layer,
     round_layer,
 )
+from runtime.batches import (
+    batches_of,
+    count_batches,
+    first_output,
+    labelled_batch,
+    loss_of,
+    on_device,
+    reusable,
+    split_batch,
+)
 from runtime.ranges import check_option
-from snn_weight_setter import LARGEST_INTEGER
 from spike_dag import one_or_all, one_thread_per_operator, run_ops
 from spike_layers import SpikeMaxPool2d
 from spike_tensor import Memory, SpikeTensor

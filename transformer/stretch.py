@@ -29,9 +29,9 @@ from ann_parser import (
     check_same_output,
     refuse_compiled,
 )
+from conversion.integers import Groups
 from dag_rewrites import fold_batch_norms
 from quantization import QuantSGD
-from snn_weight_setter import Groups
 
 RELU_NAMES = {resolve_name(f) for f in (*RELU_FUNCTIONS, *RELU_IN_PLACE_FUNCTIONS)} | {
     f"torch.nn.functional.{name}" for name in ("relu", "relu6", "hardtanh")

@@ -1,0 +1,91 @@
+"""Convolutions and linear layers of spikes with integer weights, each way exact, chosen by what the machine has.
+
+Int8Weights    CPU: 8-bit weights, by oneDNN in integers
+exact_type     the narrowest floating-point type in which currents are exact on a device, tried out
+"""
+
+import functools
+
+import torch
+
+from kernels.memory_order import order
+
+
+class Int8Weights:
+    """The integer weights of a convolution or linear layer, packed for oneDNN: uint8 spikes in, exact float32 out."""
+
+    def __init__(self, weight_q, bias_q, conv=None):
+        channels = len(weight_q)
+        self.conv = conv  # (stride, padding, dilation, groups), None for a linear layer
+        self.scale, self.zero = torch.ones(channels), torch.zeros(channels, dtype=torch.int64)
+        self.bias = None if bias_q is None else bias_q.to(torch.float32)
+        onednn = torch.ops.onednn
+        if conv is None:
+            self.packed = onednn.qlinear_prepack(weight_q.contiguous(), None)
+        else:
+            self.packed = onednn.qconv_prepack(weight_q.contiguous(), self.scale, 1.0, 0, *conv)
+
+    def __call__(self, spikes):
+        """Currents of uint8 spikes."""
+        weights = (self.packed, self.scale, self.zero, self.bias)
+        if self.conv is None:
+            tail = (1.0, 0, torch.float32, "none", [], "")
+            return torch.ops.onednn.qlinear_pointwise(spikes, 1.0, 0, *weights, *tail)
+        tail = (1.0, 0, torch.float32, "none", [], "")
+        spikes = spikes.contiguous(memory_format=torch.channels_last)
+        return torch.ops.onednn.qconv2d_pointwise(spikes, 1.0, 0, *weights, *self.conv, *tail)
+
+
+@functools.cache
+def int8_is_exact(largest=1):
+    """Whether this machine's int8 operators exist and are exact for inputs of 0 to `largest`, tried out once.
+
+    Without VNNI a processor may add products in pairs of 16 bits, which the largest inputs and weights overflow: so
+    these are tried beside random ones.
+    """
+    generator = torch.Generator().manual_seed(0)
+    spikes = torch.randint(0, largest + 1, (3, 32, 9, 9), generator=generator, dtype=torch.uint8)
+    weight = torch.randint(-127, 128, (16, 32, 3, 3), generator=generator, dtype=torch.int8)
+    extremes = torch.full_like(spikes, largest), torch.full_like(weight, 127)
+    return all(int8_gives_exact(*tried) for tried in ((spikes, weight), extremes))
+
+
+def int8_gives_exact(spikes, weight):
+    """Whether int8 operators exist, and a convolution and a linear layer by them equal those in float64."""
+    bias = torch.arange(16, dtype=torch.int32)
+    conv = ([1, 1], [1, 1], [1, 1], 1)
+    try:
+        current = Int8Weights(weight, bias, conv)(spikes)
+        linear = Int8Weights(weight.flatten(1), bias)(spikes[:, :, :3, :3].flatten(1))
+    except (AttributeError, RuntimeError):  # no such operator in this build of torch, or on this processor
+        return False
+    expected = torch.nn.functional.conv2d(spikes.double(), weight.double(), bias.double(), padding=1)
+    rows = spikes[:, :, :3, :3].flatten(1).double() @ weight.flatten(1).double().T + bias
+    return torch.equal(current.double(), expected) and torch.equal(linear.double(), rows)
+
+
+LARGEST_EXACT = {torch.float16: 2**11, torch.float32: 2**24}  # integers up to here are exact in a type
+
+
+def exact_type(operate, largest, shape, device, largest_input=1, types=LARGEST_EXACT):
+    """float16, float32 or float64: the narrowest type in which `operate(spikes)` has exact currents on this device.
+
+    operate: a layer's function of spikes, in their type. largest: bound of |current|. shape: of the spikes.
+    largest_input: 1 for spikes, up to 255 for sums of them. Integers below 2^11 and 2^24 are exact in float16 and
+    float32 (TF32 included: it rounds the factors, which are at most 255, not their sums), but an algorithm that
+    transforms its inputs, as Winograd's does, rounds them; libraries choose by the shape. So each type is tried on
+    random spikes of that shape, and on the largest everywhere. types: those to try -> the largest integer exact in it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randint(0, largest_input + 1, shape, generator=generator, dtype=torch.uint8).to(device)
+    tried = random, torch.full_like(random, largest_input)
+    for dtype, most in types.items():
+        if largest <= most and all(is_exact(operate, spikes, dtype) for spikes in tried):
+            return dtype
+    return torch.float64
+
+
+def is_exact(operate, spikes, dtype):
+    """Whether an operator gives the same in `dtype` as in float64."""
+    spikes = spikes.contiguous(memory_format=order(spikes))
+    return torch.equal(operate(spikes.to(dtype)).double(), operate(spikes.double()))
