@@ -2,7 +2,7 @@
 
     python3 analyse_error.py --load checkpoint/example_net_ann.pth example_net --finetune_epochs 10
 
-It quantises, finetunes and converts as ann2snn.py does with the same flags, looks into every layer on some test images,
+It quantizes, finetunes and converts as ann2snn.py does with the same flags, looks into every layer on some test images,
 repairs layers one at a time, tries other flags, and writes what it found into `analysis/<network>`.
 """
 
@@ -55,16 +55,16 @@ def main(args):
     if args.equalize:
         net = equalize_channels(net)
     qnet = quantize_finetune(with_levels(net, train_val_loader, device, args), train_loader, criterion, device, args)
-    quantised = evaluate(qnet, test_loader, device, criterion)
+    quantized = evaluate(qnet, test_loader, device, criterion)
     snn = convert(qnet, train_val_loader, device, args)
     snn = finetune_on_spikes(snn, qnet, net, train_loader, train_val_loader, criterion, device, args)
     spiking = evaluate(snn, test_loader, device, criterion, args.timesteps, every_step=True)
 
-    loaders, accuracies = (test_loader, train_loader, train_val_loader), (ann, quantised, spiking)
+    loaders, accuracies = (test_loader, train_loader, train_val_loader), (ann, quantized, spiking)
     analysis = analyse(args, net, qnet, snn, loaders, device, accuracies)
     write_report(folder, analysis)
 
-    print(accuracy_table(args, ann, quantised, spiking))
+    print(accuracy_table(args, ann, quantized, spiking))
     print(format_table(summary_rows(analysis.result)))
     print("\n".join(analysis.result["verdict"]))
     print(f"Save the report in {folder}/report.html")

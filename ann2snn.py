@@ -1,4 +1,4 @@
-"""Quantise and finetune a trained network, convert it into a spiking one, measure all three, save the result.
+"""Quantize and finetune a trained network, convert it into a spiking one, measure all three, save the result.
 
     python3 ann2snn.py example_net --weight_bitwidth 4 --timesteps 16 --finetune_epochs 30 \\
         --ann_weight checkpoint/example_net_ann.pth --save_file out_snn.pth
@@ -73,7 +73,7 @@ def main(args):
         net = equalize_channels(net)
     qnet = quantize_finetune(with_levels(net, train_val_loader, device, args), train_loader, criterion, device, args)
     clock.lap("quantize_finetune")
-    quantised = measure(qnet, test_loader, device, criterion)
+    quantized = measure(qnet, test_loader, device, criterion)
     clock.lap("validate_qnet")
 
     snn = convert(qnet, train_val_loader, device, args)
@@ -88,9 +88,9 @@ def main(args):
     write_torch(args.save_file, snn.cpu())
     if args.results:
         with after_writing(args.save_file):
-            write_json(args.results, collect_results(args, ann, quantised, spiking, steps, clock.seconds))
+            write_json(args.results, collect_results(args, ann, quantized, spiking, steps, clock.seconds))
 
-    print(accuracy_table(args, ann, quantised, spiking))
+    print(accuracy_table(args, ann, quantized, spiking))
     print_layers(snn, spiking["firing_rate"])
     print(
         f"timesteps: {steps['firing']} of firing, {steps['interval']} between images, {steps['latency']} to the answer"
@@ -99,7 +99,7 @@ def main(args):
     if args.report:
         from reports.analysis import analyse, write_report
 
-        loaders, accuracies = (test_loader, train_loader, train_val_loader), (ann, quantised, spiking)
+        loaders, accuracies = (test_loader, train_loader, train_val_loader), (ann, quantized, spiking)
         with after_writing(args.save_file, args.results):
             write_report(args.report, analyse(args, net, qnet, snn.to(device), loaders, device, accuracies))
         print(f"Save the report in {args.report}")
@@ -127,12 +127,12 @@ def span(values):
     return f"{least:.4g}" if least == most else f"{least:.4g}..{most:.4g}"
 
 
-def collect_results(args, ann, quantised, spiking, duration, seconds):
+def collect_results(args, ann, quantized, spiking, duration, seconds):
     """What `--results` holds."""
     from pipeline import versions
 
     flags = {key: value for key, value in vars(args).items() if key not in ("debug", "results", "report")}
-    accuracies = {"ann": ann, "qnet": quantised, "snn": spiking}
+    accuracies = {"ann": ann, "qnet": quantized, "snn": spiking}
     return {
         "net": args.net_name,
         **{key: getattr(args, key) for key in ("dataset", "weight_bitwidth", "timesteps", "reset_mode", "seed")},

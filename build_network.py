@@ -289,7 +289,7 @@ def yolo_tiny(in_channels, num_classes):
     return YoloTiny(in_channels, num_classes)
 
 
-# The debug networks have weights set by hand to -1, 0 and 1, so that quantisation at any bit width but one is exact
+# The debug networks have weights set by hand to -1, 0 and 1, so that quantization at any bit width but one is exact
 # and every spike can be worked out on paper. Their last layer only sums.
 
 

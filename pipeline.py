@@ -55,7 +55,7 @@ def check_command_line(args):
 
 
 def load_network(args, images):
-    """`net, args`: the trained network as a SpikeDAGModule, ready to be quantised, and `args` with its weight bits.
+    """`net, args`: the trained network as a SpikeDAGModule, ready to be quantized, and `args` with its weight bits.
 
     images: the training set.
 
@@ -154,14 +154,14 @@ class Stopwatch:
         self.last = now
 
 
-def accuracy_table(args, ann, quantised, spiking):
+def accuracy_table(args, ann, quantized, spiking):
     """The three accuracies, or mean average precisions, in words."""
     weights = weights_in_words(args.weight_bitwidth)
     title = f"{args.net_name} on {args.dataset}: {weights}, {args.timesteps} timesteps, reset by {args.reset_mode}"
     columns = {"mAP": "map", "mAP@0.5": "map50"} if "map" in ann else {"top-1 %": "top1"}
     digits = 4 if "map" in ann else 2
     rows = [("", *columns, "loss")]
-    results = {"ANN": ann, "quantised ANN": quantised, f"SNN, T={args.timesteps}": spiking}
+    results = {"ANN": ann, "quantized ANN": quantized, f"SNN, T={args.timesteps}": spiking}
     for name, result in results.items():
         numbers = [f"{result[key]:.{digits}f}" for key in columns.values()]
         rows.append((name, *numbers, f"{result['loss']:.4f}"))

@@ -1,4 +1,4 @@
-"""Symmetric quantisation of weights to 1..8 bits, and finetuning with full-precision shadow weights.
+"""Symmetric quantization of weights to 1..8 bits, and finetuning with full-precision shadow weights.
 
     qnet = quantize_finetune(raw_net, train_loader, criterion, device, args)
 
@@ -88,7 +88,7 @@ def quantize(weight, bits, per_channel=False):
     weight: [C_out, ...]. s_w is a scalar, or [C_out, 1, ...] with `per_channel`. From 2 bits on s_w maps a share of the
     largest |W| to 2^(b-1) - 1 and cuts off what lies above, the share with the least squared error; at 1 bit W_q is -1
     or +1 and 1 / s_w the mean |W| (Rastegari et al., XNOR-Net, ECCV 2016), but 0 in an output channel of next to no
-    weights, which 1 bit would make as loud as the others. At 32 bits W_q is W itself. Quantising W_q / s_w again gives
+    weights, which 1 bit would make as loud as the others. At 32 bits W_q is W itself. Quantizing W_q / s_w again gives
     the same W_q. Raises ValueError for other bit widths.
     """
     check_bitwidth(bits)
@@ -167,9 +167,9 @@ def sampling_stride(size, most, period):
 
 
 class ShadowStep:
-    """An optimizer that moves `weight.weight_back`, in full precision, by the gradient of the quantised weight.
+    """An optimizer that moves `weight.weight_back`, in full precision, by the gradient of the quantized weight.
 
-    Parameters without `weight_back` are treated as ever. The quantised weights are made anew by `quantize_layers` after
+    Parameters without `weight_back` are treated as ever. The quantized weights are made anew by `quantize_layers` after
     the step (straight-through estimator; Courbariaux et al., BinaryConnect, NeurIPS 2015).
     """
 
@@ -224,7 +224,7 @@ def relative_groups(net, lr):
 
 
 def init_quantize_net(net, weight_bitwidth, per_channel=False):
-    """Give every weight of the convolutions and linear layers its shadow `weight.weight_back`, and quantise it."""
+    """Give every weight of the convolutions and linear layers its shadow `weight.weight_back`, and quantize it."""
     set_bitwidths(net, weight_bitwidth)
     for name, layer in net.weighted_layers().items():
         if not torch.isfinite(layer.weight).all():
@@ -252,14 +252,14 @@ def choose_scales(net, per_channel=False):
 
 @torch.no_grad()
 def quantize_layers(net):
-    """Set every weight to its shadow, quantised: `quantized_w / scale`."""
+    """Set every weight to its shadow, quantized: `quantized_w / scale`."""
     for layer in net.weighted_layers().values():
         weight_q = round_layer(layer, layer.weight.weight_back, layer.weight_scale, layer.weight_bits)
         layer.weight.copy_(weight_q / layer.weight_scale)
 
 
 def dampen(net, strength):
-    """Add `strength` times the way from each quantised weight to its shadow to the gradient.
+    """Add `strength` times the way from each quantized weight to its shadow to the gradient.
 
     It pulls the shadows to the middle of their rounding interval; without it they gather at its edges, and the integers
     flip at every step up to the last (Nagel et al., Overcoming Oscillations in Quantization-Aware Training, ICML 2022).
@@ -281,7 +281,7 @@ def quantize_train(
     distill=0.0,
     schedule=None,
 ):
-    """One epoch on the quantised weights; the mean loss per sample. Raises ValueError where it is not finite.
+    """One epoch on the quantized weights; the mean loss per sample. Raises ValueError where it is not finite.
 
     `distill`, 0 to 1, is the share of the loss that asks for the outputs of `teacher` instead of the labels. `schedule`
     of the learning rate, if given, steps with every batch. A gradient longer than `LONGEST_GRADIENT` is cut to it, so
@@ -343,7 +343,7 @@ def distillation_loss(outputs, wanted, temperature=TEMPERATURE):
 
 
 def quantize_finetune(net, train_loader, criterion, device, args):
-    """A quantised and finetuned copy of `net`, as a SpikeDAGModule.
+    """A quantized and finetuned copy of `net`, as a SpikeDAGModule.
 
     A plain nn.Module is parsed first, on one image of `train_loader`. Of `args` it needs finetune_lr, finetune_epochs,
     finetune_wd, finetune_momentum and weight_bitwidth (a number, or one for each layer); finetune_optimizer ("sgd", or
@@ -353,10 +353,10 @@ def quantize_finetune(net, train_loader, criterion, device, args):
 
     With "sgd" the learning rate falls to a tenth at 50 % and at 75 % of the epochs. With "adam" it is a share of the
     weights of each layer (`relative_groups`), as large a step for all of them, wherever folded BatchNorms made them
-    large, and falls to 0 along a cosine. With no epochs the weights are only quantised.
+    large, and falls to 0 along a cosine. With no epochs the weights are only quantized.
 
     train_loader: batches as `batches.split_batch` takes them; an iterator that runs once is kept as a list. Parameters
-    with requires_grad=False are quantised, but not trained.
+    with requires_grad=False are quantized, but not trained.
 
     Raises ValueError for NaN weights, another bit width, values out of range (`runtime.ranges`), a converted network, a
     network of which nothing is to be trained, or a loss that diverges.

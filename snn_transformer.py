@@ -88,7 +88,7 @@ class SNNTransformer:
 
     @property
     def optimizer(self):
-        """A QuantSGD of all parameters, which quantises the stretch's weights again after each step."""
+        """A QuantSGD of all parameters, which quantizes the stretch's weights again after each step."""
         if self.sgd is None:
             raise ValueError(
                 "the optimizer exists once the network is traced: call inference_get_status first, or pass "
@@ -117,7 +117,7 @@ class SNNTransformer:
             return self.model(*inputs, **named_inputs)
 
     def trace(self, args, kwargs):
-        """Find the stretch in a run of the network, quantise it, and make the optimizer."""
+        """Find the stretch in a run of the network, quantize it, and make the optimizer."""
         from conversion.plan import plan_conversion
         from dag_rewrites import prepare_conversion
         from quantization import init_quantize_net
@@ -137,7 +137,7 @@ class SNNTransformer:
 
     @property
     def dag(self):
-        """The stretch as an ANN with quantised weights, a SpikeDAGModule."""
+        """The stretch as an ANN with quantized weights, a SpikeDAGModule."""
         return self.model.part
 
     def before_step(self):
@@ -152,7 +152,7 @@ class SNNTransformer:
         dampen(self.dag, self.damping)
 
     def after_step(self):
-        """The weights of the stretch, quantised again.
+        """The weights of the stretch, quantized again.
 
         Their scales are chosen anew after 1, 2, 4, 8, ... steps, so that they follow the weights, and the integers have
         half of all steps or more to settle on fixed scales.
@@ -229,8 +229,8 @@ class SNNTransformer:
         """Write the spiking stretch into a folder, with test vectors of the first `samples` kept inputs, 1 or more.
 
         manifest.json holds its ops, shapes, bit width, integer weights, Vthr, scales, T, reset mode, and the sha256 of
-        every file (`transformer.saved`). An earlier result in `directory` is replaced; nothing is left half-written. Raises
-        OSError where the folder cannot be written, or holds something else.
+        every file (`transformer.saved`). An earlier result in `directory` is replaced; nothing is left half-written.
+        Raises OSError where the folder cannot be written, or holds something else.
         """
         import copy
 

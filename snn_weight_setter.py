@@ -1,4 +1,4 @@
-"""From a quantised ANN to a spiking network: integer weights, thresholds and scales.
+"""From a quantized ANN to a spiking network: integer weights, thresholds and scales.
 
     snn = trans_ann2snn_weight(qnet, train_val_loader, device, timesteps, weight_bitwidth)
 
@@ -47,7 +47,7 @@ def trans_ann2snn_weight(
     ann_layers=(),
     calibration_samples=1000,
 ):
-    """The spiking network of a quantised one; `qnet` is not changed. A plain nn.Module is parsed first.
+    """The spiking network of a quantized one; `qnet` is not changed. A plain nn.Module is parsed first.
 
     loader: images without random augmentation, of which the first `calibration_samples` are used; batches as
     `batches.split_batch` takes them, with labels, which are not read, or without. For a network with several inputs, a
@@ -57,7 +57,7 @@ def trans_ann2snn_weight(
     reset_mode: "subtraction" (u -= Vthr) or "zero" (u = 0). initial_potential: u before the first step as a share of
     Vthr; default 0.5 for subtraction, which halves the expected error (Bu et al., Optimized Potential Initialization,
     AAAI 2022), and 0 for zero. listen: d, steps of input that every layer integrates before its T firing steps; at
-    d = T no spike comes too early or too late, and with reset by subtraction the network equals its quantised ANN
+    d = T no spike comes too early or too late, and with reset by subtraction the network equals its quantized ANN
     exactly (a skip has to wait as long as the layers beside it). threshold: lambda_out of a layer is the `quantile` of
     its activations ("quantile"; Rueckauer et al., Frontiers in Neuroscience 2017), their maximum ("max"), or the value
     with the least squared error after T spikes ("mse", `least_error_scales`). granularity: one lambda a "layer", or one

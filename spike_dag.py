@@ -355,7 +355,7 @@ class SpikeDAGModule(nn.Module):
 
     def __reduce__(self):
         data = self.to_dict()
-        if self.neurons():  # converted: only a quantised network is trained on from its file
+        if self.neurons():  # converted: only a quantized network is trained on from its file
             for entry in data["ops"]:
                 entry["weight_back"] = None
         return from_dict, (data,)

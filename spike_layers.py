@@ -29,7 +29,7 @@ class SpikeLayer(nn.Module):
 
     spiking: the op works on spikes or currents, not on activations; set by the conversion.
     neuron: the IFNeuron that fires behind this op, or None.
-    levels: the ClipFloorShift that quantises what this op, which is to fire, returns in the ANN, or None.
+    levels: the ClipFloorShift that quantizes what this op, which is to fire, returns in the ANN, or None.
     frozen: names of the parameters that the traced network does not train (`frozen_names`).
     """
 
@@ -46,7 +46,7 @@ class SpikeLayer(nn.Module):
         named = self.named_parameters()
         return [p for name, p in named if p.requires_grad and name not in self.frozen]
 
-    def quantise(self, activation):
+    def in_levels(self, activation):
         """The activation, in levels where they are set."""
         return activation if self.levels is None else self.levels(activation)
 
@@ -73,8 +73,8 @@ class WeightedLayer(SpikeLayer):
     Converted, it also holds weight_q (integers), bias_q (integers, added every step) and unit: the activation that
     one unit of membrane potential stands for, a scalar or one per output channel, broadcastable to the output.
 
-    weight_scale: s_w of a quantised layer, W = W_q / s_w; a scalar or broadcastable to W, None before quantisation.
-    weight_bits: bit width of the integers, None before quantisation.
+    weight_scale: s_w of a quantized layer, W = W_q / s_w; a scalar or broadcastable to W, None before quantization.
+    weight_bits: bit width of the integers, None before quantization.
     largest_input: of the integers that the layer reads at a step: 1 for spikes, the window's size behind a folded
     pooling.
     learns: autograd follows the currents to weights and biases (`finetuning.on_spikes.learning`).
@@ -138,7 +138,7 @@ class WeightedLayer(SpikeLayer):
             return self.fire(Current(self.current_of(x.data), x.timesteps), memory)
         if isinstance(x, Current):  # the real-valued image
             return self.fire(x.like(self.operate(x.data, self.weight, self.bias) / self.unit), memory)
-        return self.quantise(self.operate(x, self.weight, self.bias))
+        return self.in_levels(self.operate(x, self.weight, self.bias))
 
     def current_of(self, spikes):
         """What spikes [T*B, ...] cause: integers, exact in the type they come in."""
@@ -473,7 +473,7 @@ class SpikeReLU(SpikeLayer):
             return self.fire(x, memory)
         if isinstance(x, SpikeTensor):
             return x
-        return self.quantise(F.relu(x) if self.ceiling is None else x.clamp(0, self.ceiling))
+        return self.in_levels(F.relu(x) if self.ceiling is None else x.clamp(0, self.ceiling))
 
 
 class SignedReLU(SpikeLayer):
@@ -485,7 +485,7 @@ class SignedReLU(SpikeLayer):
     def forward(self, x, memory=None):
         if isinstance(x, Current):
             return self.fire(x.like(self.both_signs(x.total())), memory)
-        return self.quantise(F.relu(self.both_signs(x)))
+        return self.in_levels(F.relu(self.both_signs(x)))
 
     @staticmethod
     def both_signs(x):
@@ -568,7 +568,7 @@ class SpikeAdd(SpikeLayer):
 
     def forward(self, x, y, memory=None):
         if isinstance(x, torch.Tensor):
-            return self.quantise(x + y)
+            return self.in_levels(x + y)
         if isinstance(x, SpikeTensor) and isinstance(y, Current):
             return self.fire(self.join(y, self.branch_weight1, x, self.branch_weight0), memory)
         return self.fire(self.join(x, self.branch_weight0, y, self.branch_weight1), memory)

@@ -201,7 +201,7 @@ class IFNeuron(nn.Module):
 class ClipFloorShift(nn.Module):
     """scale / levels * clip(floor(x levels / scale + 1/2), 0, levels): what `levels` timesteps of spikes can say.
 
-    Quantisation clip-floor-shift (Bu et al., ICLR 2022) with a learnt scale, lambda, a scalar or one per channel: the
+    Quantization clip-floor-shift (Bu et al., ICLR 2022) with a learnt scale, lambda, a scalar or one per channel: the
     gradient passes the floor as if it were not there, and that of the scale is LSQ's (Esser et al., Learned Step Size
     Quantization, ICLR 2020), divided by the root of neurons times levels, as all of its neurons pull at it.
     """

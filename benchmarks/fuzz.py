@@ -178,7 +178,7 @@ class RandomNet:
 
 
 def random_options(rng):
-    """Options of quantisation and conversion: `weight_granularity, options of trans_ann2snn_weight`."""
+    """Options of quantization and conversion: `weight_granularity, options of trans_ann2snn_weight`."""
     T = rng.choice([1, 2, 4, 7, 16, 33])
     per_channel = rng.random() < 0.5
     return per_channel, {

@@ -323,7 +323,7 @@ class SpikeSetter:
         return self.scales[node] if self.plan.kinds[node] == SPIKES else self.units[node]
 
     def integers(self, op):
-        """`W_q, s_w` of a layer: as it was quantised, else (other bit width, not quantised yet) quantised now."""
+        """`W_q, s_w` of a layer: as it was quantized, else (other bit width, not quantized yet) quantized now."""
         weight = op.weight.detach()
         if op.weight_scale is not None:
             weight_q = round_layer(op, weight, op.weight_scale, op.weight_bits)

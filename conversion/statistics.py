@@ -55,7 +55,7 @@ def calibrate(dag, loader, device, samples, choose_scales, granularity="layer"):
 
 
 def use_learnt_scales(snn, statistics):
-    """Where activations were quantised in finetuning, lambda_out is what was learnt; returns whether any were.
+    """Where activations were quantized in finetuning, lambda_out is what was learnt; returns whether any were.
 
     Each op keeps its own, also where a concatenation joins them.
     """

@@ -6,7 +6,7 @@
 
 A neuron that gets the sum of T steps of current, u[0] = Vthr / 2 included, sends clip(floor(a T / lambda + 1/2), 0, T)
 spikes if they arrive evenly; so the ANN's ReLU becomes lambda / L * clip(floor(a L / lambda + 1/2), 0, L)
-(quantisation clip-floor-shift; Bu et al., Optimal ANN-SNN Conversion, ICLR 2022).
+(quantization clip-floor-shift; Bu et al., Optimal ANN-SNN Conversion, ICLR 2022).
 
 Layers whose currents meet in one neuron, as a residual block's do, will share one integer unit: they are finetuned on
 the weight scales that follow from it (`ScalesOfConversion`), so that no weight is rounded again afterwards.

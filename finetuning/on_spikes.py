@@ -73,7 +73,7 @@ def finetune_spikes(
     and (times `features`) activations are learnt, without labels. lr: how far a step moves the weights and biases of a
     layer, as a share of the root mean square of its weights (`default_lr`). It falls to 0 along a cosine.
 
-    qnet: the quantised network that was converted, whose weights in full precision (`weight_back`) are then moved, so
+    qnet: the quantized network that was converted, whose weights in full precision (`weight_back`) are then moved, so
     that those near the edge of their rounding interval take another integer first (as in AdaRound; Nagel et al., Up or
     Down?, ICML 2020); without it the weights start in the middle of their intervals. The copy has such weights too, and
     can be the next call's `qnet`.
@@ -301,7 +301,7 @@ def shadow_weights(snn, qnet=None):
     """
     layers = list(snn.weighted_layers().values())
     for name, layer in snn.weighted_layers().items():
-        if layer.weight_scale is None:  # behind the last spikes, of a network that was not quantised before
+        if layer.weight_scale is None:  # behind the last spikes, of a network that was not quantized before
             layer.set_weight_scale(quantize_layer(layer, layer.weight, layer.weight_bits)[1])
         full = None if qnet is None else full_precision(qnet, name, layer)
         layer.weight.weight_back = layer.weight.detach().clone() if full is None else within_interval(layer, full)
@@ -315,10 +315,10 @@ def shadow_weights(snn, qnet=None):
 
 
 def full_precision(qnet, name, layer):
-    """The shadow weights of op `name` of a quantised network for the converted `layer`, or None where it has none."""
+    """The shadow weights of op `name` of a quantized network for the converted `layer`, or None where it has none."""
     weight = qnet.ops[name]["op"].weight if name in qnet.ops else None
     if weight is None or weight.shape != layer.weight.shape:
-        raise ValueError(f"the quantised network has no layer {name} of this shape, give the one that was converted")
+        raise ValueError(f"the quantized network has no layer {name} of this shape, give the one that was converted")
     shadow = getattr(weight, "weight_back", None)
     return None if shadow is None else shadow.to(layer.weight.device)
 

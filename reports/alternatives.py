@@ -121,9 +121,9 @@ def alternatives(args, net, qnet):
     if bits != FLOAT_BITS:
         found[f"--weight_bitwidth {FLOAT_BITS}"] = net, {"weight_bitwidth": FLOAT_BITS}, "not finetuned"
     if min([bits] if isinstance(bits, int) else bits) < 8:
-        found["--weight_bitwidth 8"] = requantised(net, 8, args), {"weight_bitwidth": 8}, "not finetuned"
+        found["--weight_bitwidth 8"] = requantized(net, 8, args), {"weight_bitwidth": 8}, "not finetuned"
     if bits != FLOAT_BITS and args.weight_granularity == "layer":
-        again = requantised(unquantised(qnet), bits, args, per_channel=True)
+        again = requantized(unquantized(qnet), bits, args, per_channel=True)
         found["--weight_granularity channel"] = again, {"per_channel": True}, "rounded anew, not finetuned again"
     if 2 * T <= MOST_TIMESTEPS:
         found[f"--timesteps {2 * T}"] = qnet, {"timesteps": 2 * T}, ""
@@ -142,7 +142,7 @@ def alternatives(args, net, qnet):
     return {"as asked for": asked_for, **found}
 
 
-def requantised(net, bits, args, per_channel=None):
+def requantized(net, bits, args, per_channel=None):
     """A copy of a network with its weights rounded, and nothing finetuned."""
     net = copy.deepcopy(net)
     init_quantize_net(net, bits, args.weight_granularity == "channel" if per_channel is None else per_channel)
@@ -150,8 +150,8 @@ def requantised(net, bits, args, per_channel=None):
 
 
 @torch.no_grad()
-def unquantised(qnet):
-    """A copy of a quantised network with the weights that its integers were rounded from."""
+def unquantized(qnet):
+    """A copy of a quantized network with the weights that its integers were rounded from."""
     net = copy.deepcopy(qnet)
     for name, layer in net.weighted_layers().items():
         layer.weight.copy_(unrounded_weight(qnet.ops[name]["op"]))

@@ -40,7 +40,7 @@ class Analysis:
 def analyse(args, net, qnet, snn, loaders, device, accuracies):
     """The Analysis of a conversion.
 
-    net, qnet, snn: the float, the quantised and the spiking network. loaders: of the test images, of the training
+    net, qnet, snn: the float, the quantized and the spiking network. loaders: of the test images, of the training
     images and of those that calibrate. accuracies: `validate.evaluate` of the three, the last with `every_step`.
     """
     net, qnet, snn = (each.to(device).eval() for each in (net, qnet, snn))
@@ -136,11 +136,11 @@ def look_into_layers(net, qnet, snn, images, share, is_corrected=True):
     size = max(1, min(BATCH, snn.cut((images,), snn.timesteps)[0]))
     for part in tqdm(images.split(size), "look into layers", leave=False, delay=1):
         seen = observe(snn, part, looked.note_potentials)
-        activations, quantised = node_values(net, part), node_values(qnet, part)
+        activations, quantized = node_values(net, part), node_values(qnet, part)
         on_spikes = activations_on_spikes(qnet, seen, part, snn.timesteps)
         for name, neuron in snn.neurons().items():
             (out,) = snn.ops[name]["out_nodes"]
-            known = activations[out], quantised[out], on_spikes[out], seen.currents[name], seen.counts[out]
+            known = activations[out], quantized[out], on_spikes[out], seen.currents[name], seen.counts[out]
             parts = split_error(*known, neuron, snn.timesteps, share, moved[name])
             looked.errors[name].add(parts, activations[out])
             add_pairs(looked.pairs[name], activations[out], decoded(seen.counts[out], neuron, snn.timesteps), images)
@@ -244,16 +244,16 @@ def weight_samples(net, qnet):
 
 def accuracies_of(accuracies):
     """The three networks' accuracies, and that after every timestep."""
-    ann, quantised, spiking = accuracies
-    names = {"ann": ann, "qnet": quantised, "snn": spiking}
+    ann, quantized, spiking = accuracies
+    names = {"ann": ann, "qnet": quantized, "snn": spiking}
     curve = dict(enumerate(spiking["top1_by_timestep"], start=1))
     return {name: {key: each[key] for key in ("top1", "loss")} for name, each in names.items()} | {"by_timestep": curve}
 
 
 def output_errors(qnet, snn, images, expected):
     """What weights and what the conversion to spikes do to the class scores, each and together: `score_error`."""
-    quantised, spiking = scores(qnet, images), scores(snn, images)
-    pairs = {"weights": (quantised, expected), "spikes": (spiking, quantised), "both": (spiking, expected)}
+    quantized, spiking = scores(qnet, images), scores(snn, images)
+    pairs = {"weights": (quantized, expected), "spikes": (spiking, quantized), "both": (spiking, expected)}
     return {name: score_error(*pair, expected) for name, pair in pairs.items()}
 
 
@@ -300,9 +300,9 @@ def verdict_on_loss(result):
     if max(error["weights"], error["spikes"]) < 0.05:
         dominant = "neither changes the class scores"
     return (
-        f"The float ANN has {top1['ann']:.2f} % top-1, the quantised ANN {top1['qnet']:.2f} % and the spiking network "
+        f"The float ANN has {top1['ann']:.2f} % top-1, the quantized ANN {top1['qnet']:.2f} % and the spiking network "
         f"{top1['snn']:.2f} % ({top1['snn'] - top1['ann']:+.2f} points on {result['samples']} test images); "
-        f"{dominant}: quantised and finetuned weights move the class scores by {error['weights']:.1f} % of "
+        f"{dominant}: quantized and finetuned weights move the class scores by {error['weights']:.1f} % of "
         f"their standard deviation, {spikes} by {error['spikes']:.1f} %."
     )
 

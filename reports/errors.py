@@ -3,12 +3,12 @@
 The error of a neuron is what its spikes stand for, lambda * mean_t(spike), minus the activation of the float ANN. On
 the way from one to the other one thing changes at a time, and every change is a part (`PARTS`, in this order):
 
-    weights      activation of the quantised ANN minus that of the float ANN: rounded weights, here and in earlier
+    weights      activation of the quantized ANN minus that of the float ANN: rounded weights, here and in earlier
                  layers, and what finetuning moved
     clipping     clip(a, 0, lambda) - a: activations that a spike at every step cannot reach
-    rounding     activation quantisation: T spikes can say lambda * 0/T, 1/T ... T/T; those that even input of exactly
+    rounding     activation quantization: T spikes can say lambda * 0/T, 1/T ... T/T; those that even input of exactly
                  this activation causes, clip(floor(a T / lambda + u0 / Vthr), 0, T), minus the activation
-    inherited    the same count where the quantised ANN's layer reads what the spikes before it stand for, minus that:
+    inherited    the same count where the quantized ANN's layer reads what the spikes before it stand for, minus that:
                  errors of earlier layers' spikes
     integers     the count from the current that really came, minus that: weights rounded once more, where branches
                  share a neuron, biases rounded to the neuron's integers or corrected (`--correction bias`), and what
@@ -22,9 +22,9 @@ the way from one to the other one thing changes at a time, and every change is a
 import torch
 
 PARTS = {
-    "weights": "weight quantisation",
+    "weights": "weight quantization",
     "clipping": "clipping",
-    "rounding": "activation quantisation",
+    "rounding": "activation quantization",
     "inherited": "inherited from earlier layers",
     "integers": "integers of the neurons",
     "correction": "correction of potentials",
@@ -37,29 +37,29 @@ def timeless_count(current, initial, Vthr, timesteps):
     return torch.div(current + initial, Vthr, rounding_mode="floor").clamp(0, timesteps)
 
 
-def split_error(activation, quantised, on_spikes, current, counts, neuron, timesteps, share, moved=0):
+def split_error(activation, quantized, on_spikes, current, counts, neuron, timesteps, share, moved=0):
     """The error of one layer's neurons on one batch, part -> float64 [B, ...] in units of activation (`PARTS`).
 
-    activation, quantised: of the float and of the quantised ANN; on_spikes: of the latter where it reads decoded
+    activation, quantized: of the float and of the quantized ANN; on_spikes: of the latter where it reads decoded
     spikes, [B, ...]. current: the sum of T steps into the neurons, counts: the spikes that they sent, [B, ...]. share:
     the initial potential before its correction, in Vthr. moved: what the biases give over T steps beyond the ANN's
-    (`conversion.correction.bias_beyond`), which the potential starts lower for; it counts as a part of the potential. The
-    parts add up to `decoded(counts, neuron, timesteps) - activation`.
+    (`conversion.correction.bias_beyond`), which the potential starts lower for; it counts as a part of the potential.
+    The parts add up to `decoded(counts, neuron, timesteps) - activation`.
     """
-    activation, quantised = activation.double(), quantised.double()
+    activation, quantized = activation.double(), quantized.double()
     Vthr, corrected, scale = neuron.Vthr.double(), neuron.initial_potential.double(), neuron.scale_factor.double()
     current, corrected = current - moved, corrected + moved
     initial, nudge = Vthr * share, 0.0
     if neuron.largest_current is not None:  # integers: sums lie on the edge of a step, float32 leaves some just below
         initial, nudge = initial.floor(), 0.01
-    clipped = quantised.clamp_min(0).minimum(scale)
+    clipped = quantized.clamp_min(0).minimum(scale)
     per_activation = timesteps * Vthr / scale  # current of T steps that an activation of 1 stands for
     even = timeless_count(clipped * per_activation, initial, Vthr, timesteps)
     inherited = timeless_count(on_spikes.double() * per_activation + nudge, initial, Vthr, timesteps)
     came = timeless_count(current, initial, Vthr, timesteps)
     after_correction = timeless_count(current, corrected, Vthr, timesteps)
     values = [decoded(count, neuron, timesteps) for count in (even, inherited, came, after_correction, counts.double())]
-    stages = [activation, quantised, clipped, *values]
+    stages = [activation, quantized, clipped, *values]
     return {part: after - before for part, before, after in zip(PARTS, stages, stages[1:])}
 
 

@@ -108,7 +108,7 @@ def draw_accuracy(accuracy):
     figure, axes = new_figure(8, 3.8, columns=2, width_ratios=[3, 2])
     for axis in axes[0]:
         axis.axhline(accuracy["ann"]["top1"], color=COLOURS[0], linestyle="-", label="float ANN")
-        axis.axhline(accuracy["qnet"]["top1"], color=COLOURS[1], linestyle="--", label="quantised ANN")
+        axis.axhline(accuracy["qnet"]["top1"], color=COLOURS[1], linestyle="--", label="quantized ANN")
         axis.plot(steps, top1, color=COLOURS[2], linestyle="-.", marker="o", markersize=4, label="SNN")
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")

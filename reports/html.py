@@ -111,7 +111,7 @@ def what_was_converted(result):
 
 def accuracy_table(result):
     """The three accuracies."""
-    names = {"ann": "float ANN", "qnet": "quantised ANN", "snn": f"SNN, T={result['flags']['timesteps']}"}
+    names = {"ann": "float ANN", "qnet": "quantized ANN", "snn": f"SNN, T={result['flags']['timesteps']}"}
     rows = [("network", "top-1 %", "loss")]
     for key, name in names.items():
         rows.append((name, f"{result['accuracy'][key]['top1']:.2f}", f"{result['accuracy'][key]['loss']:.4f}"))

@@ -75,7 +75,7 @@ def node_values(dag, images):
 
 @torch.no_grad()
 def activations_on_spikes(qnet, seen, images, timesteps):
-    """Node -> what the quantised ANN's op returns for what the spikes before it stand for, [B, ...]."""
+    """Node -> what the quantized ANN's op returns for what the spikes before it stand for, [B, ...]."""
     known, returned = {qnet.inputs_nodes[0]: images}, {}
     for entry in qnet.ops.values():
         (out,) = entry["out_nodes"]

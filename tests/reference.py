@@ -36,7 +36,7 @@ def simulate(snn, first_currents, timesteps, constants=None):
     return trains
 
 
-def quantised_ann(snn, first_trains, timesteps):
+def quantized_ann(snn, first_trains, timesteps):
     """Spike counts of every layer of the network as an integer ANN, without timesteps: op name -> int64 [B, ...].
 
     first_trains: spikes of the layers that read the image. count = clip(floor((sum of currents + u[0]) / Vthr), 0, T).

@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import quantised_ann, simulate
+from reference import quantized_ann, simulate
 from test_cli import errors_of, python
 from test_layers import MODELS, small_model
 from test_spikes import convert, spikes_and_first_currents
@@ -90,7 +90,7 @@ def test_parts_of_one_neuron_are_those_counted_by_hand(data):
 
 
 def parts_of(name, T=6, bits=4, **options):
-    """Op name -> (parts, float activation, decoded spikes) of a small network whose ANN is not quantised yet."""
+    """Op name -> (parts, float activation, decoded spikes) of a small network whose ANN is not quantized yet."""
     return parts_of_net(*small_model(name), T, bits, maxpool="gate", signed="pair", **options)
 
 
@@ -196,7 +196,7 @@ def test_observations_are_those_of_the_integer_reference(monkeypatch, reset_mode
         fired = last[name] >= snn.ops[name]["op"].neuron.Vthr
         assert np.array_equal(fired.numpy(), trains[name][-1].astype(bool))
     if listen == 6:
-        assert quantised_ann(snn, trains, 6)
+        assert quantized_ann(snn, trains, 6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_observations_are_those_of_the_integer_reference(monkeypatch, reset_mode
 
 
 def digits_conversion(digits_loaders, *flags):
-    """args, float and quantised network, loaders, and images with what the float ANN says of them."""
+    """args, float and quantized network, loaders, and images with what the float ANN says of them."""
     argv = ["example_net", "--load", CHECKPOINT, "-e", "0", "--analysis_images", "24", "--timesteps", "8", *flags]
     args = analyse_error.parse_args(argv)
     net = parse_ann_model(load_weights(get_net_by_name("example_net"), ROOT / CHECKPOINT), (torch.zeros(1, 1, 32, 32),))
@@ -212,7 +212,7 @@ def digits_conversion(digits_loaders, *flags):
     return args, net, digits_loaders
 
 
-def quantised_and_expected(args, net, loaders):
+def quantized_and_expected(args, net, loaders):
     qnet = quantize_finetune(net, loaders[2], torch.nn.CrossEntropyLoss(), "cpu", args).eval()
     images, targets = choose_images(loaders[0].dataset, 24, 0, "cpu")
     with torch.no_grad():
@@ -221,7 +221,7 @@ def quantised_and_expected(args, net, loaders):
 
 @torch.no_grad()
 def round_all_but(net, spoilt, bits):
-    """Round the weights of every layer of the float network but one, so that quantising changes that one alone."""
+    """Round the weights of every layer of the float network but one, so that quantizing changes that one alone."""
     for name, layer in net.weighted_layers().items():
         if name != spoilt:
             weight_q, scale = quantize_layer(layer, layer.weight, bits)
@@ -232,7 +232,7 @@ def round_all_but(net, spoilt, bits):
 def test_the_layer_that_rounding_spoils_is_found_by_repairing(digits_loaders, spoilt):
     args, net, loaders = digits_conversion(digits_loaders, "--weight_bitwidth", "3")
     round_all_but(net, spoilt, 3)
-    qnet, *known = quantised_and_expected(args, net, loaders)
+    qnet, *known = quantized_and_expected(args, net, loaders)
     before = copy.deepcopy(qnet.state_dict())
     repaired = repair_layers(args, qnet, loaders[3], "cpu", *known)
     assert set(repaired) == {"as asked for", "conv1", "conv2", "conv3", "linear1"}
@@ -248,7 +248,7 @@ def test_the_layer_that_rounding_spoils_is_found_by_repairing(digits_loaders, sp
 def test_a_repair_is_what_a_conversion_with_float_weights_there_gives(digits_loaders, monkeypatch):
     """Against the conversion itself, made to leave the weights of one layer as they are."""
     args, net, loaders = digits_conversion(digits_loaders, "--weight_bitwidth", "3")
-    qnet, *known = quantised_and_expected(args, net, loaders)
+    qnet, *known = quantized_and_expected(args, net, loaders)
     repaired = repair_layers(args, qnet, loaders[3], "cpu", *known)
     original = integers.SpikeSetter.set_weight
     for name in ("conv2", "conv3"):
@@ -272,7 +272,7 @@ def test_a_repair_is_what_a_conversion_with_float_weights_there_gives(digits_loa
 
 def test_alternatives_are_what_their_flags_give(digits_loaders):
     args, net, loaders = digits_conversion(digits_loaders)
-    qnet, *known = quantised_and_expected(args, net, loaders)
+    qnet, *known = quantized_and_expected(args, net, loaders)
     tried = try_alternatives(args, net, qnet, loaders[3], "cpu", *known)
     errors = [each["error"] for each in tried.values()]
     assert errors == sorted(errors) and len(tried) == 8
@@ -286,7 +286,7 @@ def test_alternatives_are_what_their_flags_give(digits_loaders):
     ):
         again = digits_conversion(digits_loaders, *([] if flags == "as asked for" else flags.split()))[0]
         again.calibration_samples = 24
-        snn = convert_by_flags(quantised_and_expected(again, net, loaders)[0], loaders[3], "cpu", again)
+        snn = convert_by_flags(quantized_and_expected(again, net, loaders)[0], loaders[3], "cpu", again)
         assert measure(snn, *known)["error"] == pytest.approx(tried[flags]["error"], rel=1e-6), flags
 
 
@@ -359,7 +359,7 @@ def test_the_command_writes_figures_and_report(run):
 
 def test_the_table_says_what_the_report_holds(run):
     result, lines = run.result, run.stdout.splitlines()
-    for key, label in (("ann", "ANN"), ("qnet", "quantised ANN"), ("snn", "SNN, T=16")):
+    for key, label in (("ann", "ANN"), ("qnet", "quantized ANN"), ("snn", "SNN, T=16")):
         row = next(line for line in lines if line.startswith(label + "  "))
         accuracy = result["accuracy"][key]
         assert row.removeprefix(label).split() == [f"{accuracy['top1']:.2f}", f"{accuracy['loss']:.4f}"]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import quantised_ann, simulate
+from reference import quantized_ann, simulate
 from test_energy import count_reached
 from test_spikes import assert_every_spike_is_reproduced, convert, spikes_and_first_currents
 from torch import nn
@@ -152,7 +152,7 @@ def test_the_current_is_that_of_one_large_kernel(window, dilation, stride):
     assert 1 < values["avg_pool1_out1"].data.max() <= window**2 == layer.largest_input
     # units: lambda / (window^2 s_w) of activation a unit of current
     lambda_in = snn.neurons()["relu1"].scale_factor
-    _, s_w = quantised_scale(net[3].weight.detach(), 4)
+    _, s_w = quantized_scale(net[3].weight.detach(), 4)
     assert layer.unit.item() == pytest.approx((lambda_in / (window**2 * s_w)).item(), rel=1e-6)
     assert neuron.scale_factor.item() == pytest.approx(neuron.Vthr.item() * layer.unit.item(), rel=1e-6)
     assert neuron.largest_current >= expected.abs().max()
@@ -160,7 +160,7 @@ def test_the_current_is_that_of_one_large_kernel(window, dilation, stride):
     assert neuron.largest_current == reach.max() == layer.largest_current()
 
 
-def quantised_scale(weight, bits):
+def quantized_scale(weight, bits):
     from quantization import quantize_layer
 
     layer = SpikeConv2d(weight.shape[1], weight.shape[0], weight.shape[2])
@@ -289,12 +289,12 @@ def test_files_from_before_there_was_a_choice_load():
 
 @pytest.mark.parametrize("timesteps", [1, 7])
 @pytest.mark.parametrize("bits", [2, 8])
-def test_listening_to_everything_is_the_quantised_ann(bits, timesteps):
+def test_listening_to_everything_is_the_quantized_ann(bits, timesteps):
     net, images = poolings()
     snn = convert(net, images, timesteps, bits, listen=timesteps, avgpool="fold")
     trains, currents = spikes_and_first_currents(snn, images, timesteps)
     assert all(np.array_equal(trains[name], train) for name, train in simulate(snn, currents, timesteps).items())
-    counts = quantised_ann(snn, {"relu1": trains["relu1"]}, timesteps)
+    counts = quantized_ann(snn, {"relu1": trains["relu1"]}, timesteps)
     assert set(counts) == set(trains)
     for layer, train in trains.items():
         assert np.array_equal(train.astype(np.int64).sum(0), counts[layer]), layer

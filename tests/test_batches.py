@@ -260,7 +260,7 @@ def test_one_score_learns_from_a_teacher():
     assert distillation_loss(outputs, wanted).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_float64_networks_are_quantised_and_converted_in_float32():
+def test_float64_networks_are_quantized_and_converted_in_float32():
     net = small_net().double()
     qnet = quantize_finetune(net, LOADERS["float64"](), nn.CrossEntropyLoss(), "cpu", flags())
     assert {p.dtype for p in qnet.parameters()} == {torch.float32}

@@ -183,7 +183,7 @@ def test_results_hold_every_key(runs, name):
 
 def test_table_on_stdout_holds_the_results(runs):
     results, lines = results_of(runs["digits"]), runs["digits"].stdout.splitlines()
-    for label, key in (("ANN", "ann"), ("quantised ANN", "qnet"), ("SNN, T=16", "snn")):
+    for label, key in (("ANN", "ann"), ("quantized ANN", "qnet"), ("SNN, T=16", "snn")):
         row = next(line for line in lines if line.startswith(label + "  "))
         assert row.removeprefix(label).split() == [f"{results[key + '_top1']:.2f}", f"{results[key + '_loss']:.4f}"]
     for layer, rate in results["firing_rate"].items():

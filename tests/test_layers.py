@@ -275,7 +275,7 @@ def test_finetuning_works_on_folded_weights():
     assert torch.allclose(integers, integers.round(), atol=1e-3) and integers.abs().max() <= 127.01
 
 
-def test_transposed_convolution_quantises_per_output_channel():
+def test_transposed_convolution_quantizes_per_output_channel():
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 6, 3, groups=2), nn.ReLU())
     dag = parse_ann_model(net, (torch.rand(1, 1, 7, 7),))
     layer = dag.ops["conv_transpose1"]["op"]
@@ -465,7 +465,7 @@ def test_layers_that_stay_ann_between_spikes_replay(bias, tmp_path):
     assert replay(tmp_path / "saved").startswith("identical: ")
 
 
-def test_prepared_networks_convert_after_quantisation():
+def test_prepared_networks_convert_after_quantization():
     net, images = small_model("bottlenecks")
     dag = parse_ann_model(net, (images,))
     init_quantize_net(dag, 4, per_channel=True)

@@ -1,9 +1,9 @@
-"""Layers that listen before they fire: every spike, and at d = T the quantised ANN itself."""
+"""Layers that listen before they fire: every spike, and at d = T the quantized ANN itself."""
 
 import numpy as np
 import pytest
 import torch
-from reference import quantised_ann, simulate
+from reference import quantized_ann, simulate
 from test_layers import MODELS, small_model
 from test_spikes import convert, spikes_and_first_currents
 
@@ -30,13 +30,13 @@ def test_every_spike(name, reset_mode, listen):
 @pytest.mark.parametrize("timesteps", [1, 4, 7])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("name", MODELS)
-def test_listening_to_everything_is_the_quantised_ann(name, bits, timesteps):
+def test_listening_to_everything_is_the_quantized_ann(name, bits, timesteps):
     """The spike counts of every layer are those of an integer ANN that knows no time."""
     net, images = small_model(name)
     snn = convert(net, images, timesteps, bits, listen=timesteps, maxpool="gate", signed="pair")
     trains, _ = spikes_and_first_currents(snn, images, timesteps)
     from_image = {name for name, neuron in snn.neurons().items() if neuron.largest_current is None}
-    counts = quantised_ann(snn, {name: trains[name] for name in from_image}, timesteps)
+    counts = quantized_ann(snn, {name: trains[name] for name in from_image}, timesteps)
     assert set(counts) == set(trains) and len(counts) > len(from_image)
     for layer, train in trains.items():
         assert np.array_equal(train.astype(np.int64).sum(0), counts[layer]), layer

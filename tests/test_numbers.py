@@ -125,7 +125,7 @@ def test_a_weight_that_is_far_too_large_is_refused_by_layer_or_in_range(value, b
         assert neuron.Vthr.isfinite().all() and (neuron.Vthr > 0).all() and neuron.scale_factor.isfinite().all()
 
 
-def test_a_converted_network_is_not_quantised_or_converted_again():
+def test_a_converted_network_is_not_quantized_or_converted_again():
     qnet = tuned(body())
     snn = trans_ann2snn_weight(qnet, LOADER, "cpu", 8, 8)
     for work in (
@@ -140,7 +140,7 @@ def test_a_converted_network_is_not_quantised_or_converted_again():
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_frozen_parameters_are_quantised_but_not_trained(optimizer):
+def test_frozen_parameters_are_quantized_but_not_trained(optimizer):
     """By finetuning and by finetuning on spikes, also where a frozen BatchNorm was folded into a frozen layer."""
     net = body()
     net[0].requires_grad_(False)
@@ -249,7 +249,7 @@ def test_with_reset_to_zero_no_threshold_is_an_activation(seed):
         assert away > 1e-6  # ten last bits of a float32
 
 
-def test_quantised_weights_keep_the_largest_input_as_a_number():
+def test_quantized_weights_keep_the_largest_input_as_a_number():
     """`quantize_layers` works on what `quantize_finetune` returns."""
     qnet = tuned(body())
     before = qnet.ops["conv2"]["op"].weight.clone()

@@ -1,4 +1,4 @@
-"""Quantised weights against NumPy, QuantSGD against torch.optim.SGD, finetuning on real digits."""
+"""Quantized weights against NumPy, QuantSGD against torch.optim.SGD, finetuning on real digits."""
 
 import copy
 from types import SimpleNamespace
@@ -71,7 +71,7 @@ def test_integers_are_symmetric_and_near(weight, bits, per_channel):
 
 @settings(max_examples=60, deadline=None)
 @given(weights, st.integers(1, 8), st.booleans())
-def test_quantising_twice_changes_nothing(weight, bits, per_channel):
+def test_quantizing_twice_changes_nothing(weight, bits, per_channel):
     W_q, s_w = quantize(torch.from_numpy(weight), bits, per_channel)
     again, _ = quantize(W_q / s_w, bits, per_channel)
     assert torch.equal(again, W_q)
@@ -150,7 +150,7 @@ def test_other_bit_widths_are_refused(bits):
 
 
 @pytest.mark.parametrize("options", [{}, dict(momentum=0.9), dict(momentum=0.9, nesterov=True, weight_decay=0.01)])
-def test_quant_sgd_is_sgd_where_nothing_is_quantised(options):
+def test_quant_sgd_is_sgd_where_nothing_is_quantized(options):
     torch.manual_seed(0)
     nets = [nn.Linear(5, 3)]
     nets.append(copy.deepcopy(nets[0]))
@@ -164,7 +164,7 @@ def test_quant_sgd_is_sgd_where_nothing_is_quantised(options):
     assert torch.equal(nets[0].weight, nets[1].weight) and torch.equal(nets[0].bias, nets[1].bias)
 
 
-def test_quant_sgd_moves_the_shadow_by_the_gradient_of_the_quantised_weight():
+def test_quant_sgd_moves_the_shadow_by_the_gradient_of_the_quantized_weight():
     net = nn.Linear(2, 1, bias=False)
     net.weight.data = torch.tensor([[1.0, 2.0]])  # what the forward pass sees
     net.weight.weight_back = torch.tensor([[1.3, 1.8]])
@@ -198,7 +198,7 @@ def test_all_weights_are_integers_over_a_scale(digits_loaders, bits, granularity
         assert torch.equal(layer.weight, W_q / layer.weight_scale)
 
 
-def test_no_epochs_only_quantise(digits_loaders):
+def test_no_epochs_only_quantize(digits_loaders):
     net = digits_net()
     before = copy.deepcopy(net.state_dict())
     qnet = quantize_finetune(net, digits_loaders[2], nn.CrossEntropyLoss(), "cpu", arguments())
@@ -265,7 +265,7 @@ def test_an_unknown_optimizer_is_refused(digits_loaders):
         quantize_finetune(digits_net(), digits_loaders[2], nn.CrossEntropyLoss(), "cpu", args)
 
 
-def test_biases_are_trained_and_not_quantised():
+def test_biases_are_trained_and_not_quantized():
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
     loader = [(torch.rand(8, 1, 6, 6), torch.randint(0, 2, (8,)))]
     qnet = quantize_finetune(net, loader, nn.CrossEntropyLoss(), "cpu", arguments(finetune_epochs=2, finetune_lr=0.1))

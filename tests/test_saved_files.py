@@ -294,7 +294,7 @@ class Signed(nn.Module):
 
 
 def converted(net, bits=4, **options):
-    """A quantised network, its spiking network of 4 steps, and images."""
+    """A quantized network, its spiking network of 4 steps, and images."""
     torch.manual_seed(0)
     images = torch.rand(4, 1, 6, 6)
     qnet = parse_ann_model(net.eval(), (images[:1],))
@@ -315,7 +315,7 @@ NETWORKS = {
 
 @pytest.fixture(scope="module")
 def networks():
-    """Name -> quantised network, spiking network, images."""
+    """Name -> quantized network, spiking network, images."""
     return {name: build() for name, build in NETWORKS.items()}
 
 
@@ -385,7 +385,7 @@ def refused_or_runs(data, images):
     return False
 
 
-@pytest.mark.parametrize("kind", [0, 1], ids=["quantised", "spiking"])
+@pytest.mark.parametrize("kind", [0, 1], ids=["quantized", "spiking"])
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
 def test_an_edited_field_is_refused_or_the_network_runs(networks, name, kind):
@@ -580,7 +580,7 @@ def test_a_block_of_safe_globals_leaves_networks_loadable(tmp_path, networks):
 # Weights in full precision
 
 
-def test_a_quantised_network_can_be_trained_on_from_a_copy_and_a_file(tmp_path, networks):
+def test_a_quantized_network_can_be_trained_on_from_a_copy_and_a_file(tmp_path, networks):
     qnet = networks["everything"][0]
     torch.save(qnet, tmp_path / "qnet.pth")
     for again in (copy.deepcopy(qnet), load_dag(tmp_path / "qnet.pth"), copy.deepcopy(load_dag(tmp_path / "qnet.pth"))):

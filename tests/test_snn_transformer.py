@@ -447,7 +447,7 @@ def snapshot(net):
     return {name: tensor.clone() for name, tensor in net.state_dict().items()}
 
 
-def test_training_quantises_the_stretch_and_leaves_the_network():
+def test_training_quantizes_the_stretch_and_leaves_the_network():
     torch.manual_seed(0)
     net = with_statistics(Detector())
     before, modes = snapshot(net), [module.training for module in net.modules()]
@@ -482,15 +482,15 @@ def test_the_first_step_is_plain_sgd_on_the_shadow_weights():
     )
     options = {"lr": 0.5, "momentum": 0.0, "weight_decay": 0.0, "damping": 0.0}
     transformer = SNNTransformer(net, ["0", "1"], example_inputs=x, weight_bitwidth=2, **options)
-    quantised = copy.deepcopy(net)
-    quantised[0].weight.data = transformer.dag.conv1.weight.detach().clone()
-    assert quantised[0].weight.unique().numel() <= 3
-    for each in (transformer.inference_get_status(x), quantised(x)):
+    quantized = copy.deepcopy(net)
+    quantized[0].weight.data = transformer.dag.conv1.weight.detach().clone()
+    assert quantized[0].weight.unique().numel() <= 3
+    for each in (transformer.inference_get_status(x), quantized(x)):
         each.square().mean().backward()
     transformer.optimizer.step()
     shadow = transformer.dag.conv1.weight.weight_back
-    assert torch.allclose(shadow, net[0].weight - 0.5 * quantised[0].weight.grad)
-    assert torch.allclose(transformer.net[3].weight, net[3].weight - 0.5 * quantised[3].weight.grad)
+    assert torch.allclose(shadow, net[0].weight - 0.5 * quantized[0].weight.grad)
+    assert torch.allclose(transformer.net[3].weight, net[3].weight - 0.5 * quantized[3].weight.grad)
 
 
 def test_one_steep_batch_moves_no_weight_far():

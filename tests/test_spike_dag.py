@@ -59,7 +59,7 @@ def conv_dag():
 
 
 def spiking_dag(name, bits=4, timesteps=8):
-    """Network `name` with its first weights, quantised and converted, and images for it."""
+    """Network `name` with its first weights, quantized and converted, and images for it."""
     channels = 2 if name == "debug_net2" else 1
     images = torch.rand(6, channels, input_size(name), input_size(name))
     qnet = parse_ann_model(get_net_by_name(name), (images[:2],))

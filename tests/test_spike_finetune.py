@@ -230,7 +230,7 @@ def test_finetuning_keeps_integers_and_every_spike(name, granularity, gradient):
 
 
 def example_of_digits(images, bits, timesteps):
-    """The trained example_net, quantised without finetuning, and converted: `ann, qnet, snn`."""
+    """The trained example_net, quantized without finetuning, and converted: `ann, qnet, snn`."""
     ann = prepared(load_weights(get_net_by_name("example_net"), "checkpoint/example_net_ann.pth"), images)
     qnet = copy.deepcopy(ann)
     init_quantize_net(qnet, bits)
@@ -338,7 +338,7 @@ def test_a_second_finetuning_goes_on_from_the_weights_of_the_first(digits_images
 def test_a_qnet_with_other_layers_is_refused():
     net, images = small_model("dense")
     snn, qnet = convert(net, images, 8, 4, **CHOICES), prepared(*small_model("shortcuts"))
-    with pytest.raises(ValueError, match=r"the quantised network has no layer .* of this shape, give the one that was"):
+    with pytest.raises(ValueError, match=r"the quantized network has no layer .* of this shape, give the one that was"):
         finetune_spikes(snn, [(images, None)], "cpu", 1, teacher=qnet, qnet=qnet)
 
 
