@@ -356,6 +356,25 @@ class Trace(TorchFunctionMode):
         self.remember(output, f"{name}_out1")
         return output
 
+    def record_nothing(self, function, input, *args, **kwargs):
+        """The same values: the result is another name of the input's node."""
+        output = function(input, *args, **kwargs)
+        if output.dtype != input.dtype:
+            self.refuse(function, f"the type must stay {input.dtype}")
+        self.remember(output, self.node_of(input))
+        return output
+
+    def refuse_traced_weights(self, function, weight, bias):
+        """Refuse weights that are computed from the input."""
+        if self.is_traced([weight, bias]):
+            self.refuse(function, "the weights must not be computed from the input")
+
+    def refuse_constants(self, function, input, other):
+        """Refuse a sum with what is not computed from the input."""
+        if not self.is_traced(input) or not self.is_traced(other):
+            into_bias = "adding a constant is not supported, move it into the bias of the layer before"
+            self.refuse(function, ON_THE_IMAGE if self.is_image([input, other]) else into_bias)
+
     def node_of(self, tensor):
         """The node of a traced tensor. Raises NotImplementedError for another value."""
         if not self.is_traced(tensor):
@@ -370,354 +389,70 @@ class Trace(TorchFunctionMode):
         return self.names[id(tensor)]
 
 
-# The recording functions: (trace, function, the function's own arguments) -> its result.
-
-
-def record_conv2d(trace, function, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    if trace.is_traced([weight, bias]):
-        trace.refuse(function, "the weights must not be computed from the input")
-    if input.dim() != 4:
-        trace.refuse(function, f"the input must be [B, C, H, W], not {list(input.shape)}")
-    C_out, C_in, *kernel_size = weight.shape
-    op = SpikeConv2d(C_in * groups, C_out, kernel_size, stride, padding, dilation, groups, bias is not None)
-    copy_weights(op, weight, bias)
-    output = function(input, weight, bias, stride, padding, dilation, groups)
-    return trace.record("conv", op, [input], output)
-
-
-def record_linear(trace, function, input, weight, bias=None):
-    if trace.is_traced([weight, bias]):
-        trace.refuse(function, "the weights must not be computed from the input")
-    if input.dim() != 2:
-        trace.refuse(function, f"the input must be [B, N], not {list(input.shape)}: flatten it before")
-    op = SpikeLinear(weight.shape[1], weight.shape[0], bias is not None)
-    copy_weights(op, weight, bias)
-    return trace.record("linear", op, [input], function(input, weight, bias))
-
-
-def record_conv_transpose2d(
-    trace, function, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
-):
-    if trace.is_traced([weight, bias]):
-        trace.refuse(function, "the weights must not be computed from the input")
-    C_in, C_out, *kernel_size = weight.shape
-    op = SpikeConvTranspose2d(
-        C_in, C_out * groups, kernel_size, stride, padding, output_padding, groups, bias is not None, dilation
-    )
-    copy_weights(op, weight, bias)
-    output = function(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    return trace.record("conv_transpose", op, [input], output)
-
-
-def record_batch_norm(
-    trace, function, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
-):
-    if training or running_mean is None:
-        trace.refuse(function, "it needs running statistics, track_running_stats=True")
-    if input.dim() not in (2, 4):
-        trace.refuse(function, f"the input must be [B, C, H, W] or [B, N], not {list(input.shape)}")
-    op = SpikeBatchNorm(len(running_mean))
-    factor = (running_var.detach().double() + eps).rsqrt() * (1.0 if weight is None else weight.detach().double())
-    shift = (0.0 if bias is None else bias.detach().double()) - running_mean.detach().double() * factor
-    op.weight, op.bias = nn.Parameter(factor.to(input.dtype)), nn.Parameter(shift.to(input.dtype))
-    op.frozen = frozen_names(weight, bias)
-    output = function(input, running_mean, running_var, weight, bias, False, momentum, eps)
-    return trace.record("batch_norm", op, [input], output)
-
-
-def copy_weights(op, weight, bias):
-    """Clones of a layer's weight and bias as the op's parameters."""
-    op.weight = nn.Parameter(weight.detach().clone())
-    if bias is not None:
-        op.bias = nn.Parameter(bias.detach().clone())
-    op.frozen = frozen_names(weight, bias)
-
-
-def frozen_names(weight, bias):
-    """Which of "weight" and "bias" are parameters that shall not be trained, or are none at all.
-
-    While a network is traced without gradients, only a parameter still tells: what is computed from one does not.
-    """
-    named = {"weight": weight, "bias": bias}
-    return frozenset(
-        name for name, x in named.items() if x is None or (isinstance(x, nn.Parameter) and not x.requires_grad)
-    )
-
-
-def record_relu(trace, function, input, inplace=False, ceiling=None):
-    return trace.record("relu", SpikeReLU(ceiling), [input], input.clamp(0, ceiling))
-
-
-def record_relu_in_place(trace, function, input, ceiling=None):
-    # the name `input` now means the result
-    return trace.record_in_place("relu", SpikeReLU(ceiling), [input], input.clamp_(0, ceiling))
-
-
-def record_functional_relu(trace, function, input, inplace=False, ceiling=None):
-    if inplace:
-        return record_relu_in_place(trace, function, input, ceiling)
-    return record_relu(trace, function, input, ceiling=ceiling)
-
-
-def record_relu6(trace, function, input, inplace=False):
-    return record_functional_relu(trace, function, input, inplace, 6.0)
-
-
-def record_hardtanh(trace, function, input, min_val=-1.0, max_val=1.0, inplace=False):
-    check_clamp(trace, function, min_val, max_val)
-    return record_functional_relu(trace, function, input, inplace, float(max_val))
-
-
-def record_hardtanh_in_place(trace, function, input, min_val=-1.0, max_val=1.0):
-    return record_hardtanh(trace, function, input, min_val, max_val, inplace=True)
-
-
-def record_clamp(trace, function, input, min=None, max=None):
-    check_clamp(trace, function, min, max)
-    return record_relu(trace, function, input, ceiling=None if max is None else float(max))
-
-
-def record_clamp_in_place(trace, function, input, min=None, max=None):
-    check_clamp(trace, function, min, max)
-    return record_relu_in_place(trace, function, input, None if max is None else float(max))
-
-
-def check_clamp(trace, function, least, most):
-    """Refuse every clamp that is not a ReLU, with a ceiling or without."""
-    numbers = [value for value in (least, most) if value is not None]
-    if any(isinstance(value, torch.Tensor) for value in numbers) or least != 0 or (most is not None and most <= 0):
-        trace.refuse(function, "only a lower bound of 0 and an upper one above it, a relu or relu6, are supported")
-
-
-def record_avg_pool2d(
-    trace,
-    function,
-    input,
-    kernel_size,
-    stride=None,
-    padding=0,
-    ceil_mode=False,
-    count_include_pad=True,
-    divisor_override=None,
-):
-    output = function(input, kernel_size, stride, padding)
-    kernel, padding = as_pair(kernel_size), as_pair(padding)
-    # ceil_mode makes no difference where the last windows are whole, as on the traced size
-    has_part_windows = ceil_mode and function(input, kernel, stride, padding, True).shape != output.shape
-    has_other_divisor = divisor_override not in (None, kernel[0] * kernel[1])
-    if has_part_windows or has_other_divisor or (not count_include_pad and padding != (0, 0)):
-        trace.refuse(
-            function,
-            "only ceil_mode=False, count_include_pad=True, divisor_override=None are supported, or what is the same: "
-            "choose a size that whole windows fill",
-        )
-    input_size = tuple(input.shape[-2:]) if ceil_mode else None
-    op = SpikeAvgPool2d(input.shape[1], kernel, as_pair(stride or kernel_size), padding, input_size=input_size)
-    return trace.record("avg_pool", op, [input], output)
-
-
-def as_pair(value):
-    """A kernel size, stride or padding as two numbers."""
-    values = (value, value) if isinstance(value, int) else tuple(value)
-    return values * 2 if len(values) == 1 else values
-
-
-def record_adaptive_avg_pool2d(trace, function, input, output_size):
-    window = tuple(input.shape[-2:])
-    sizes = tuple(extent if size is None else size for size, extent in zip(as_pair(output_size), window))
-    refuse_uneven_windows(trace, function, sizes, window)
-    output = function(input, output_size)
-    kernel = tuple(extent // size for size, extent in zip(sizes, window))
-    if kernel == (1, 1):  # a view of the same shape refuses images of another size, where it would be a pooling
-        return trace.record("view", ViewOp(output.shape[1:]), [input], output)
-    op = SpikeAvgPool2d(input.shape[1], kernel, kernel, input_size=window)
-    return trace.record("avg_pool", op, [input], output)
-
-
-def refuse_uneven_windows(trace, function, sizes, window):
-    """Refuse an adaptive pooling of `window` to `sizes` whose windows differ in size, or overlap."""
-    if any(size > extent for size, extent in zip(sizes, window)):
-        trace.refuse(
-            function,
-            f"its output {list(sizes)} is larger than its input {list(window)}, of which it holds copies: use larger "
-            "images, or leave it out and let the layer behind it have the sum of its weights for each value's copies",
-        )
-    if any(extent % size for size, extent in zip(sizes, window)):
-        trace.refuse(
-            function,
-            f"its output {list(sizes)} does not divide its input {list(window)}: use avg_pool2d with a kernel size",
-        )
-
-
-def record_max_pool2d(
-    trace, function, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
-):  # with indices it is another function, which is refused
-    sizes = as_pair(kernel_size), as_pair(stride or kernel_size), as_pair(padding), as_pair(dilation)
-    op = SpikeMaxPool2d(*sizes, ceil_mode)
-    return trace.record("max_pool", op, [input], op.pool(input))
-
-
-def record_pad(trace, function, input, pad, mode="constant", value=None):
-    if mode != "constant" or value not in (None, 0):
-        trace.refuse(function, "only zeros are supported, mode='constant' with value 0")
-    pads = [*pad, 0, 0, 0, 0]
-    if input.dim() != 4 or any(pads[4:]):
-        trace.refuse(
-            function,
-            "only height and width of [B, C, H, W] can be padded; a 1x1 convolution with rows of zeros adds channels",
-        )
-    return trace.record("pad", SpikePad(pads[:4]), [input], function(input, pad))
-
-
-def record_mean(trace, function, input, dim=None, keepdim=False, *, dtype=None):
-    dims = sorted(d % input.dim() for d in ([dim] if isinstance(dim, int) else dim or []))
-    if dims != [2, 3] or input.dim() != 4 or dtype is not None:
-        trace.refuse(function, "only the mean over height and width, x.mean([2, 3]), is supported")
-    pooled = record_adaptive_avg_pool2d(trace, function=F.adaptive_avg_pool2d, input=input, output_size=1)
-    return pooled if keepdim else record_view(trace, torch.Tensor.view, pooled, input.shape[:2])
-
-
-def record_add(trace, function, input, other, *, alpha=1):
-    if is_zero(other):  # what sum(...) starts with
-        return record_nothing(trace, torch.Tensor.clone, input)
-    check_add(trace, function, input, other, alpha)
-    return trace.record("add", SpikeAdd(), [input, other], torch.add(input, other))
-
-
-def record_add_in_place(trace, function, input, other, *, alpha=1):
-    check_add(trace, function, input, other, alpha)
-    return trace.record_in_place("add", SpikeAdd(), [input, other], input.add_(other))
-
-
-def is_zero(value):
-    """Whether an operand is the plain number 0."""
-    return isinstance(value, (int, float)) and value == 0
-
-
-def check_add(trace, function, input, other, alpha):
-    """Refuse what is not a plain sum of two activations of one shape."""
-    if not trace.is_traced(input) or not trace.is_traced(other):
-        into_bias = "adding a constant is not supported, move it into the bias of the layer before"
-        trace.refuse(function, ON_THE_IMAGE if trace.is_image([input, other]) else into_bias)
-    if alpha != 1:
-        trace.refuse(function, "only alpha=1 is supported, move the factor into the weights before it")
-    if input.shape != other.shape:
-        trace.refuse(function, f"the shapes {list(input.shape)} and {list(other.shape)} differ")
-
-
-def record_cat(trace, function, tensors, dim=0, **names):
-    dim = names.get("axis", dim) % tensors[0].dim()
-    if dim == 0:
-        trace.refuse(function, "the batch dimension cannot be concatenated, use dim=1")
-    return trace.record("concat", ConcatOp(dim), list(tensors), torch.cat(tensors, dim))
-
-
-def record_view(trace, function, input, *shape, **names):
-    output = function(input, *shape, **names)
-    if output.dtype != input.dtype or output.shape[:1] != input.shape[:1]:
-        trace.refuse(
-            function, f"the first dimension must stay the batch, as in x.view(x.size(0), -1), not {list(shape)}"
-        )
-    return trace.record("view", ViewOp(output.shape[1:]), [input], output)
-
-
-def record_softmax(trace, function, input, dim=None, _stacklevel=3, dtype=None):
-    dim = (1 if dim is None else dim) % input.dim()
-    if dim == 0 or dtype is not None:
-        trace.refuse(function, "only softmax over the classes, dim=1, in the input's own type is supported")
-    op = SoftmaxOp(dim, log="log_softmax" in resolve_name(function))
-    return trace.record("softmax", op, [input], op(input))
-
-
 def record_dropout(trace, function, input, p=0.5, training=False, inplace=False):
     if training:
         trace.refuse(function, "dropout must be off in eval mode, pass training=self.training")
     return input
 
 
-def record_nothing(trace, function, input, *args, **kwargs):
-    """The same values: the result is another name of the input's node."""
-    output = function(input, *args, **kwargs)
-    if output.dtype != input.dtype:
-        trace.refuse(function, f"the type must stay {input.dtype}")
-    trace.remember(output, trace.node_of(input))
-    return output
-
-
-RELU_FUNCTIONS = (torch.relu, torch.Tensor.relu)
-RELU_IN_PLACE_FUNCTIONS = (F.relu_, torch.relu_, torch.Tensor.relu_)
-VIEW_FUNCTIONS = (
-    torch.Tensor.view,
-    torch.Tensor.reshape,
-    torch.reshape,
-    torch.flatten,
-    torch.Tensor.flatten,
-    torch.squeeze,
-    torch.Tensor.squeeze,
-    torch.unsqueeze,
-    torch.Tensor.unsqueeze,
-    torch.unflatten,
-    torch.Tensor.unflatten,
-)
-CLAMP_FUNCTIONS = (
-    torch.clamp,
-    torch.Tensor.clamp,
-    torch.Tensor.clamp_min,
-    torch.clamp_min,
-    torch.clip,
-    torch.Tensor.clip,
-)
-CLAMP_IN_PLACE_FUNCTIONS = (
-    torch.clamp_,
-    torch.Tensor.clamp_,
-    torch.clamp_min_,
-    torch.Tensor.clamp_min_,
-    torch.clip_,
-    torch.Tensor.clip_,
-)
-ADD_FUNCTIONS = (torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__)
-ADD_IN_PLACE_FUNCTIONS = (torch.Tensor.add_, torch.Tensor.__iadd__)
-DROPOUT_FUNCTIONS = (
-    F.dropout,
-    F.dropout1d,
-    F.dropout2d,
-    F.dropout3d,
-    F.alpha_dropout,
-    F.feature_alpha_dropout,
-    torch.dropout,
-)
-SAME_VALUE_FUNCTIONS = (
-    torch.Tensor.contiguous,
-    torch.Tensor.clone,
-    torch.clone,
-    torch.Tensor.detach,
-    torch.Tensor.float,
-    torch.Tensor.to,
-)
-
+# The tracer's table: what records a function -> the functions. A recorder is called as (trace, function, the function's
+# own arguments) and returns the function's result.
 RECORDING_FUNCTIONS = {
-    record_conv2d: (F.conv2d,),
-    record_conv_transpose2d: (F.conv_transpose2d,),
-    record_linear: (F.linear,),
-    record_batch_norm: (F.batch_norm,),
-    record_relu6: (F.relu6,),
-    record_hardtanh: (F.hardtanh,),
-    record_hardtanh_in_place: (F.hardtanh_,),
-    record_functional_relu: (F.relu,),
-    record_relu: RELU_FUNCTIONS,
-    record_relu_in_place: RELU_IN_PLACE_FUNCTIONS,
-    record_clamp: CLAMP_FUNCTIONS,
-    record_clamp_in_place: CLAMP_IN_PLACE_FUNCTIONS,
-    record_avg_pool2d: (F.avg_pool2d,),
-    record_adaptive_avg_pool2d: (F.adaptive_avg_pool2d,),
-    record_max_pool2d: (F.max_pool2d, torch.max_pool2d),
-    record_pad: (F.pad,),
-    record_mean: (torch.mean, torch.Tensor.mean),
-    record_add: ADD_FUNCTIONS,
-    record_add_in_place: ADD_IN_PLACE_FUNCTIONS,
-    record_cat: (torch.cat, torch.concat, torch.concatenate),
-    record_view: VIEW_FUNCTIONS,
-    record_softmax: (
+    SpikeConv2d.traced: (F.conv2d,),
+    SpikeConvTranspose2d.traced: (F.conv_transpose2d,),
+    SpikeLinear.traced: (F.linear,),
+    SpikeBatchNorm.traced: (F.batch_norm,),
+    SpikeReLU.traced: (F.relu, torch.relu, torch.Tensor.relu),
+    SpikeReLU.traced_in_place: (F.relu_, torch.relu_, torch.Tensor.relu_),
+    SpikeReLU.traced_relu6: (F.relu6,),
+    SpikeReLU.traced_hardtanh: (F.hardtanh,),
+    SpikeReLU.traced_hardtanh_in_place: (F.hardtanh_,),
+    SpikeReLU.traced_clamp: (
+        torch.clamp,
+        torch.Tensor.clamp,
+        torch.Tensor.clamp_min,
+        torch.clamp_min,
+        torch.clip,
+        torch.Tensor.clip,
+    ),
+    SpikeReLU.traced_clamp_in_place: (
+        torch.clamp_,
+        torch.Tensor.clamp_,
+        torch.clamp_min_,
+        torch.Tensor.clamp_min_,
+        torch.clip_,
+        torch.Tensor.clip_,
+    ),
+    SpikeAvgPool2d.traced: (F.avg_pool2d,),
+    SpikeAvgPool2d.traced_adaptive: (F.adaptive_avg_pool2d,),
+    SpikeAvgPool2d.traced_mean: (torch.mean, torch.Tensor.mean),
+    SpikeMaxPool2d.traced: (F.max_pool2d, torch.max_pool2d),
+    SpikePad.traced: (F.pad,),
+    SpikeAdd.traced: (
+        torch.add,
+        torch.Tensor.add,
+        torch.Tensor.__add__,
+        torch.Tensor.__radd__,
+    ),
+    SpikeAdd.traced_in_place: (
+        torch.Tensor.add_,
+        torch.Tensor.__iadd__,
+    ),
+    ConcatOp.traced: (torch.cat, torch.concat, torch.concatenate),
+    ViewOp.traced: (
+        torch.Tensor.view,
+        torch.Tensor.reshape,
+        torch.reshape,
+        torch.flatten,
+        torch.Tensor.flatten,
+        torch.squeeze,
+        torch.Tensor.squeeze,
+        torch.unsqueeze,
+        torch.Tensor.unsqueeze,
+        torch.unflatten,
+        torch.Tensor.unflatten,
+    ),
+    SoftmaxOp.traced: (
         F.softmax,
         F.log_softmax,
         torch.softmax,
@@ -725,8 +460,23 @@ RECORDING_FUNCTIONS = {
         torch.Tensor.softmax,
         torch.Tensor.log_softmax,
     ),
-    record_dropout: DROPOUT_FUNCTIONS,
-    record_nothing: SAME_VALUE_FUNCTIONS,
+    record_dropout: (
+        F.dropout,
+        F.dropout1d,
+        F.dropout2d,
+        F.dropout3d,
+        F.alpha_dropout,
+        F.feature_alpha_dropout,
+        torch.dropout,
+    ),
+    Trace.record_nothing: (
+        torch.Tensor.contiguous,
+        torch.Tensor.clone,
+        torch.clone,
+        torch.Tensor.detach,
+        torch.Tensor.float,
+        torch.Tensor.to,
+    ),
 }
 
 # name -> (the torch function, the function that runs and records it)

@@ -3,31 +3,35 @@
 check_network_data(data)             # plain data of a file: types and ranges of every field, before any is used
 check_tensors(name, op, tensors)     # the tensors of an op, before it takes them
 check_spikes(dag)                    # what the ops of a converted network read: activations, currents or spikes
-run_ann_op(where, op, inputs)        # shapes, once there are inputs
+check_sample(entry, values, output)  # shapes, once there are inputs
 """
 
 import reprlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from numbers import Integral, Real
 
 import torch
 
-from runtime.torch_files import FLOATS, OtherFile, unusual_kind
-from spike_layers import (
-    OP_TYPES,
-    ConcatOp,
-    SignedReLU,
-    SpikeAdd,
-    SpikeAvgPool2d,
-    SpikeBatchNorm,
-    SpikeMaxPool2d,
-    SpikePad,
-    SpikeReLU,
-    ViewOp,
-    WeightedLayer,
+from runtime.rules import (
+    BOOL,
+    DICT,
+    INTEGERS,
+    NAMES,
+    NONE,
+    POTENTIALS,
+    STEPS,
+    TEXT,
+    WEIGHTS,
+    Rule,
+    either,
+    instance,
+    one_of,
+    several,
+    tensor,
+    whole,
 )
+from runtime.torch_files import FLOATS, OtherFile, unusual_kind
+from spike_layers import ANALOG, CURRENT, OP_TYPES, SPIKES
 from spike_neurons import RESET_MODES
+from spike_simulator import Misfit
 
 
 class DamagedData(OtherFile):
@@ -37,86 +41,8 @@ class DamagedData(OtherFile):
         super().__init__(f"damaged network data: {fault}")
 
 
-class Misfit(ValueError, RuntimeError):
-    """Inputs that the network cannot take; a RuntimeError too, as PyTorch's own of the same kind."""
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Rules: what one field may hold
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Whether a field may hold a value, and in words which ones."""
-
-    holds: Callable
-    words: str
-
-
-def whole(least, most):
-    def holds(value):
-        return isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most
-
-    return Rule(holds, f"a whole number, {least} to {most}")
-
-
-def instance(kind, words):
-    return Rule(lambda value: isinstance(value, kind), words)
-
-
-def one_of(*choices):
-    """One of these strings."""
-    return Rule(lambda value: isinstance(value, str) and value in choices, ", ".join(map(repr, choices)))
-
-
-def either(*rules):
-    return Rule(lambda value: any(rule.holds(value) for rule in rules), " or ".join(rule.words for rule in rules))
-
-
-def several(rule, least, most):
-    """A tuple or list of `least` to `most` such values."""
-
-    def holds(value):
-        return isinstance(value, (tuple, list)) and least <= len(value) <= most and all(map(rule.holds, value))
-
-    count = least if least == most else f"{least} to {most}"
-    return Rule(holds, f"{count} times {rule.words}")
-
-
-def pair(rule):
-    """One value for height and width, or two."""
-    return Rule(either(rule, several(rule, 2, 2)).holds, f"{rule.words}, or two of them")
-
-
-def tensor(*dtypes, positive=False):
-    """A tensor of one of these types with finite values, which lie in memory as often as it says."""
-
-    def holds(value):
-        is_plain = isinstance(value, torch.Tensor) and unusual_kind(value) is None and value.dtype in dtypes
-        if not is_plain or not value.numel() or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            return False
-        return bool(torch.isfinite(value).all()) and not (positive and not bool((value > 0).all()))
-
-    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    return Rule(holds, f"a tensor of {'positive' if positive else 'finite'} numbers ({names})")
-
-
-NONE = Rule(lambda value: value is None, "None")
-BOOL = instance(bool, "True or False")
-TEXT = instance(str, "a string")
-NAMES = Rule(several(TEXT, 0, 2**31).holds, "a tuple of strings")
-DICT = instance(dict, "a dictionary")
-POSITIVE = Rule(
-    lambda value: isinstance(value, Real) and not isinstance(value, bool) and 0 < value <= 3e38, "a positive number"
-)
-STEPS = whole(1, 65536)
-CHANNELS = whole(1, 2**31 - 1)
-SIZE = pair(whole(1, 65536))  # of a window, and between windows
-PADDING = pair(whole(0, 4096))  # beyond it, zeros alone would fill the memory
-DIM = whole(1, 8)
-WEIGHTS = tensor(*FLOATS)
-INTEGERS = tensor(torch.int8, torch.int32, *FLOATS)  # floats at 32 bits
-POTENTIALS = tensor(torch.int32, *FLOATS)
+# Plain data
 
 NETWORK = {
     "inputs_nodes": NAMES,
@@ -167,32 +93,6 @@ TENSORS = {
     "levels.scale": WEIGHTS,
     "branch_weight0": POTENTIALS,
     "branch_weight1": POTENTIALS,
-}
-WINDOW = {"kernel_size": SIZE, "stride": SIZE, "padding": PADDING, "dilation": SIZE}
-CONVOLUTION = {"in_channels": CHANNELS, "out_channels": CHANNELS, **WINDOW, "groups": CHANNELS, "bias": BOOL}
-PADDED_CONVOLUTION = CONVOLUTION | {"padding": either(PADDING, one_of("same", "valid"))}
-CONFIGS = {
-    "SpikeConv2d": PADDED_CONVOLUTION,
-    "SpikeConvBN": PADDED_CONVOLUTION,
-    "SpikeConvTranspose2d": CONVOLUTION | {"output_padding": PADDING},
-    "SpikeAvgPool2d": {
-        "channels": CHANNELS,
-        "kernel_size": SIZE,
-        "stride": SIZE,
-        "padding": PADDING,
-        "folded": BOOL,
-        "input_size": either(NONE, several(whole(1, 65536), 2, 2)),
-    },
-    "SpikeMaxPool2d": WINDOW | {"ceil_mode": BOOL, "mode": either(NONE, one_of(*SpikeMaxPool2d.modes))},
-    "SpikeLinear": {"in_features": CHANNELS, "out_features": CHANNELS, "bias": BOOL},
-    "SpikeBatchNorm": {"channels": CHANNELS},
-    "SpikeReLU": {"ceiling": either(NONE, POSITIVE)},
-    "SignedReLU": {},
-    "SpikeAdd": {"branch_weights": several(either(NONE, POTENTIALS), 2, 2)},
-    "ConcatOp": {"dim": DIM},
-    "SpikePad": {"pads": several(whole(-4096, 4096), 4, 4)},
-    "ViewOp": {"shape": several(CHANNELS, 0, 8)},
-    "SoftmaxOp": {"dim": either(DIM, whole(-8, -1)), "log": BOOL},
 }
 
 
@@ -247,12 +147,15 @@ def check_op(entry, name):
     kind, config, tensors, neuron = entry["type"], entry["config"], entry["tensors"], entry["neuron"]
     if kind not in OP_TYPES:
         raise DamagedData(f"unknown op type {kind:.40} of {name}")
-    least, most = {"SpikeAdd": (2, 2), "ConcatOp": (1, 2**31)}.get(kind, (1, 1))
+    least, most = OP_TYPES[kind].arity
     if not least <= len(entry["in_nodes"]) <= most:
         raise DamagedData(f"{name} in_nodes {in_short(entry['in_nodes'])}: {kind} reads {least}")
-    check_known(name, config, CONFIGS[kind])
-    check_fields(name, config, CONFIGS[kind], may_lack=CONFIGS[kind])  # the constructor names what it needs
-    check_geometry(name, kind, config)
+    fields = OP_TYPES[kind].fields
+    check_known(name, config, fields)
+    check_fields(name, config, fields, may_lack=fields)  # the constructor names what it needs
+    contradiction = OP_TYPES[kind].contradiction(config)
+    if contradiction:
+        raise DamagedData(f"{name} {contradiction}")
     check_known(name, tensors, TENSORS)
     check_fields(name, tensors, TENSORS, may_lack=TENSORS)
     if entry.get("levels") is not None and "levels.scale" not in tensors:
@@ -271,28 +174,6 @@ def check_bits(name, bits, weight_q):
     largest = max(2 ** (bits - 1) - 1, 1)
     if weight_q.max() > largest or weight_q.min() < -largest:
         raise DamagedData(f"{name} weight_q holds integers beyond {largest}, the largest of {bits} bits")
-
-
-def check_geometry(name, kind, config):
-    """Raise DamagedData where fields of a window or a convolution contradict each other."""
-    stride, padding, dilation = config.get("stride", 1), config.get("padding", 0), config.get("dilation", 1)
-    groups, channels = config.get("groups", 1), (config.get("in_channels", 0), config.get("out_channels", 0))
-    if channels[0] % groups or channels[1] % groups:
-        raise DamagedData(f"{name} groups {groups} do not divide the {channels[0]} and {channels[1]} channels")
-    if padding == "same" and max(as_pair(stride)) > 1:
-        raise DamagedData(f"{name} stride {stride}: padding 'same' takes stride 1")
-    if kind in ("SpikeAvgPool2d", "SpikeMaxPool2d"):
-        windows = zip(as_pair(config.get("kernel_size", 1)), as_pair(dilation), as_pair(padding))
-        if any(2 * pad > step * (size - 1) + 1 for size, step, pad in windows):
-            raise DamagedData(f"{name} padding {padding}: use at most half of kernel_size")
-    more = zip(as_pair(config.get("output_padding", 0)), as_pair(stride), as_pair(dilation))
-    if kind == "SpikeConvTranspose2d" and any(pad >= max(steps) for pad, *steps in more):
-        raise DamagedData(f"{name} output_padding {config['output_padding']}: use less than stride or dilation")
-
-
-def as_pair(value):
-    """A size for height and width, as two."""
-    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
 
 
 def in_short(value):
@@ -340,8 +221,6 @@ def broadcasts(values, shape):
 # ---------------------------------------------------------------------------------------------------------------------
 # What ops read
 
-ACTIVATIONS, CURRENTS, SPIKES = "activations", "currents", "spikes"
-
 
 def check_spikes(dag):
     """Raise DamagedData unless every op of a converted network can work on what it reads."""
@@ -350,11 +229,10 @@ def check_spikes(dag):
         return
     if len({neuron.spike_type for neuron in neurons.values()}) > 1:
         raise DamagedData("the neurons' spike_type is not the same in all layers")
-    kinds = dict.fromkeys(dag.inputs_nodes, ACTIVATIONS)
+    kinds = dict.fromkeys(dag.inputs_nodes, ANALOG)
     for name, entry in dag.ops.items():
-        op, (out,) = entry["op"], entry["out_nodes"]
-        kinds[out] = kind_sent(name, op, [kinds[node] for node in entry["in_nodes"]])
-    currents = [node for node in dag.outputs_nodes if kinds[node] == CURRENTS]
+        kinds[entry.out] = kind_sent(name, entry.op, [kinds[node] for node in entry.inputs])
+    currents = [node for node in dag.outputs_nodes if kinds[node] == CURRENT]
     if currents:
         raise DamagedData(f"the output {currents[0]} is a current, which no neuron turns into spikes")
 
@@ -362,80 +240,37 @@ def check_spikes(dag):
 def kind_sent(name, op, read):
     """What an op sends, by what it reads. Raises DamagedData where it cannot work on that."""
     if not op.spiking:
-        if op.neuron is not None or CURRENTS in read:
-            raise DamagedData(f"{name} spiking False, but it {'reads currents' if CURRENTS in read else 'has neurons'}")
-        return ACTIVATIONS
-    read = [SPIKES if kind == SPIKES else CURRENTS for kind in read]  # activations flow into neurons as they are
-    fault = fault_of_spiking(op, read)
+        if op.neuron is not None or CURRENT in read:
+            raise DamagedData(f"{name} spiking False, but it {'reads currents' if CURRENT in read else 'has neurons'}")
+        return ANALOG
+    read = [SPIKES if kind == SPIKES else CURRENT for kind in read]  # activations flow into neurons as they are
+    fault = op.misfit(read)
     if fault:
         raise DamagedData(f"{name} spiking True, but {fault}")
     if op.neuron is not None:
         return SPIKES
-    passes = isinstance(op, (SpikeMaxPool2d, SpikeReLU, SpikePad, ViewOp, ConcatOp)) or getattr(op, "folded", False)
-    return SPIKES if passes and set(read) == {SPIKES} else CURRENTS
-
-
-def fault_of_spiking(op, read):
-    """Why a spiking op cannot work on what it reads, in words, or None."""
-    has_neurons, reads_spikes = op.neuron is not None, SPIKES in read
-    if isinstance(op, SignedReLU):
-        return None if has_neurons and not reads_spikes else "it reads spikes, or has no neurons"
-    if isinstance(op, SpikeReLU):
-        return None if has_neurons != reads_spikes else "it takes neurons for currents and none for spikes"
-    if isinstance(op, SpikeAdd):
-        weights = op.branch_weight0, op.branch_weight1
-        lacks = any(kind == SPIKES and weight is None for kind, weight in zip(read, weights))
-        return "spikes that it adds have no weight" if lacks else None
-    if isinstance(op, (WeightedLayer, SpikeBatchNorm)) and not hasattr(op, "weight_q"):
-        return "it has no weight_q"
-    if isinstance(op, SpikeAvgPool2d):
-        return "it is folded, or reads currents, and has neurons" if has_neurons and takes_none(op, read) else None
-    if isinstance(op, WeightedLayer):
-        return None
-    if has_neurons or not isinstance(op, (SpikeBatchNorm, SpikeMaxPool2d, SpikePad, ViewOp, ConcatOp)):
-        return "it has no place for neurons"
-    if isinstance(op, SpikeBatchNorm) and op.bias_q is None:
-        return "it has no bias_q"
-    if isinstance(op, SpikeMaxPool2d) and (op.mode is None or not reads_spikes):
-        return "it reads no spikes, or has no mode"
-    return None
-
-
-def takes_none(pool, read):
-    """Whether an average pooling has no neurons of its own, for what it reads."""
-    return pool.folded or SPIKES not in read
+    return SPIKES if (op.passes_spikes or op.folded) and set(read) == {SPIKES} else CURRENT
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shapes
 
 
-def run_ann_op(where, op, inputs):
-    """What an op returns for activations [B, ...]. Raises Misfit, which names it, where their shapes do not suit it."""
-    try:
-        return op(*inputs)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, IndexError, ValueError) as error:
-        shapes = " and ".join(str(list(x.shape)) for x in inputs)
-        reason = (str(error).splitlines() or [""])[0]
-        raise Misfit(f"{where} cannot run on inputs of {shapes}: {reason}") from error
+def check_sample(entry, activations, output):
+    """Raise Misfit unless what a spiking op holds for neurons or channels suits the shapes of one sample, [1, ...].
 
-
-def check_sample(where, op, inputs, output):
-    """Raise Misfit unless what a spiking op holds for neurons or channels suits the shapes of one sample, [1, ...]."""
+    activations: node -> value of the sample in the ANN. output: that of the op.
+    """
+    op = entry.op
     if not op.spiking:
         return
-    sample = output.shape[1:]
-    held = [(key, getattr(op, key, None), sample) for key in ("unit", "weight_q", "bias_q")]
-    if isinstance(op, WeightedLayer):
-        held = held[:1]  # its integers have the shape of its weights (`check_integers`)
-    if isinstance(op, SpikeAdd):
-        held += [(f"branch_weight{i}", getattr(op, f"branch_weight{i}"), x.shape[1:]) for i, x in enumerate(inputs)]
-        if len({x.shape for x in inputs}) > 1:
-            raise Misfit(f"{where} adds {list(inputs[0].shape)} and {list(inputs[1].shape)}")
+    inputs = [activations[node] for node in entry.inputs]
+    if op.arity == (2, 2) and inputs[0].shape != inputs[1].shape:
+        raise Misfit(f"{entry.where} adds {list(inputs[0].shape)} and {list(inputs[1].shape)}")
+    held = op.held(inputs, output)
     if op.neuron is not None:
-        held += [(key, getattr(op.neuron, key), sample) for key in ("Vthr", "scale_factor", "initial_potential")]
+        for key in ("Vthr", "scale_factor", "initial_potential"):
+            held.append((key, getattr(op.neuron, key), output.shape[1:]))
     for key, values, shape in held:
         if values is not None and not broadcasts(values, shape):
-            raise Misfit(f"{where} {key} {list(values.shape)} does not fit values of {list(shape)}")
+            raise Misfit(f"{entry.where} {key} {list(values.shape)} does not fit values of {list(shape)}")

@@ -14,9 +14,7 @@ from torch import nn
 
 from spike_dag import SpikeDAGModule
 from spike_layers import (
-    ConcatOp,
     SignedReLU,
-    SpikeAdd,
     SpikeAvgPool2d,
     SpikeBatchNorm,
     SpikeConv2d,
@@ -24,10 +22,8 @@ from spike_layers import (
     SpikeConvTranspose2d,
     SpikeLinear,
     SpikeMaxPool2d,
-    SpikePad,
     SpikeReLU,
     ViewOp,
-    WeightedLayer,
 )
 
 SIGNED_CHOICES = ("pair",)
@@ -51,10 +47,10 @@ def prepare_conversion(dag, maxpool=None, signed=None, avgpool="spike"):
     if signed == "pair":
         split_signs(dag)
     for entry in dag.ops.values():
-        if isinstance(entry["op"], SpikeMaxPool2d) and maxpool is not None:
-            entry["op"].mode = maxpool
-        if isinstance(entry["op"], SpikeAvgPool2d):
-            entry["op"].folded = avgpool == "fold"
+        if isinstance(entry.op, SpikeMaxPool2d) and maxpool is not None:
+            entry.op.mode = maxpool
+        if isinstance(entry.op, SpikeAvgPool2d):
+            entry.op.folded = avgpool == "fold"
     return dag
 
 
@@ -68,34 +64,18 @@ def check_avgpool(avgpool):
 # The graph
 
 
-def readers(dag, node):
-    """Names of the ops that read a node, once per reading."""
-    return [name for name, entry in dag.ops.items() for read in entry["in_nodes"] if read == node]
-
-
-def writer(dag, node):
-    """Name of the op that writes a node, None for an input."""
-    return next((name for name, entry in dag.ops.items() if node in entry["out_nodes"]), None)
-
-
-def only_reader(dag, node):
-    """Name of the one op that reads a node, None where there are more, or the node is an output."""
-    names = readers(dag, node)
-    return names[0] if len(names) == 1 and node not in dag.outputs_nodes else None
-
-
 def read_instead(dag, old, new):
     """Make every reader of node `old`, and the outputs, read `new`."""
     for entry in dag.ops.values():
-        entry["in_nodes"] = tuple(new if node == old else node for node in entry["in_nodes"])
+        entry["in_nodes"] = tuple(new if node == old else node for node in entry.inputs)
     dag.outputs_nodes = tuple(new if node == old else node for node in dag.outputs_nodes)
 
 
 def remove_op(dag, name):
     """Take out an op with one input; its readers read that input."""
     entry = dag.ops[name]
-    read_instead(dag, entry["out_nodes"][0], entry["in_nodes"][0])
-    del dag.ops[name], dag.nodes[entry["out_nodes"][0]]
+    read_instead(dag, entry.out, entry.inputs[0])
+    del dag.ops[name], dag.nodes[entry.out]
     delattr(dag, name)
 
 
@@ -111,18 +91,13 @@ def insert_after(dag, node, op_type, op):
     while f"{op_type}{count}" in taken:
         count += 1
     name, out = f"{op_type}{count}", f"{op_type}{count}_out1"
-    before = writer(dag, node)
-    path = dag.ops[before]["path"] if before else ""
+    before = dag.writer(node)
+    path = dag.ops[before].path if before else ""
     dag.add_op(name, op, [node], [out], path)
     position = list(dag.ops).index(before) + 1 if before else 0
     for later in list(dag.ops)[position:-1]:
         dag.ops.move_to_end(later)
     return out
-
-
-def is_trained(op):
-    """Whether an op is a convolution or linear layer, not a pooling."""
-    return isinstance(op, WeightedLayer) and not isinstance(op, SpikeAvgPool2d)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,17 +113,17 @@ def fold_batch_norms(dag: SpikeDAGModule):
     average pooling and a flatten (`layer_behind`). Any other BatchNorm stays a SpikeBatchNorm. The network's function
     in eval mode stays the same.
     """
-    for name in [name for name, entry in dag.ops.items() if isinstance(entry["op"], SpikeBatchNorm)]:
+    for name in [name for name, entry in dag.ops.items() if isinstance(entry.op, SpikeBatchNorm)]:
         fold_into_layer_before(dag, name) or fold_into_layer_behind(dag, name)
 
 
 def fold_into_layer_before(dag, name):
     """Whether the BatchNorm `name` could be folded into the layer that it reads."""
-    norm, (node,) = dag.ops[name]["op"], dag.ops[name]["in_nodes"]
-    before = writer(dag, node)
-    if before is None or not is_trained(dag.ops[before]["op"]) or only_reader(dag, node) is None:
+    norm, (node,) = dag.ops[name].op, dag.ops[name].inputs
+    before = dag.writer(node)
+    if before is None or not dag.ops[before].op.is_trained or dag.only_reader(node) is None:
         return False
-    layer = dag.ops[before]["op"]
+    layer = dag.ops[before].op
     layer.scale_output(norm.weight, norm.bias)
     layer.frozen &= norm.frozen  # what is trained of either makes the folded one trained
     if type(layer) is SpikeConv2d:
@@ -161,7 +136,7 @@ def fold_into_layer_before(dag, name):
 
 def fold_into_layer_behind(dag, name):
     """Whether the BatchNorm `name` could be folded into the layer that reads it."""
-    norm, layer = dag.ops[name]["op"], layer_behind(dag, name)
+    norm, layer = dag.ops[name].op, layer_behind(dag, name)
     if type(layer) not in (SpikeConv2d, SpikeConvBN, SpikeLinear) or any(getattr(layer, "padding", ())):
         return False
     groups = getattr(layer, "groups", 1)
@@ -186,11 +161,9 @@ def layer_behind(dag, name):
 
     These let a factor and a shift per channel pass. None where there is no such op.
     """
-    while (behind := only_reader(dag, dag.ops[name]["out_nodes"][0])) is not None:
-        op = dag.ops[behind]["op"]
-        pools = isinstance(op, SpikeAvgPool2d) and not any(op.padding)
-        flattens = isinstance(op, ViewOp) and len(op.shape) == 1
-        if not pools and not flattens:
+    while (behind := dag.only_reader(dag.ops[name].out)) is not None:
+        op = dag.ops[behind].op
+        if not op.passes_shift:
             return op
         name = behind
     return None
@@ -207,21 +180,21 @@ def pool_behind_relus(dag):
     """
     pools = []
     for name, entry in dag.ops.items():
-        is_view_of_pool = isinstance(entry["op"], ViewOp) and writer(dag, entry["in_nodes"][0]) in pools
-        if isinstance(entry["op"], SpikeMaxPool2d) or is_view_of_pool:
+        is_view_of_pool = isinstance(entry.op, ViewOp) and dag.writer(entry.inputs[0]) in pools
+        if isinstance(entry.op, SpikeMaxPool2d) or is_view_of_pool:
             pools.append(name)
     for name in reversed(pools):  # the one next to the ReLU first, so that it meets the one before
-        pool, (node,) = dag.ops[name]["op"], dag.ops[name]["out_nodes"]
-        behind = only_reader(dag, node)
-        if behind is not None and isinstance(dag.ops[behind]["op"], SpikeReLU):
+        pool, node = dag.ops[name].op, dag.ops[name].out
+        behind = dag.only_reader(node)
+        if behind is not None and isinstance(dag.ops[behind].op, SpikeReLU):
             rename_swapped(dag, name, behind, pool)
 
 
 def rename_swapped(dag, pool_name, relu_name, pool):
     """The ReLU reads what the pooling read, and the pooling reads the ReLU; their readers stay the same."""
     pool_entry, relu_entry = dag.ops[pool_name], dag.ops[relu_name]
-    (pooled,), (rectified,) = pool_entry["out_nodes"], relu_entry["out_nodes"]
-    relu_entry["in_nodes"] = pool_entry["in_nodes"]
+    pooled, rectified = pool_entry.out, relu_entry.out
+    relu_entry["in_nodes"] = pool_entry.inputs
     read_instead(dag, rectified, pooled)
     pool_entry["in_nodes"] = (rectified,)
     order = list(dag.ops)
@@ -243,8 +216,8 @@ def split_signs(dag):
     """
     pairs = {}
     for name in list(dag.ops):
-        layer, node = dag.ops[name]["op"], dag.ops[name]["in_nodes"][0]
-        if not is_trained(layer) or not may_be_negative(dag, node):
+        layer, node = dag.ops[name].op, dag.ops[name].inputs[0]
+        if not layer.is_trained or not may_be_negative(dag, node):
             continue
         if node not in pairs:
             pairs[node] = insert_after(dag, node, "signed_relu", SignedReLU())
@@ -254,14 +227,11 @@ def split_signs(dag):
 
 def may_be_negative(dag, node):
     """Whether a node holds the output of a convolution or linear layer, with no ReLU behind it."""
-    name = writer(dag, node)
+    name = dag.writer(node)
     if name is None:
         return False
     entry = dag.ops[name]
-    if is_trained(entry["op"]):
-        return True
-    passes = (SpikeAdd, ConcatOp, ViewOp, SpikePad, SpikeBatchNorm, SpikeAvgPool2d)
-    return isinstance(entry["op"], passes) and any(may_be_negative(dag, read) for read in entry["in_nodes"])
+    return entry.op.is_trained or (entry.op.is_linear and any(may_be_negative(dag, read) for read in entry.inputs))
 
 
 @torch.no_grad()
@@ -311,14 +281,11 @@ def equalize_channels(dag):
 
 def next_weighted_layer(dag, name):
     """The one dense layer that reads op `name` through ReLUs, average poolings and views, or None."""
-    (node,) = dag.ops[name]["out_nodes"]
-    while True:
-        readers = [entry["op"] for entry in dag.ops.values() for read in entry["in_nodes"] if read == node]
-        if len(readers) != 1 or node in dag.outputs_nodes:
-            return None
-        (op,) = readers
-        if isinstance(op, WeightedLayer) and op.weight.requires_grad:
+    node = dag.ops[name].out
+    while (behind := dag.only_reader(node)) is not None:
+        op, node = dag.ops[behind].op, dag.ops[behind].out
+        if op.is_trained:
             return op if getattr(op, "groups", 1) == 1 else None
-        if not isinstance(op, (SpikeReLU, SpikeAvgPool2d, ViewOp)) or getattr(op, "ceiling", None) is not None:
+        if not op.passes_scale:
             return None
-        (node,) = next(entry["out_nodes"] for entry in dag.ops.values() if entry["op"] is op)
+    return None

@@ -129,49 +129,50 @@ def hardware_layers(dag, ann_layers=()):
 
     Raises ValueError, where poolings are to be folded, for a network that cannot be converted (`plan_conversion`).
     """
-    from conversion.plan import RELUS, find_ann_layers, look_ahead, weighted_behind
-    from spike_layers import SpikeAvgPool2d, WeightedLayer
+    from conversion.plan import LookAhead, find_ann_layers
 
-    stays_ann = find_ann_layers(dag, ann_layers)
-    feeds_relu, leads_to_relu = look_ahead(dag, stays_ann)
+    ahead = LookAhead(dag, find_ann_layers(dag, ann_layers))
     layers, from_image, folded = [], set(dag.inputs_nodes), find_folded(dag, ann_layers)
-    for name, entry in dag.ops.items():
-        op, (out,) = entry["op"], entry["out_nodes"]
-        is_first = all(node in from_image for node in entry["in_nodes"])
-        if is_first and not isinstance(op, RELUS):
-            from_image.add(out)
-        if not isinstance(op, WeightedLayer) or op in folded.values():
+    for entry in dag.ops.values():
+        op, is_first = entry.op, from_image.issuperset(entry.inputs)
+        if is_first and not op.rectifies:
+            from_image.add(entry.out)
+        if not op.has_weights or op in folded.values():
             continue
-        if name in stays_ann:
-            role = "last"
-        elif isinstance(op, SpikeAvgPool2d):
-            role = "pool" if leads_to_relu[out] else "last"
-        elif not feeds_relu[out] and not leads_to_relu[out] and not weighted_behind(dag, name):
-            role = "last"
-        else:
-            role = "first" if is_first else "hidden"
         kernel_size = tuple(op.weight.shape[2:]) or (1, 1)
         in_channels = len(op.rows(op.weight)[0]) // (kernel_size[0] * kernel_size[1])
-        if entry["in_nodes"][0] in folded:
-            kernel_size = folded_kernel_size(kernel_size, op, folded[entry["in_nodes"][0]])
-        layers.append(Layer(name, entry["path"], kernel_size, in_channels, role, feeds_relu[out]))
+        if entry.inputs[0] in folded:
+            kernel_size = folded_kernel_size(kernel_size, op, folded[entry.inputs[0]])
+        role, has_relu = role_of(entry, ahead, is_first), ahead.feeds_neuron[entry.out]
+        layers.append(Layer(entry.name, entry.path, kernel_size, in_channels, role, has_relu))
     return layers
+
+
+def role_of(entry, ahead, is_first):
+    """The role of a layer with weights (`Layer`); ahead: what lies behind it."""
+    from conversion.plan import has_weights_behind
+
+    feeds_neuron, before_neuron = ahead.feeds_neuron[entry.out], ahead.before_neuron[entry.out]
+    if entry.name in ahead.stays_ann:
+        return "last"
+    if not entry.op.is_trained:
+        return "pool" if before_neuron else "last"
+    if not feeds_neuron and not before_neuron and not has_weights_behind(ahead.dag, entry.name):
+        return "last"
+    return "first" if is_first else "hidden"
 
 
 def find_folded(dag, ann_layers):
     """Node -> the folded average pooling whose sums it holds, from the pooling to the layers that weigh them."""
     from conversion.plan import plan_conversion
-    from dag_rewrites import is_trained
-    from spike_layers import SpikeAvgPool2d
 
-    marked = any(isinstance(entry["op"], SpikeAvgPool2d) and entry["op"].folded for entry in dag.ops.values())
+    marked = any(entry.op.folded for entry in dag.ops.values())
     names, found = plan_conversion(dag, ann_layers).folded if marked else (), {}
     for name, entry in dag.ops.items():
-        (out,), node = entry["out_nodes"], entry["in_nodes"][0]
         if name in names:
-            found[out] = entry["op"]
-        elif node in found and not is_trained(entry["op"]):
-            found[out] = found[node]
+            found[entry.out] = entry.op
+        elif entry.inputs[0] in found and not entry.op.is_trained:
+            found[entry.out] = found[entry.inputs[0]]
     return found
 
 

@@ -245,7 +245,7 @@ def choose_scales(net, per_channel=False):
         layer.set_weight_scale(quantize_layer(layer, layer.weight, layer.weight_bits, per_channel)[1])
     if net.scales_of_conversion is not None:
         for name, scale in net.scales_of_conversion(net, per_channel).items():
-            layer = net.ops[name]["op"]
+            layer = net.ops[name].op
             if layer.weight_bits != FLOAT_BITS:
                 layer.set_weight_scale(scale.to(layer.weight.device))
 
@@ -432,8 +432,8 @@ def float_teacher(net, loader):
     """A copy of `net` whose weights and activations are floats, to learn from."""
     teacher = as_dag(net, loader).eval()
     for entry in teacher.ops.values():
-        if getattr(entry["op"], "levels", None) is not None:
-            entry["op"].levels = None
+        if getattr(entry.op, "levels", None) is not None:
+            entry.op.levels = None
     return teacher
 
 

@@ -19,10 +19,11 @@ from conversion.correction import correct_spikes
 from conversion.integers import SpikeSetter
 from conversion.options import check_conversion
 from conversion.plan import plan_conversion
-from conversion.statistics import calibrate, least_error_scales, node_shapes, positive_tops, use_learnt_scales
+from conversion.statistics import calibrate, least_error_scales, positive_tops, use_learnt_scales
 from dag_rewrites import prepare_conversion
 from quantization import as_dag, set_bitwidths
 from runtime.batches import first_batch, on_device, reusable, split_batch
+from spike_simulator import node_shapes
 
 
 def trans_ann2snn_weight(
@@ -105,7 +106,7 @@ def trans_ann2snn_weight(
     statistics = calibrate(snn, loader, device, calibration_samples, choose_scales, granularity)
     learnt = use_learnt_scales(snn, statistics)
     for entry in snn.ops.values():
-        entry["op"].levels = None  # spikes need none
+        entry.op.levels = None  # spikes need none
     shapes = node_shapes(snn, *on_device(split_batch(first_batch(loader))[0], device, 1))
     snn.cpu()  # integers are chosen there
     setter = SpikeSetter(snn, plan, statistics, shapes, timesteps, per_channel, reset_mode, initial_potential, learnt)

@@ -3,13 +3,13 @@
 import torch
 from torch import nn
 
+from kernels.currents import EXACT_IN_FLOAT32
+from kernels.integer_state import IntegerState
 from kernels.memory_order import order
 from kernels.neurons import can_run_compiled, if_steps, learning_steps, learning_steps_back
 from spike_tensor import Current, Memory, SpikeTensor
 
 RESET_MODES = ("zero", "subtraction")
-
-EXACT_IN_FLOAT32 = 2**24  # integers up to here are exact in float32
 
 
 def if_step(membrane, current, Vthr, reset_mode):
@@ -115,7 +115,7 @@ class IFNeuron(nn.Module):
         self.spike_type = spike_type
         self.listen = listen
         self.learns = False
-        self.largest_start = {}
+        self.state = None
 
     def config(self):
         """The constructor's arguments."""
@@ -129,11 +129,12 @@ class IFNeuron(nn.Module):
             return torch.float32
         if self.spike_type == torch.float64:
             return torch.float64
-        state = IntegerState(self.Vthr, self.initial_potential)
-        if self.largest_start.get("state") != state:  # asked once: a GPU would have to wait for the answer
+        state = self.state  # of the threads that simulate, each may set it
+        if state is None or not state.holds(self.Vthr, self.initial_potential):
+            # asked once: a GPU would have to wait for the answer
             largest = self.Vthr.max().item() + self.initial_potential.abs().max().item()
-            self.largest_start = {"state": state, "largest": largest}
-        largest = self.largest_current * timesteps + self.largest_start["largest"]
+            state = self.state = IntegerState(largest, self.Vthr, self.initial_potential)
+        largest = self.largest_current * timesteps + state.made
         return torch.float32 if largest < EXACT_IN_FLOAT32 else torch.float64
 
     def forward(self, current, memory=None):
@@ -236,17 +237,3 @@ class RoundToLevels(torch.autograd.Function):
         of_scale = (steps + 0.5).floor_().sub_(steps).mul_(inside).add_(steps >= levels, alpha=levels)
         total = of_scale.mul_(gradient).sum_to_size(scale.shape) * (ctx.share / levels) * scale.sign()
         return gradient * inside, total, None
-
-
-class IntegerState:
-    """Which tensors a layer's integers are, and how often they were changed in place."""
-
-    def __init__(self, *tensors):
-        self.tensors = tensors  # kept, so that no other tensor takes their place in memory
-        self.versions = [None if x is None or x.is_inference() else x._version for x in tensors]
-
-    def __eq__(self, other):
-        same = isinstance(other, IntegerState) and self.versions == other.versions
-        return same and all(mine is theirs for mine, theirs in zip(self.tensors, other.tensors))
-
-    __hash__ = None

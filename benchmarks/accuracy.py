@@ -220,14 +220,14 @@ def evenly_spaced(loader, most):
 
 def price(snn, images, torch):
     """Spikes and synaptic operations per image."""
-    from conversion.statistics import node_shapes
     from reports.energy import count_operations
     from reports.observe import observe
+    from spike_simulator import node_shapes
 
     seen = observe(snn, images)
     ann = {"spikes": 0.0, "synops": 0.0}
     counts = {node: count.mean(0) for node, count in seen.counts.items()}
-    fired = {entry["out_nodes"][0] for entry in snn.ops.values() if entry["op"].neuron is not None}
+    fired = {entry.out for entry in snn.ops.values() if entry.op.neuron is not None}
     ann["spikes"] = sum(count.sum().item() for node, count in counts.items() if node in fired)
     operations = count_operations(snn, node_shapes(snn, images[:1]), counts, snn.timesteps)
     ann["synops"] = sum(each["synops"] for each in operations.values())

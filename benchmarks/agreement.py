@@ -82,52 +82,39 @@ def measure(name, args, classes, images, calibration, device):
         snn = trans_ann2snn_weight(
             graphs[1], [(calibration,)], device, args.timesteps, 32, calibration_samples=samples, **options
         )
-        outputs, correlations = simulate(snn, images)
+        outputs, correlations = compare(snn, images)
     same = 100 * (outputs.argmax(1) == expected.argmax(1)).double().mean().item()
     worst = min(correlations, key=correlations.get)
     counts = len(correlations), *(f"{difference:.1e}" for difference in differences)
     return (name, *counts, f"{correlations[worst]:.4f}", snn.where(worst), f"{same:.1f}")
 
 
-def simulate(snn, images):
+def compare(snn, images):
     """The outputs, and by spiking layer the correlation of decoded spikes with the activations of the ANN in `snn`."""
     import torch
 
-    spikes = {name: [] for name in snn.spiking_layers()}
-    activations = {name: [] for name in spikes}
-    outputs = []
+    from spike_simulator import simulate
+
+    outputs, decoded, activations = [], {}, {}
     for image in images.split(1):
         counts = {}
-        for name in spikes:
-            watch(snn.ops[name]["op"], counts, name)
-        outputs.append(snn(image))
-        for name in spikes:
-            del snn.ops[name]["op"].forward
-        values = {snn.inputs_nodes[0]: image}
-        for name, entry in snn.ops.items():
-            values[entry["out_nodes"][0]] = entry["op"](*[values[node] for node in entry["in_nodes"]])
-            if name in spikes:
-                scale = snn.ops[name]["op"].neuron.scale_factor / snn.timesteps
-                spikes[name].append((counts[name] * scale).flatten())
-                activations[name].append(values[entry["out_nodes"][0]].flatten())
-    pairs = {name: torch.stack([torch.cat(spikes[name]), torch.cat(activations[name])]) for name in spikes}
+
+        def watch(name, current, spikes, counts=counts):
+            if snn.ops[name].op.neuron is not None:
+                counts[name] = counts.get(name, 0) + spikes.counts()
+
+        def watch_ann(name, current, activation, counts=counts):
+            if name in counts:
+                scale = snn.ops[name].op.neuron.scale_factor / snn.timesteps
+                decoded.setdefault(name, []).append((counts[name] * scale).flatten())
+                activations.setdefault(name, []).append(activation.flatten())
+
+        (output,) = simulate(snn, (image,), snn.timesteps, watch=watch)
+        outputs.append(output)
+        snn.forward_ann((image,), watch_ann)
+    pairs = {name: torch.stack([torch.cat(decoded[name]), torch.cat(activations[name])]) for name in decoded}
     correlations = {name: torch.corrcoef(pair.double())[0, 1].item() for name, pair in pairs.items()}
     return torch.cat(outputs), correlations
-
-
-def watch(op, counts, name):
-    """Make `op.forward` add up the spikes that it returns."""
-    from spike_tensor import SpikeTensor
-
-    original = op.forward
-
-    def forward(*inputs, **memory):
-        output = original(*inputs, **memory)
-        if isinstance(output, SpikeTensor):
-            counts[name] = counts.get(name, 0) + output.counts()
-        return output
-
-    op.forward = forward
 
 
 if __name__ == "__main__":

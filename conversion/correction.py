@@ -16,10 +16,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dag_rewrites import is_trained, only_reader, writer
 from runtime.batches import batches_of, on_device, split_batch
-from spike_dag import as_spiking, one_thread_per_operator, run_ops
-from spike_layers import SignedReLU, SpikeAdd, SpikeBatchNorm, WeightedLayer
+from spike_simulator import bound_currents, current_into, one_thread_per_operator, run_ops
 from spike_tensor import Memory, SpikeTensor
 
 MOST_IMAGES = 256  # the mean of a channel is known from few
@@ -41,7 +39,7 @@ def correct_spikes(snn, qnet, loader, device, samples, with_bias=False, hold_bac
     with one_thread_per_operator, ThreadPoolExecutor(threads) as pool:
         for name in tqdm(snn.neurons(), "correct", leave=False, delay=1):
             images.correct(name, pool, with_bias, hold_back)
-    snn.bound_currents()
+    bound_currents(snn)
 
 
 class CorrectionImages:
@@ -58,8 +56,8 @@ class CorrectionImages:
 
     def correct(self, name, pool, with_bias, hold_back):
         """Hold back and correct the neurons of op `name`; those of the layers before it are corrected."""
-        op, (out,) = self.snn.ops[name]["op"], self.snn.ops[name]["out_nodes"]
-        before, _ = self.trace_back(self.snn.ops[name]["in_nodes"])
+        entry, neuron = self.snn.ops[name], self.snn.ops[name].op.neuron
+        before, _ = self.trace_back(entry.inputs)
 
         def each(function, *lists):
             """`function` of the entries of every list, chunk by chunk, on all threads."""
@@ -68,7 +66,6 @@ class CorrectionImages:
         hold_back_neuron(self.snn, self.qnet, name, hold_back)
         carrier = carrier_of(self.snn, name) if with_bias else None
         targets = each(lambda known: self.activation_of(name, before, known), self.activations)
-        neuron, op.neuron = op.neuron, None  # without it the op returns its current
 
         def each_current(function):
             """`function(current, target)`, chunk by chunk."""
@@ -78,23 +75,20 @@ class CorrectionImages:
 
             return each(work, self.values, targets)
 
-        try:
-            correct_means(neuron, each_current, carrier, self.timesteps)
-        finally:
-            op.neuron = neuron
+        correct_means(neuron, each_current, carrier, self.timesteps)
         spikes = each(lambda known: self.spikes_of(name, before, known), self.values)
         for activations, values, target, sent in zip(self.activations, self.values, targets, spikes):
-            activations[out], values[out] = target, sent
+            activations[entry.out], values[entry.out] = target, sent
         self.forget_read(name)
 
     def trace_back(self, nodes):
         """The ops without a neuron that lead from known nodes to `nodes`, in order, and all nodes that they read."""
         known, wanted, names = set(self.values[0]), set(nodes), []
         for name, entry in reversed(self.snn.ops.items()):
-            (out,) = entry["out_nodes"]
+            out = entry.out
             if out in wanted and out not in known:
                 names.insert(0, name)
-                wanted.update(entry["in_nodes"])
+                wanted.update(entry.inputs)
         return names, wanted
 
     def current_into(self, name, before, known):
@@ -102,31 +96,31 @@ class CorrectionImages:
         values = self.read_by([*before, name], known)
         run_ops([self.snn.ops[each] for each in before], values, self.timesteps, Memory(self.timesteps))
         entry = self.snn.ops[name]
-        return entry["op"](*[as_spiking(values[node], self.timesteps) for node in entry["in_nodes"]])
+        return current_into(entry.op, [values[node] for node in entry.inputs], self.timesteps)
 
     def spikes_of(self, name, before, known):
         """The spikes of op `name`, as they are kept."""
         values, memory = self.read_by([*before, name], known), Memory(self.timesteps)
         run_ops([self.snn.ops[each] for each in (*before, name)], values, self.timesteps, memory)
-        spikes = values[self.snn.ops[name]["out_nodes"][0]]
+        spikes = values[self.snn.ops[name].out]
         return PackedSpikes(spikes) if spikes.data.device.type == "cpu" else spikes
 
     def read_by(self, names, known):
         """Node -> value of the known nodes that ops read, with all spikes as they are simulated."""
-        nodes = {node for name in names for node in self.snn.ops[name]["in_nodes"]} & set(known)
+        nodes = {node for name in names for node in self.snn.ops[name].inputs} & set(known)
         return {n: known[n].unpack() if isinstance(known[n], PackedSpikes) else known[n] for n in nodes}
 
     def activation_of(self, name, before, known):
         """What the ANN's op `name` returns."""
         values = dict(known)
         run_ops([self.qnet.ops[each] for each in (*before, name)], values)
-        return values[self.qnet.ops[name]["out_nodes"][0]]
+        return values[self.qnet.ops[name].out].contiguous()  # means of floats depend on the memory order
 
     def forget_read(self, name):
         """Drop the nodes that no neuron behind op `name` needs."""
         names = list(self.snn.ops)
         later = names[names.index(name) + 1 :]
-        _, wanted = self.trace_back([node for n in later for node in self.snn.ops[n]["in_nodes"]])
+        _, wanted = self.trace_back([node for n in later for node in self.snn.ops[n].inputs])
         for store in (*self.values, *self.activations):
             for node in set(store) - wanted:
                 del store[node]
@@ -171,13 +165,13 @@ def bias_beyond(snn, qnet, name):
     By rounding, what is held back, and corrections; in units of its potential, shaped as Vthr, or [C, 1, 1] ([N]).
     It is 0 with reset to zero, which forgets what came before the first step.
     """
-    op = snn.ops[name]["op"]
+    op = snn.ops[name].op
     neuron, beyond = op.neuron, torch.zeros_like(op.neuron.Vthr, dtype=torch.float32)
-    if neuron.reset_mode != "subtraction" or isinstance(op, SignedReLU):
+    if neuron.reset_mode != "subtraction" or op.splits_signs:
         return beyond
-    for carrier in bias_carriers(snn, snn.ops[name]["in_nodes"][0]):
-        layer, bias = snn.ops[carrier]["op"], qnet.ops[carrier]["op"].bias
-        spatial = [1] * (layer.spatial if isinstance(layer, WeightedLayer) else layer.bias_q.dim() - 1)
+    for carrier in bias_carriers(snn, snn.ops[name].inputs[0]):
+        layer, bias = snn.ops[carrier].op, qnet.ops[carrier].op.bias
+        spatial = [1] * layer.spatial
         if layer.bias_q is not None:
             beyond = beyond + layer.bias_q.view(-1, *spatial)
         if bias is not None:
@@ -188,7 +182,7 @@ def bias_beyond(snn, qnet, name):
 def hold_back_neuron(snn, qnet, name, share):
     """Start the neuron of op `name` lower, by what its bias then makes up for (`current_held_back`)."""
     current, rounded = current_held_back(snn, qnet, name, share)
-    neuron, lower = snn.ops[name]["op"].neuron, (current - rounded) * snn.timesteps
+    neuron, lower = snn.ops[name].op.neuron, (current - rounded) * snn.timesteps
     if lower.any():
         lower = lower if neuron.initial_potential.is_floating_point() else lower.round().to(torch.int32)
         neuron.initial_potential = neuron.initial_potential - lower
@@ -206,7 +200,7 @@ def current_held_back(snn, qnet, name, share):
     rest goes into the start. Nothing is held back where no layer can carry it, and with reset to zero. Of a neuron that
     listens for d steps first, the share is 1 - d / T times as large: at d = T no spike comes too early.
     """
-    neuron, carrier = snn.ops[name]["op"].neuron, carrier_of(snn, name)
+    neuron, carrier = snn.ops[name].op.neuron, carrier_of(snn, name)
     nothing = torch.zeros_like(neuron.Vthr)
     if carrier is None or neuron.reset_mode != "subtraction":
         return nothing, nothing
@@ -268,27 +262,27 @@ def mean_difference(neuron, each_current, added):
 def carrier_of(snn, name):
     """The layer whose bias can shift the neuron of op `name`, or None: of a pair of signs one cannot shift both."""
     entry = snn.ops[name]
-    return None if isinstance(entry["op"], SignedReLU) else bias_carrier(snn, entry["in_nodes"][0])
+    return None if entry.op.splits_signs else bias_carrier(snn, entry.inputs[0])
 
 
 def bias_carrier(snn, node):
     """The first of the layers whose bias is a part of the current of a node (`bias_carriers`), or None."""
-    return next((snn.ops[name]["op"] for name in bias_carriers(snn, node)), None)
+    return next((snn.ops[name].op for name in bias_carriers(snn, node)), None)
 
 
 def bias_carriers(snn, node):
     """Op names of the layers whose biases, as they are, are a part of the current of a node, and flow nowhere else."""
-    name = writer(snn, node)
-    if name is None or only_reader(snn, node) is None:
+    name = snn.writer(node)
+    if name is None or snn.only_reader(node) is None:
         return []
-    op, in_nodes = snn.ops[name]["op"], snn.ops[name]["in_nodes"]
-    if is_trained(op) or isinstance(op, SpikeBatchNorm):
-        before = writer(snn, in_nodes[0])
-        reads_spikes = before is not None and snn.ops[before]["op"].spiking
+    op, in_nodes = snn.ops[name].op, snn.ops[name].inputs
+    if op.carries_bias:
+        before = snn.writer(in_nodes[0])
+        reads_spikes = before is not None and snn.ops[before].op.spiking
         return [name] if reads_spikes else []  # what the image causes has its bias in float
-    if not isinstance(op, SpikeAdd):
+    if not op.adds:
         return []
-    plain = [node for node, w in zip(in_nodes, (op.branch_weight0, op.branch_weight1)) if w is None]
+    plain = [node for node, weight in zip(in_nodes, op.branch_weights) if weight is None]
     return [name for node in plain for name in bias_carriers(snn, node)]
 
 
@@ -299,8 +293,8 @@ def has_float_bias(layer):
 
 def add_bias(layer, neuron, current):
     """Add a current per step, [C, 1, 1] or a scalar, to a converted layer's bias."""
-    if not isinstance(layer, SpikeBatchNorm):
-        current = current.flatten()
+    if layer.has_weights:
+        current = current.flatten()  # [C_out], as its bias
     before = current.new_zeros(layer.output_channels) if layer.bias_q is None else layer.bias_q
     layer.bias_q = (before + current).to(torch.float32 if has_float_bias(layer) else torch.int32)
     if neuron.largest_current is not None:

@@ -1,6 +1,5 @@
 """What calibration images tell of every layer: pooled activations, and the scales chosen from them."""
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +7,6 @@ from tqdm import tqdm
 
 from quantization import sampling_stride
 from runtime.batches import batches_of, on_device, split_batch
-from spike_layers import ConcatOp, SoftmaxOp, ViewOp
 
 MOST_SAMPLES = 1_000_000  # pooled elements a layer
 
@@ -17,13 +15,11 @@ LEAST_SHARE = 1 / 16  # of its layer's lambda that a channel's can be, so that i
 
 @dataclass
 class LayerStatistics:
-    """Of one layer's pooled activations: `max_i`, the largest of its inputs, and `max_o`, the scale of its outputs.
+    """Of one layer's pooled activations: max_o, the scale of its outputs, and scales, that of every channel.
 
-    scales: max_o of every channel, [C, 1, 1] ([N] behind a linear layer), or of the layer, a scalar. square_o: the mean
-    square of its outputs.
+    scales: [C, 1, 1] ([N] behind a linear layer), or of the layer, a scalar. square_o: the mean square of its outputs.
     """
 
-    max_i: float
     max_o: float
     scales: torch.Tensor
     square_o: float
@@ -35,23 +31,45 @@ def calibrate(dag, loader, device, samples, choose_scales, granularity="layer"):
     choose_scales(values [N], channels [N], C, largest [C]) gives the scale of every channel, [C]; largest: of all
     activations, of which the values are a sample.
     """
-    with pool_activations(dag, samples, granularity == "channel") as (input_pool, output_pool):
-        run_samples(dag, loader, device, samples)
-        statistics = {}
-        for name, pool in output_pool.items():
-            outputs = pool.values()
-            if not torch.isfinite(outputs).all():
-                raise ValueError(f"{dag.where(name)} has NaN or infinite activations, train the network again")
-            channels, largest = torch.zeros_like(outputs, dtype=torch.long), pool.largest
-            max_o = choose_scales(outputs, channels, 1, largest.max().reshape(1)).squeeze()
-            scales = max_o
-            if granularity == "channel":
-                scales = choose_scales(outputs, pool.channels(), pool.count, largest)
-                scales = torch.where(scales > 0, scales, max_o).clamp_min(LEAST_SHARE * max_o)
-                scales = scales.view(-1, *[1] * (pool.dim - 2))
-            square_o = outputs.double().square().mean().item()
-            statistics[name] = LayerStatistics(input_pool[name].largest, max_o.item(), scales.cpu(), square_o)
-        return statistics
+    per_channel = granularity == "channel"
+    pools = pool_activations(dag, loader, device, samples, per_channel)
+    return {name: statistics_of(dag.where(name), pool, choose_scales, per_channel) for name, pool in pools.items()}
+
+
+def statistics_of(where, pool, choose_scales, per_channel):
+    """The LayerStatistics of one layer's pool. Raises ValueError, with the layer, for activations that are NaN."""
+    outputs = pool.values()
+    if not torch.isfinite(outputs).all():
+        raise ValueError(f"{where} has NaN or infinite activations, train the network again")
+    channels, largest = torch.zeros_like(outputs, dtype=torch.long), pool.largest
+    max_o = choose_scales(outputs, channels, 1, largest.max().reshape(1)).squeeze()
+    scales = max_o
+    if per_channel:
+        scales = choose_scales(outputs, pool.channels(), pool.count, largest)
+        scales = torch.where(scales > 0, scales, max_o).clamp_min(LEAST_SHARE * max_o)
+        scales = scales.view(-1, *[1] * (pool.dim - 2))
+    return LayerStatistics(max_o.item(), scales.cpu(), outputs.double().square().mean().item())
+
+
+@torch.no_grad()
+def pool_activations(dag, loader, device, samples, with_channels=False):
+    """Op name -> Pool of what its layer returns for the first `samples` images. Raises ValueError for no images."""
+    pools = {n: Pool(MOST_SAMPLES, samples, with_channels) for n, e in dag.ops.items() if e.op.is_measured}
+
+    def watch(name, current, activation):
+        if name in pools:
+            pools[name].add(activation)
+
+    done = 0
+    for batch in batches_of(tqdm(loader, "calibrate", leave=False, delay=1)):
+        inputs = on_device(split_batch(batch)[0], device, samples - done)
+        dag.forward_ann(inputs, watch)
+        done += len(inputs[0])
+        if done >= samples:
+            break
+    if not done:
+        raise ValueError("no images to calibrate on, the data loader is empty")
+    return pools
 
 
 def use_learnt_scales(snn, statistics):
@@ -59,35 +77,12 @@ def use_learnt_scales(snn, statistics):
 
     Each op keeps its own, also where a concatenation joins them.
     """
-    levels = {name: entry["op"].levels for name, entry in snn.ops.items() if entry["op"].levels is not None}
+    levels = {name: entry.op.levels for name, entry in snn.ops.items() if entry.op.levels is not None}
     for name, each in levels.items():
         learnt = each.scale.detach().abs().cpu()
         statistics[name].max_o = learnt.max().item()
         statistics[name].scales = learnt if learnt.dim() else learnt.reshape(1)
     return bool(levels)
-
-
-@torch.no_grad()
-def node_shapes(dag, *inputs):
-    """Node -> the shape of one sample, without the batch."""
-    values = dict(zip(dag.inputs_nodes, inputs))
-    for entry in dag.ops.values():
-        values[entry["out_nodes"][0]] = entry["op"](*[values[node] for node in entry["in_nodes"]])
-    return {node: tuple(value.shape[1:]) for node, value in values.items()}
-
-
-@torch.no_grad()
-def run_samples(dag, loader, device, samples):
-    """Forward the first `samples` images. Raises ValueError where there are none."""
-    done = 0
-    for batch in batches_of(tqdm(loader, "calibrate", leave=False, delay=1)):
-        inputs = on_device(split_batch(batch)[0], device, samples - done)
-        dag(*inputs)
-        done += len(inputs[0])
-        if done >= samples:
-            break
-    if not done:
-        raise ValueError("no images to calibrate on, the data loader is empty")
 
 
 class Pool:
@@ -109,11 +104,13 @@ class Pool:
         first, self.count, self.dim = -self.seen % self.stride, values.shape[1], values.dim()
         largest = values.amax([d for d in range(values.dim()) if d != 1])  # [C]
         self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
-        self.parts.append(in_memory_order(values)[first :: self.stride].clone())
+        self.parts.append(as_in_memory(values)[first :: self.stride].clone())
         self.seen += values.numel()
         if self.with_channels:
             place = torch.arange(first, values.numel(), self.stride)
-            run = 1 if is_channels_last(values) else values[0, 0].numel()  # elements of a channel that lie side by side
+            run = (
+                1 if has_channels_last(values) else values[0, 0].numel()
+            )  # elements of a channel that lie side by side
             self.channel_parts.append((place // run % self.count).to(torch.int32))
 
     def values(self):
@@ -125,60 +122,14 @@ class Pool:
         return torch.cat(self.channel_parts).to(self.parts[0].device, torch.long)
 
 
-class Largest:
-    """The largest value of all that was added: one number, where a sample of it would be as large as the outputs'."""
-
-    def __init__(self):
-        self.largest = float("-inf")
-
-    def add(self, values):
-        """One more batch [B, ...]."""
-        self.largest = max(self.largest, values.max().item())
-
-
-def is_channels_last(values):
+def has_channels_last(values):
     """Whether the channels of a pixel lie side by side in memory."""
     return values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)
 
 
-def in_memory_order(values):
+def as_in_memory(values):
     """A tensor as [N], without a copy where it lies in memory without gaps."""
-    return (values.permute(0, 2, 3, 1) if is_channels_last(values) else values).reshape(-1)
-
-
-@contextmanager
-def pool_activations(dag, samples, with_channels=False):
-    """`input_pool, output_pool`: op name -> Largest, and Pool, filled by the forward passes in the `with`."""
-    input_pool, output_pool = ({}, {})
-    layers = {n: e["op"] for n, e in dag.ops.items() if not isinstance(e["op"], (ViewOp, ConcatOp, SoftmaxOp))}
-    try:
-        for name, layer in layers.items():
-            input_pool[name] = Largest()
-            output_pool[name] = Pool(MOST_SAMPLES, samples, with_channels)
-            warp_spike_layer(layer, input_pool[name], output_pool[name])
-        yield input_pool, output_pool
-    finally:
-        for layer in layers.values():
-            unwarp_spike_layer(layer)
-
-
-def warp_spike_layer(layer, input_pool, output_pool):
-    """Make `layer.forward` pool its first input and its output; the original is kept as `layer.old_forward`."""
-    layer.old_forward = layer.forward
-
-    def forward(*inputs):
-        output = layer.old_forward(*inputs)
-        input_pool.add(inputs[0])
-        output_pool.add(output)
-        return output
-
-    layer.forward = forward
-
-
-def unwarp_spike_layer(layer):
-    """Undo `warp_spike_layer`."""
-    if "old_forward" in vars(layer):
-        del layer.forward, layer.old_forward
+    return (values.permute(0, 2, 3, 1) if has_channels_last(values) else values).reshape(-1)
 
 
 def top(values, quantile):
@@ -201,6 +152,9 @@ def positive_tops(values, channels, count, quantile):
     return torch.tensor([positive_top(part, quantile) if len(part) else 0.0 for part in parts], device=values.device)
 
 
+SHARES = torch.logspace(-1.5, 0, 64).tolist()  # of the maximum, from 3 % on; neighbours differ by 6 %
+
+
 def least_error_scales(values, channels, count, timesteps, most=200_000):
     """The lambda of every channel, [C], for which T spikes say best what its activations are.
 
@@ -211,7 +165,7 @@ def least_error_scales(values, channels, count, timesteps, most=200_000):
     values, channels = values[:most].clamp_min(0), channels[:most]
     largest = values.new_zeros(count).scatter_reduce_(0, channels, values, "amax")
     least, best = torch.full_like(largest, torch.inf), largest
-    for share in torch.logspace(-1.5, 0, 64).tolist():
+    for share in SHARES:
         steps = (share * largest / timesteps).clamp_min(1e-30)
         step = steps[channels]
         decoded = (values / step).round_().clamp_max_(timesteps).mul_(step)

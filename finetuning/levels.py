@@ -16,13 +16,14 @@ import copy
 
 import torch
 
-from conversion.integers import SpikeSetter
 from conversion.plan import plan_conversion
-from conversion.statistics import calibrate, least_error_scales, node_shapes, use_learnt_scales
+from conversion.statistics import calibrate, least_error_scales, use_learnt_scales
+from conversion.units import Units
 from quantization import as_dag
 from runtime.batches import first_batch, on_device, reusable, split_batch
 from runtime.ranges import check_option
 from spike_neurons import ClipFloorShift
+from spike_simulator import node_shapes
 
 
 def quantize_activations(net, loader, device, levels, ann_layers=(), calibration_samples=1000, granularity="layer"):
@@ -43,10 +44,9 @@ def quantize_activations(net, loader, device, levels, ann_layers=(), calibration
     statistics = calibrate(net, loader, device, calibration_samples, choose_scales, granularity)
     plan = plan_conversion(net, ann_layers)
     for name in plan.firing:
-        op, scale = net.ops[name]["op"], statistics[name].scales
+        op, scale = net.ops[name].op, statistics[name].scales
         if scale.max() > 0:  # a layer that is never active stays as it is
-            ceiling = getattr(op, "ceiling", None) or float("inf")
-            op.levels = ClipFloorShift(levels, scale.clamp_max(ceiling)).to(device)
+            op.levels = ClipFloorShift(levels, scale.clamp_max(op.ceiling or float("inf"))).to(device)
     shapes = node_shapes(net, *on_device(split_batch(first_batch(loader))[0], device, 1))
     net.scales_of_conversion = ScalesOfConversion(plan, statistics, shapes, levels)
     return net
@@ -55,7 +55,7 @@ def quantize_activations(net, loader, device, levels, ann_layers=(), calibration
 class ScalesOfConversion:
     """Called with a network and `per_channel`: op name -> the weight scale that its conversion will have.
 
-    plan, statistics, shapes: what `SpikeSetter` needs to know of the network.
+    plan, statistics, shapes: what `Units` need to know of the network.
     """
 
     def __init__(self, plan, statistics, shapes, levels):
@@ -65,5 +65,4 @@ class ScalesOfConversion:
     def __call__(self, net, per_channel):
         net = copy.deepcopy(net).cpu()
         use_learnt_scales(net, self.statistics)
-        setter = SpikeSetter(net, self.plan, self.statistics, self.shapes, self.levels, per_channel)
-        return setter.weight_scales()
+        return Units(net, self.plan, self.statistics, self.shapes, self.levels, per_channel).weight_scales()

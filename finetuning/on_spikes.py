@@ -19,7 +19,6 @@ Weights stay integers in the unit of their neuron, thresholds stay as they are.
 
 import copy
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -27,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from conversion.integers import LARGEST_INTEGER
+from conversion.units import LARGEST_INTEGER
 from quantization import (
     FLOAT_BITS,
     QuantAdam,
@@ -48,8 +47,8 @@ from runtime.batches import (
     split_batch,
 )
 from runtime.ranges import check_option
-from spike_dag import one_or_all, one_thread_per_operator, run_ops
-from spike_layers import SpikeMaxPool2d
+from spike_dag import one_or_all
+from spike_simulator import Stages, bound_currents, cut, each_part, run_ops
 from spike_tensor import Memory, SpikeTensor
 
 BATCH = 32  # calibration images a step
@@ -126,7 +125,7 @@ def finetune_spikes(
             raise ValueError("no samples to finetune on, the data loader is empty, or runs only once")
     if not all(torch.isfinite(p).all() for p in parameters):
         raise ValueError(f"finetuning on spikes diverged in epoch {epochs}, lower its learning rate")
-    snn.bound_currents()
+    bound_currents(snn)
     return snn
 
 
@@ -196,26 +195,27 @@ def relative_error(values, wanted):
 
 def ann_forward(dag, inputs):
     """The outputs of a network that does not spike, and op name -> what the op returns."""
-    values, returned = dict(zip(dag.inputs_nodes, inputs)), {}
-    for name, entry in dag.ops.items():
-        values[entry["out_nodes"][0]] = returned[name] = entry["op"](*[values[node] for node in entry["in_nodes"]])
-    return one_or_all([values[node] for node in dag.outputs_nodes]), returned
+    returned = {}
+
+    def watch(name, current, activation):
+        returned[name] = activation
+
+    return one_or_all(dag.forward_ann(inputs, watch)), returned
 
 
 def forward_through_time(snn, inputs):
     """The outputs of a converted network and [(op name, decoded rates)], as autograd can follow them through time."""
-    before, between, behind = snn.stages()
-    values, memory, activations = dict(zip(snn.inputs_nodes, inputs)), Memory(snn.timesteps), []
-    name_of = {id(entry): name for name, entry in snn.ops.items()}
+    stages, values, rates = Stages(snn), dict(zip(snn.inputs_nodes, inputs)), []
+
+    def watch(name, current, spikes):
+        if snn.ops[name].op.neuron is not None:
+            rates.append((name, spikes.to_float()))
+
     with learning(snn):
-        run_ops(before, values)
-        for entry in between:
-            run_ops([entry], values, snn.timesteps, memory)
-            value = values[entry["out_nodes"][0]]
-            if isinstance(value, SpikeTensor) and entry["op"].neuron is not None:
-                activations.append((name_of[id(entry)], value.to_float()))
-        run_ops(behind, values)
-    return one_or_all([values[node] for node in snn.outputs_nodes]), activations
+        run_ops(stages.before, values)
+        run_ops(stages.between, values, snn.timesteps, Memory(snn.timesteps), watch)
+        run_ops(stages.behind, values)
+    return one_or_all([values[node] for node in snn.outputs_nodes]), rates
 
 
 @contextmanager
@@ -233,15 +233,17 @@ def learning(snn):
 
 def tandem_forward(snn, inputs):
     """The outputs of a converted network, exactly, with the gradients of the ANN, and [(op name, decoded rates)]."""
-    rates, values, activations = decoded_rates(snn, inputs), dict(zip(snn.inputs_nodes, inputs)), []
-    for name, entry in snn.ops.items():
-        value = entry["op"](*[values[node] for node in entry["in_nodes"]])
-        if name in rates:
-            neuron = entry["op"].neuron
-            value = SentInstead.apply(value, rates[name], None if neuron is None else neuron.scale_factor)
-            activations.append((name, value))
-        values[entry["out_nodes"][0]] = value
-    return one_or_all([values[node] for node in snn.outputs_nodes]), activations
+    rates, sent = decoded_rates(snn, inputs), []
+
+    def watch(name, current, activation):
+        if name not in rates:
+            return None
+        neuron = snn.ops[name].op.neuron
+        value = SentInstead.apply(activation, rates[name], None if neuron is None else neuron.scale_factor)
+        sent.append((name, value))
+        return value
+
+    return one_or_all(snn.forward_ann(inputs, watch)), sent
 
 
 GRADIENTS = {"time": forward_through_time, "tandem": tandem_forward}
@@ -265,30 +267,24 @@ class SentInstead(torch.autograd.Function):
 def decoded_rates(snn, inputs):
     """Op name -> the activation that its spikes stand for, [B, ...], of neurons and of max poolings.
 
-    The batch is cut as in `SpikeDAGModule.simulate`; on a CPU every thread simulates parts of its own.
+    The batch is cut as in `spike_simulator.simulate`; on a CPU every thread simulates parts of its own.
     """
-    before, between, _ = snn.stages()
-    images, _ = snn.cut(inputs, snn.timesteps)
+    stages = Stages(snn)
+    images, _ = cut(snn, inputs, snn.timesteps, stages)
 
-    @torch.no_grad()
     def work(part):
         values, rates = dict(zip(snn.inputs_nodes, part)), {}
-        run_ops(before, values)
-        memory = Memory(snn.timesteps)
-        for entry in between:
-            run_ops([entry], values, snn.timesteps, memory)
-            value = values[entry["out_nodes"][0]]
-            if isinstance(value, SpikeTensor) and (entry["op"].neuron or isinstance(entry["op"], SpikeMaxPool2d)):
-                rates[name_of[id(entry)]] = value.to_float()
+
+        def watch(name, current, spikes):
+            op = snn.ops[name].op
+            if isinstance(spikes, SpikeTensor) and (op.neuron is not None or op.selects):
+                rates[name] = spikes.to_float()
+
+        run_ops(stages.before, values)
+        run_ops(stages.between, values, snn.timesteps, Memory(snn.timesteps), watch)
         return rates
 
-    name_of = {id(entry): name for name, entry in snn.ops.items()}
-    cut = list(zip(*(x.split(images) for x in inputs)))
-    if inputs[0].device.type == "cpu":
-        with one_thread_per_operator as threads, ThreadPoolExecutor(threads) as pool:
-            parts = list(pool.map(work, cut))
-    else:
-        parts = [work(part) for part in cut]
+    parts = each_part(work, list(zip(*(x.split(images) for x in inputs))))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -316,7 +312,7 @@ def shadow_weights(snn, qnet=None):
 
 def full_precision(qnet, name, layer):
     """The shadow weights of op `name` of a quantized network for the converted `layer`, or None where it has none."""
-    weight = qnet.ops[name]["op"].weight if name in qnet.ops else None
+    weight = qnet.ops[name].op.weight if name in qnet.ops else None
     if weight is None or weight.shape != layer.weight.shape:
         raise ValueError(f"the quantized network has no layer {name} of this shape, give the one that was converted")
     shadow = getattr(weight, "weight_back", None)

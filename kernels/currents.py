@@ -8,7 +8,77 @@ import functools
 
 import torch
 
+from kernels.currents_gpu import GpuWeights
+from kernels.integer_state import IntegerState
 from kernels.memory_order import order
+
+EXACT_IN_FLOAT32 = 2**24  # integers up to here are exact in float32, which has 24 bits for them
+LARGEST_EXACT = {torch.float16: 2**11, torch.float32: EXACT_IN_FLOAT32}
+MOST_SHAPES = 64  # that a layer remembers the choice for
+
+
+class SpikeCurrents:
+    """Called with a layer and its spikes [T*B, ...]: their currents, exact in the type they come in.
+
+    The choice for a shape and a device holds until the layer's integers change; a copy of a layer makes its own.
+    """
+
+    def __init__(self):
+        self.state = None
+
+    def __deepcopy__(self, memo):
+        return SpikeCurrents()
+
+    def __call__(self, layer, spikes):
+        if spikes.dtype != torch.uint8 or layer.weight_q.dtype != torch.int8:  # the reference engine, float weights
+            return in_type(layer, spikes, torch.promote_types(spikes.dtype, torch.float32))
+        state = self.state  # of the threads that simulate, each may set it
+        if state is None or not state.holds(layer.weight_q, layer.bias_q) or len(state.made) > MOST_SHAPES:
+            state = self.state = IntegerState({}, layer.weight_q, layer.bias_q)
+        # a CPU chooses no algorithm by the batch
+        key = (spikes.device, spikes.shape if spikes.device.type != "cpu" else spikes.shape[1:])
+        run = state.made.get(key)
+        if run is None:
+            run = state.made[key] = choose(layer, spikes, state.made)
+        return run(spikes)
+
+
+def choose(layer, spikes, made):
+    """A function of spikes of this shape. made: what was chosen before; packed weights suit all shapes."""
+    device, largest, geometry = spikes.device, layer.largest_current(), layer.int8_arguments()
+    if device.type == "cpu" and layer.packs_int8() and largest <= EXACT_IN_FLOAT32:
+        if "int8" not in made:
+            made["int8"] = Int8Weights(layer.weight_q, layer.bias_q, geometry)
+        return made["int8"]
+    if device.type != "cpu" and layer.convolves_on_gpu(device):
+        if device not in made:
+            made[device] = GpuWeights(layer.weight_q, layer.bias_q, geometry, largest)
+        return made[device]
+    dtype = type_for(layer, spikes.shape, device)
+    return lambda spikes: in_type(layer, spikes, dtype)
+
+
+def in_type(layer, spikes, dtype):
+    """The currents of spikes, computed in a floating-point type."""
+    if spikes.device.type != "cpu":
+        spikes = spikes.contiguous(memory_format=order(spikes))  # as `exact_type` tries them
+    spikes = spikes.to(dtype)
+    return layer.operate(spikes, layer.weight_q.to(dtype), None if layer.bias_q is None else layer.bias_q.to(dtype))
+
+
+def type_for(layer, shape, device):
+    """The narrowest type in which the currents of spikes of this shape are exact on a device.
+
+    A CPU is tried on two samples, and not in float16, in which it is slow.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    shape = (2, *shape[1:]) if on_cpu else shape
+    types = {torch.float32: EXACT_IN_FLOAT32} if on_cpu else LARGEST_EXACT
+
+    def operate(spikes):
+        return in_type(layer, spikes, spikes.dtype)
+
+    return exact_type(operate, layer.largest_current(), shape, device, layer.largest_input, types)
 
 
 class Int8Weights:
@@ -62,9 +132,6 @@ def int8_gives_exact(spikes, weight):
     expected = torch.nn.functional.conv2d(spikes.double(), weight.double(), bias.double(), padding=1)
     rows = spikes[:, :, :3, :3].flatten(1).double() @ weight.flatten(1).double().T + bias
     return torch.equal(current.double(), expected) and torch.equal(linear.double(), rows)
-
-
-LARGEST_EXACT = {torch.float16: 2**11, torch.float32: 2**24}  # integers up to here are exact in a type
 
 
 def exact_type(operate, largest, shape, device, largest_input=1, types=LARGEST_EXACT):

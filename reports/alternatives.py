@@ -13,9 +13,8 @@ from tqdm import tqdm
 from conversion.correction import correct_spikes
 from pipeline import convert, with_levels
 from quantization import FLOAT_BITS, init_quantize_net, quantize_finetune
-from reports.observe import run_spiking
+from reports.observe import spikes_of
 from runtime.device import seed_everything
-from spike_tensor import SpikeTensor
 
 MOST_TIMESTEPS = 65536
 NOT_ON_SPIKES = "not finetuned on spikes"
@@ -59,7 +58,7 @@ def repair_layers(args, qnet, loader, device, images, targets, expected):
     for name in tqdm([None, *qnet.weighted_layers()], "repair layers", leave=False, delay=1):
         snn, ann = copy.deepcopy(plain), copy.deepcopy(qnet)
         if name is not None:
-            repair(snn, ann, name, unrounded_weight(qnet.ops[name]["op"]), scales)
+            repair(snn, ann, name, unrounded_weight(qnet.ops[name].op), scales)
         if args.correction != "none":
             with_bias = args.correction == "bias"
             correct_spikes(snn, ann, loader, device, args.analysis_images, with_bias, args.hold_back)
@@ -76,10 +75,10 @@ def unrounded_weight(layer):
 @torch.no_grad()
 def repair(snn, ann, name, weight, scales):
     """Give layer `name` of a spiking network, and of its ANN, float weights and a float bias in the neuron's unit."""
-    layer = snn.ops[name]["op"]
+    layer = snn.ops[name].op
     layer.weight.copy_(weight)
-    ann.ops[name]["op"].weight.copy_(weight)
-    node = snn.ops[name]["in_nodes"][0]
+    ann.ops[name].op.weight.copy_(weight)
+    node = snn.ops[name].inputs[0]
     if not layer.spiking or node not in scales:
         return  # it reads activations, and so its float weights
     unit = layer.unit.flatten() if layer.unit.numel() > 1 else layer.unit.squeeze()  # [C_out] or a scalar
@@ -105,8 +104,7 @@ def per_input(scale, layer):
 @torch.no_grad()
 def input_scales(snn, image):
     """Node of spikes -> (lambda, shape of a sample)."""
-    values = run_spiking(snn, image)
-    return {n: (x.scale_factor, x.data.shape[1:]) for n, x in values.items() if isinstance(x, SpikeTensor)}
+    return {node: (spikes.scale_factor, spikes.data.shape[1:]) for node, spikes in spikes_of(snn, image).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,7 +152,7 @@ def unquantized(qnet):
     """A copy of a quantized network with the weights that its integers were rounded from."""
     net = copy.deepcopy(qnet)
     for name, layer in net.weighted_layers().items():
-        layer.weight.copy_(unrounded_weight(qnet.ops[name]["op"]))
+        layer.weight.copy_(unrounded_weight(qnet.ops[name].op))
     return net
 
 

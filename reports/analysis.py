@@ -12,7 +12,6 @@ import torch
 from tqdm import tqdm
 
 from conversion.correction import bias_beyond
-from conversion.statistics import node_shapes
 from hw_constraints import HARDWARE, bitwidths_by_name, hardware_layers, hardware_table
 from pipeline import versions
 from quantization import FLOAT_BITS, round_to_integers
@@ -21,6 +20,7 @@ from reports.energy import count_operations, energy_table, potential_bound, sign
 from reports.errors import PARTS, ErrorSums, decoded, initial_share, split_error
 from reports.observe import activations_on_spikes, node_values, observe
 from runtime.files import write_folder
+from spike_simulator import cut, node_shapes
 
 BATCH = 32  # images that are looked into at a time, at most
 MOST_PAIRS = 20_000  # of activations and decoded rates a layer that a figure shows
@@ -56,7 +56,7 @@ def analyse(args, net, qnet, snn, loaders, device, accuracies):
         "accuracy": accuracies_of(accuracies),
         "output_error": output_errors(qnet, snn, images, expected),
         "layers": layer_rows(snn, looked, accuracies[2]["firing_rate"]),
-        "operations": {name: {"path": snn.ops[name]["path"], **each} for name, each in operations.items()},
+        "operations": {name: {"path": snn.ops[name].path, **each} for name, each in operations.items()},
         "energy": energy_table(operations),
         "duration": snn.duration(),
         **measure_changes(args, net, qnet, loaders[1:], device, images, targets, expected),
@@ -133,13 +133,13 @@ def look_into_layers(net, qnet, snn, images, share, is_corrected=True):
     """
     looked = LookedInto(snn.neurons())
     moved = {name: bias_beyond(snn, qnet, name) * snn.timesteps if is_corrected else 0 for name in snn.neurons()}
-    size = max(1, min(BATCH, snn.cut((images,), snn.timesteps)[0]))
+    size = max(1, min(BATCH, cut(snn, (images,), snn.timesteps)[0]))
     for part in tqdm(images.split(size), "look into layers", leave=False, delay=1):
         seen = observe(snn, part, looked.note_potentials)
         activations, quantized = node_values(net, part), node_values(qnet, part)
         on_spikes = activations_on_spikes(qnet, seen, part, snn.timesteps)
         for name, neuron in snn.neurons().items():
-            (out,) = snn.ops[name]["out_nodes"]
+            out = snn.ops[name].out
             known = activations[out], quantized[out], on_spikes[out], seen.currents[name], seen.counts[out]
             parts = split_error(*known, neuron, snn.timesteps, share, moved[name])
             looked.errors[name].add(parts, activations[out])
@@ -164,7 +164,7 @@ def layer_rows(snn, looked, firing_rate):
         bound = potential_bound(neuron, snn.timesteps)
         low, high = looked.lowest[name], looked.highest[name]
         rows[name] = {
-            "path": snn.ops[name]["path"],
+            "path": snn.ops[name].path,
             "Vthr": [neuron.Vthr.min().item(), neuron.Vthr.max().item()],
             "lambda": [neuron.scale_factor.min().item(), neuron.scale_factor.max().item()],
             "firing_rate": firing_rate[name],
@@ -179,14 +179,14 @@ def layer_rows(snn, looked, firing_rate):
 
 def neuron_behind(snn, name):
     """The first layer of neurons that op `name` leads to, None where none does."""
-    reached = set(snn.ops[name]["out_nodes"])
+    reached = {snn.ops[name].out}
     names = list(snn.ops)
     for each in names[names.index(name) :]:
         entry = snn.ops[each]
-        if each == name or not reached.isdisjoint(entry["in_nodes"]):
-            if entry["op"].neuron is not None:
+        if each == name or not reached.isdisjoint(entry.inputs):
+            if entry.op.neuron is not None:
                 return each
-            reached.update(entry["out_nodes"])
+            reached.add(entry.out)
     return None
 
 
@@ -204,12 +204,12 @@ def watch_neurons(snn, image, names):
     The neurons are spread over the active ones, from the least to the most active.
     """
     counts = observe(snn, image).counts
-    chosen = {name: spread(counts[snn.ops[name]["out_nodes"][0]].flatten(), RASTER_NEURONS) for name in names}
+    chosen = {name: spread(counts[snn.ops[name].out].flatten(), RASTER_NEURONS) for name in names}
     watched = {name: ([], []) for name in names}
 
     def on_step(name, potentials, spikes):
         if name in watched:
-            potentials = (potentials / snn.ops[name]["op"].neuron.Vthr).flatten()
+            potentials = (potentials / snn.ops[name].op.neuron.Vthr).flatten()
             spikes = torch.full_like(potentials, torch.nan) if spikes is None else spikes.flatten()
             for store, values in zip(watched[name], (potentials, spikes)):
                 store.append(values[chosen[name]].cpu())
@@ -230,7 +230,7 @@ def weight_samples(net, qnet):
     """Op name -> (float weights, integer weights), both in integer steps; at 32 bits, before and after finetuning."""
     samples = {}
     for name, layer in qnet.weighted_layers().items():
-        before, after = net.ops[name]["op"].weight.detach(), layer.weight.detach()
+        before, after = net.ops[name].op.weight.detach(), layer.weight.detach()
         bits = layer.weight_bits
         scale = torch.ones(()) if bits == FLOAT_BITS or layer.weight_scale is None else layer.weight_scale.cpu()
         before, after = before.cpu(), round_to_integers(after.cpu(), scale, bits)
@@ -277,9 +277,9 @@ def worst_layer(result, snn):
     before = repaired.pop("as asked for", None)
     if repaired:
         name = min(repaired, key=lambda each: repaired[each]["error"])
-        return {"name": name, "path": snn.ops[name]["path"], "before": before, "after": repaired[name]}
+        return {"name": name, "path": snn.ops[name].path, "before": before, "after": repaired[name]}
     name = max(result["layers"], key=lambda each: result["layers"][each]["relative_squared_error"])
-    return {"name": name, "path": snn.ops[name]["path"], "before": None, "after": None}
+    return {"name": name, "path": snn.ops[name].path, "before": None, "after": None}
 
 
 def verdict(result):

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from dag_rewrites import is_trained
-from spike_layers import SignedReLU, SpikeAdd, SpikeAvgPool2d, SpikeBatchNorm, WeightedLayer
-
 
 @dataclass(frozen=True)
 class Costs:
@@ -23,29 +20,6 @@ class Costs:
 COSTS_45_NM = {"FP32": Costs(ac=0.9, mac=4.6), "INT8": Costs(ac=0.03, mac=0.23)}
 
 
-def fan_out(layer, shape):
-    """Synapses that leave every input position of a weighted layer: float64 of `shape`, one sample without the batch.
-
-    The adjoint of the layer with weights of one, applied to an output of ones: what each input adds to the sum of all
-    outputs. Exact for every linear layer, strided, dilated, grouped or transposed, and at the borders.
-    """
-    ones = torch.ones_like(layer.weight, dtype=torch.float64)
-    input = torch.zeros(1, *shape, dtype=torch.float64, device=ones.device, requires_grad=True)
-    with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(layer.operate(input, ones, None).sum(), input)
-    return gradient[0]
-
-
-def synaptic_operations(layer, spikes):
-    """Accumulates that `spikes`, counts per input position of a sample, cause: every spike times its fan-out."""
-    return (spikes.double() * fan_out(layer, spikes.shape)).sum().item()
-
-
-def synapses(layer, shape):
-    """Synapses of a weighted layer, those at the borders that read padding left out: its MACs per sample in an ANN."""
-    return fan_out(layer, shape).sum().item()
-
-
 def count_operations(snn, shapes, spikes, timesteps):
     """Op name -> operations per sample, as an ANN ("ann_mac", "ann_ac") and spiking ("snn_mac", "snn_ac", "synops").
 
@@ -55,43 +29,25 @@ def count_operations(snn, shapes, spikes, timesteps):
     nothing: the layer behind it has a synapse for every spike of a window, and reads as many as the window's sum. Where
     signs were split (`--signed pair`), the ANN has half the synapses.
     """
-    pairs = {entry["out_nodes"][0] for entry in snn.ops.values() if isinstance(entry["op"], SignedReLU)}
+    pairs = {entry.out for entry in snn.ops.values() if entry.op.splits_signs}
     return {name: operations(entry, shapes, spikes, timesteps, pairs) for name, entry in snn.ops.items()}
 
 
 def operations(entry, shapes, spikes, timesteps, pairs):
     """The operations of one op (`count_operations`). pairs: nodes of two channels for each of the ANN."""
-    op, in_nodes, (out,) = entry["op"], entry["in_nodes"], entry["out_nodes"]
-    outputs = torch.Size(shapes[out]).numel()
-    mac, ac = ann_operations(op, shapes[in_nodes[0]], outputs)
-    mac = mac / 2 if in_nodes[0] in pairs else mac
+    op, first = entry.op, entry.inputs[0]
+    outputs = torch.Size(shapes[entry.out]).numel()
+    mac, ac = op.ann_operations(shapes[first], outputs)
+    mac = mac / 2 if first in pairs else mac
     ann = {"ann_mac": mac, "ann_ac": ac}
     if not op.spiking:
         return {**ann, "snn_mac": mac, "snn_ac": ac, "synops": 0.0}
-    synops = sum(spike_operations(op, spikes[node]) for node in in_nodes if node in spikes)
-    from_image = is_trained(op) and in_nodes[0] not in spikes
+    synops = sum(op.spike_operations(spikes[node]) for node in entry.inputs if node in spikes)
+    from_image = op.is_trained and first not in spikes
     additions = timesteps * outputs if from_image or getattr(op, "bias_q", None) is not None else 0.0
-    if not is_trained(op) and isinstance(op, WeightedLayer) and in_nodes[0] not in spikes:
+    if op.has_weights and not op.is_trained and first not in spikes:
         additions = timesteps * ac  # a pooling of currents sums all of them at every step
     return {**ann, "snn_mac": mac if from_image else 0.0, "snn_ac": synops + additions, "synops": synops}
-
-
-def ann_operations(op, shape, outputs):
-    """MACs and accumulates of an op in an ANN; an average pooling accumulates, an add and a bias too."""
-    if is_trained(op):
-        return synapses(op, shape), float(outputs) if op.bias is not None else 0.0
-    if isinstance(op, WeightedLayer):
-        return 0.0, synapses(op, shape)
-    return float(outputs) * isinstance(op, SpikeBatchNorm), float(outputs) * isinstance(op, SpikeAdd)
-
-
-def spike_operations(op, spikes):
-    """Accumulates that the spikes which one op reads cause; an add and a BatchNorm have one synapse a spike."""
-    if isinstance(op, SpikeAvgPool2d) and op.folded:
-        return 0.0
-    if isinstance(op, WeightedLayer):
-        return synaptic_operations(op, spikes)
-    return spikes.double().sum().item() if isinstance(op, (SpikeAdd, SpikeBatchNorm)) else 0.0
 
 
 def joules(mac, ac, costs):

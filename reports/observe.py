@@ -1,9 +1,11 @@
 """A look into a simulation: what flows into every neuron, its membrane potential, and the spikes it sends."""
 
+from functools import partial
+
 import torch
 
-from spike_dag import run_ops
 from spike_neurons import if_step
+from spike_simulator import Stages, run_ops, simulate
 from spike_tensor import Memory, SpikeTensor
 
 
@@ -29,40 +31,29 @@ def observe(snn, images, on_step=None):
     on_step: called as `on_step(name, potentials, spikes)` for every neuron and step, with u before it is reset and the
     spikes, both [B, ...] float64; spikes is None while a layer only listens. It costs as much as the simulation.
     """
-    timesteps, memory, seen = snn.timesteps, Memory(snn.timesteps), Observation()
-    names = {id(entry): name for name, entry in snn.ops.items()}
-    before, between, _ = snn.stages()
-    constants = {snn.inputs_nodes[0]: images}
-    run_ops(before, constants)
-    membranes, (_, chunk) = {}, snn.cut((images,), timesteps)
-    for start in range(0, timesteps, chunk):
-        steps = min(chunk, timesteps - start)
-        values = dict(constants)
-        for entry in between:
-            name, neuron = names[id(entry)], entry["op"].neuron
-            if neuron is None:
-                run_ops([entry], values, steps, memory)
-            else:
-                current = current_into(entry, values, steps)
-                seen.add(seen.currents, name, total_current(current))
-                values[entry["out_nodes"][0]] = neuron(current, memory)
-                if on_step is not None:
-                    membranes[name] = replay(neuron, current, membranes.get(name), lambda *at, n=name: on_step(n, *at))
-        for node, value in values.items():
-            if isinstance(value, SpikeTensor):
-                seen.add(seen.counts, node, value.counts().double())
-                seen.scales[node] = value.scale_factor.double()
+    seen, membranes = Observation(), {}
+
+    def watch(name, current, value):
+        entry = snn.ops[name]
+        if entry.op.neuron is not None:
+            seen.add(seen.currents, name, total_current(current))
+            if on_step is not None:
+                membranes[name] = replay(entry.op.neuron, current, membranes.get(name), partial(on_step, name))
+        if isinstance(value, SpikeTensor):
+            seen.add(seen.counts, entry.out, value.counts().double())
+            seen.scales[entry.out] = value.scale_factor.double()
+
+    simulate(snn, (images,), snn.timesteps, watch=watch)
     return seen
 
 
 @torch.no_grad()
-def run_spiking(snn, images):
-    """Node -> value of every op up to the last spikes, all timesteps at a time."""
-    before, between, _ = snn.stages()
-    values = {snn.inputs_nodes[0]: images}
-    run_ops(before, values)
-    run_ops(between, values, snn.timesteps, Memory(snn.timesteps))
-    return values
+def spikes_of(snn, images):
+    """Node -> SpikeTensor of every op that sends spikes, all timesteps at a time."""
+    stages, values = Stages(snn), {snn.inputs_nodes[0]: images}
+    run_ops(stages.before, values)
+    run_ops(stages.between, values, snn.timesteps, Memory(snn.timesteps))
+    return {node: value for node, value in values.items() if isinstance(value, SpikeTensor)}
 
 
 @torch.no_grad()
@@ -76,25 +67,17 @@ def node_values(dag, images):
 @torch.no_grad()
 def activations_on_spikes(qnet, seen, images, timesteps):
     """Node -> what the quantized ANN's op returns for what the spikes before it stand for, [B, ...]."""
-    known, returned = {qnet.inputs_nodes[0]: images}, {}
-    for entry in qnet.ops.values():
-        (out,) = entry["out_nodes"]
-        returned[out] = known[out] = entry["op"](*[known[node] for node in entry["in_nodes"]])
-        if out in seen.counts:
-            known[out] = (seen.counts[out] * (seen.scales[out] / timesteps)).to(images.dtype)
+    returned = {qnet.inputs_nodes[0]: images}
+
+    def watch(name, current, activation):
+        node = qnet.ops[name].out
+        returned[node] = activation
+        if node in seen.counts:
+            return (seen.counts[node] * (seen.scales[node] / timesteps)).to(images.dtype)
+        return None
+
+    run_ops(qnet.ops.values(), dict(returned), watch=watch)
     return returned
-
-
-def current_into(entry, values, timesteps):
-    """The current that flows into the neurons of an op."""
-    op = entry["op"]
-    neuron, op.neuron = op.neuron, None  # without it the op returns its current
-    try:
-        known = dict(values)
-        run_ops([entry], known, timesteps, Memory(timesteps))
-        return known[entry["out_nodes"][0]]
-    finally:
-        op.neuron = neuron
 
 
 def total_current(current):

@@ -25,6 +25,7 @@ from test_spikes import convert, spikes_and_first_currents
 import analyse_error
 import ann2snn
 import reports.figures
+import spike_simulator
 from ann_parser import parse_ann_model
 from build_network import get_net_by_name
 from conversion import integers
@@ -179,7 +180,7 @@ def test_observations_are_those_of_the_integer_reference(monkeypatch, reset_mode
     net, images = small_model("shortcuts")
     snn = convert(net, images, 6, 4, reset_mode=reset_mode, listen=listen)
     if chunk and not listen:
-        monkeypatch.setattr(snn, "cut", lambda inputs, timesteps: (len(images), chunk))
+        monkeypatch.setattr(spike_simulator, "cut", lambda dag, inputs, *_: (len(images), chunk))
     trains, currents = spikes_and_first_currents(snn, images, 6)
     expected, last, sums = simulate(snn, currents, 6), {}, {}
 
@@ -253,10 +254,10 @@ def test_a_repair_is_what_a_conversion_with_float_weights_there_gives(digits_loa
     original = integers.SpikeSetter.set_weight
     for name in ("conv2", "conv3"):
 
-        def leave_float(setter, op, layer, in_nodes, out, name=name):
-            original(setter, op, layer, in_nodes, out)
-            if op == name:
-                scale, unit = setter.scales[in_nodes[0]], setter.units[out]
+        def leave_float(setter, layer, entry, name=name):
+            original(setter, layer, entry)
+            if entry.name == name:
+                scale, unit = setter.scales[entry.inputs[0]], setter.units[entry.out]
                 weight = net.ops[name]["op"].weight.detach()
                 layer.set_integers(weight * (scale / unit), None, layer.unit)
                 layer.weight.data.copy_(weight)

@@ -14,12 +14,11 @@ from test_spikes import assert_every_spike_is_reproduced, convert, spikes_and_fi
 from torch import nn
 
 import ann2snn
-import spike_layers
+import layers.weighted
 from ann_parser import parse_ann_model
 from benchmarks.accuracy import conversion_args
 from build_network import get_net_by_name
 from conversion.plan import plan_conversion
-from conversion.statistics import node_shapes
 from dag_rewrites import prepare_conversion
 from finetuning.levels import quantize_activations
 from finetuning.on_spikes import finetune_spikes, shadow_weights, tandem_forward
@@ -29,8 +28,9 @@ from networks.checkpoint import load_weights
 from reports.energy import count_operations
 from reports.observe import observe
 from snn_transformer import SNNTransformer
-from spike_dag import from_dict, load_dag, run_ops
+from spike_dag import from_dict, load_dag
 from spike_layers import SpikeAvgPool2d, SpikeConv2d, SpikeLinear
+from spike_simulator import bound_currents, node_shapes, run_ops
 from spike_tensor import Memory, SpikeTensor
 from transformer.saved import replay
 
@@ -217,7 +217,7 @@ def test_a_window_of_225_is_exact(monkeypatch):
     images = torch.ones(3, 1, 15, 15)
     for has_int8 in (True, False):
         if not has_int8:
-            monkeypatch.setattr(spike_layers, "int8_is_exact", lambda largest=1: False)
+            monkeypatch.setattr(layers.weighted, "int8_is_exact", lambda largest=1: False)
         snn = convert(net, images, 8, 8, avgpool="fold", correction="none")
         current = values_of(snn, images)["conv2_out1"].total()
         bias = snn.ops["conv2"]["op"].bias_q.view(-1, 1, 1)
@@ -319,7 +319,7 @@ def test_finetuning_on_spikes(listen):
     assert torch.allclose(outputs, expected, rtol=1e-5, atol=1e-5) and len(layers) == 7
     assert [name for name, _ in activations if name.startswith("avg")] == FIRING
     bounds = {name: neuron.largest_current for name, neuron in snn.neurons().items()}
-    snn.bound_currents()
+    bound_currents(snn)
     assert bounds == {name: neuron.largest_current for name, neuron in snn.neurons().items()}
     ann = parse_ann_model(net, (images[:1],))
     trained = finetune_spikes(snn, [(images, torch.zeros(8))], "cpu", 2, teacher=ann)
@@ -401,11 +401,11 @@ def test_operations_are_counted_spike_by_spike():
     spikes, shapes = {node: count.mean(0) for node, count in counts.items()}, node_shapes(snn, images[:1])
     rows = count_operations(snn, shapes, spikes, 6)
     readers = {"avg_pool1": ["conv2"], "avg_pool2": ["conv3", "conv_transpose1"]}
-    for pool, layers in readers.items():
+    for pool, names in readers.items():
         assert (rows[pool]["synops"], rows[pool]["snn_ac"], rows[pool]["snn_mac"]) == (0, 0, 0)
         (node,) = snn.ops[pool]["in_nodes"]
-        reached = {name: count_reached(Both(snn, pool, name), shapes[node]) for name in layers}
-        for name in layers:
+        reached = {name: count_reached(Both(snn, pool, name), shapes[node]) for name in names}
+        for name in names:
             expected = (spikes[node] * reached[name]).sum().item()
             assert rows[name]["synops"] == pytest.approx(expected, rel=1e-12) and expected > 0
     assert rows["avg_pool3"]["synops"] > 0

@@ -10,22 +10,19 @@ from hypothesis import strategies as st
 from test_layers import small_model
 from test_spikes import convert
 
-from conversion.statistics import node_shapes
 from reports.energy import (
     COSTS_45_NM,
     Costs,
     count_operations,
     energy_table,
-    fan_out,
     joules,
     potential_bound,
     signed_bits,
-    synapses,
-    synaptic_operations,
 )
 from reports.observe import observe, replay
 from spike_layers import SignedReLU, SpikeAvgPool2d, SpikeConv2d, SpikeConvTranspose2d, SpikeLinear
 from spike_neurons import IFNeuron
+from spike_simulator import node_shapes
 from spike_tensor import Current
 
 
@@ -42,14 +39,14 @@ def test_a_3x3_convolution_counted_by_hand():
     """2 -> 4 channels, padding 1, on 3 x 4: a corner is read by 4 windows, an edge by 6, the middle by 9."""
     layer = SpikeConv2d(2, 4, 3, padding=1)
     windows = torch.tensor([[4, 6, 6, 4], [6, 9, 9, 6], [4, 6, 6, 4]], dtype=torch.float64)
-    assert torch.equal(fan_out(layer, (2, 3, 4)), 4 * windows.expand(2, 3, 4))
+    assert torch.equal(layer.fan_out((2, 3, 4)), 4 * windows.expand(2, 3, 4))
     count = 0
     for _, y, x, dy, dx in np.ndindex(2, 3, 4, 3, 3):  # every input of every window that lies inside
         count += 4 * (0 <= y + dy - 1 < 3 and 0 <= x + dx - 1 < 4)
-    assert synapses(layer, (2, 3, 4)) == count == 2 * 4 * 70
+    assert layer.synapses((2, 3, 4)) == count == 2 * 4 * 70
     spikes = torch.zeros(2, 3, 4)
     spikes[0, 0, 0], spikes[1, 1, 2], spikes[1, 2, 1] = 3, 5, 7
-    assert synaptic_operations(layer, spikes) == 4 * (3 * 4 + 5 * 9 + 7 * 6)
+    assert layer.spike_operations(spikes) == 4 * (3 * 4 + 5 * 9 + 7 * 6)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +65,7 @@ def test_a_3x3_convolution_counted_by_hand():
     ],
 )
 def test_fan_out_is_the_number_of_outputs_reached(layer, shape):
-    assert torch.equal(fan_out(layer, shape), count_reached(layer, shape).double())
+    assert torch.equal(layer.fan_out(shape), count_reached(layer, shape).double())
     assert not layer.weight.grad
 
 
@@ -83,7 +80,7 @@ def test_fan_out_of_random_convolutions(data):
     kind = SpikeConvTranspose2d if transposed else SpikeConv2d
     layer = kind(*channels, kernel, stride=stride, padding=padding, groups=groups, dilation=dilation)
     shape = channels[0], draw(5, 8), draw(5, 8)
-    assert torch.equal(fan_out(layer, shape), count_reached(layer, shape).double())
+    assert torch.equal(layer.fan_out(shape), count_reached(layer, shape).double())
 
 
 @pytest.mark.parametrize("name", ["dense", "bottlenecks", "shortcuts", "upwards"])

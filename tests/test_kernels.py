@@ -13,11 +13,11 @@ from test_layers import small_model
 from test_spikes import assert_every_spike_is_reproduced, convert
 from torch import nn
 
-import spike_dag
-import spike_layers
+import layers.weighted
 import spike_neurons
+import spike_simulator
 from kernels import neurons, neurons_cpu
-from kernels.currents import Int8Weights, exact_type, int8_is_exact
+from kernels.currents import Int8Weights, exact_type, in_type, int8_is_exact
 from kernels.memory_order import order
 from spike_layers import WeightedLayer
 from spike_neurons import IFNeuron
@@ -195,7 +195,7 @@ def test_which_layers_a_gpu_convolves_in_integers(monkeypatch, capability):
     layers += [nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4, 3), nn.ReLU()]
     snn = convert(nn.Sequential(*layers, nn.Linear(3, 2)), torch.rand(8, 2, 7, 7), 8, 8)
     spiking = {n: e["op"] for n, e in snn.ops.items() if isinstance(e["op"], WeightedLayer) and e["op"].spiking}
-    chosen = {name for name, layer in spiking.items() if layer.gpu_weights(torch.device("cuda", 0)) is not None}
+    chosen = {name for name, layer in spiking.items() if layer.convolves_on_gpu(torch.device("cuda", 0))}
     wanted = {"conv2", "avg_pool1", "conv4"} if capability >= (8, 0) else set()
     assert chosen - {"conv1"} == wanted and {"conv3", "linear1"} <= set(spiking)  # conv1 reads the image
 
@@ -230,7 +230,7 @@ def test_every_spike_without_the_fast_kernels(monkeypatch, without):
     if without != "int8":
         monkeypatch.setattr(neurons_cpu, "njit", None)
     if without != "numba":
-        monkeypatch.setattr(spike_layers, "int8_is_exact", lambda largest=1: False)
+        monkeypatch.setattr(layers.weighted, "int8_is_exact", lambda largest=1: False)
     for name in ("shortcuts", "upwards"):
         net, images = small_model(name)
         for reset_mode in ("zero", "subtraction"):
@@ -263,8 +263,11 @@ def test_types_of_a_gpu_are_exact(monkeypatch, name, bits):
     types = set()
 
     def current_of(layer, spikes):
-        types.add(layer.gpu_type(spikes))
-        return layer.operate_in_type(spikes.to(layer.gpu_type(spikes)))
+        dtype = exact_type(
+            lambda tried: in_type(layer, tried, tried.dtype), layer.largest_current(), spikes.shape, "cpu"
+        )
+        types.add(dtype)
+        return in_type(layer, spikes, dtype)
 
     monkeypatch.setattr(WeightedLayer, "current_of", current_of)
     monkeypatch.setattr(neurons_cpu, "njit", None)  # numba has no float16
@@ -279,16 +282,14 @@ def test_memory_budget_cuts_the_work_not_the_result(budget, every_step):
     snn = convert(net, images, 20, 4)
     expected = snn(images, every_step=every_step)
     snn.set_engine("auto", budget)
-    parts, steps = snn.cut((images,), 20)
+    parts, steps = spike_simulator.cut(snn, (images,), 20)
     assert (parts * steps * 4 * 49 * spike_bytes(snn, images) <= (budget or 2**40)) or (parts, steps) == (1, 1)
     assert torch.allclose(snn(images, every_step=every_step), expected, atol=1e-5)
 
 
 def spike_bytes(snn, images):
     """Working set per element of the largest layer, in shares of a sample with four channels."""
-    from spike_dag import BYTES_PER_CURRENT
-
-    return BYTES_PER_CURRENT * snn.largest_sample((images,)) / (4 * 49)
+    return spike_simulator.BYTES_PER_CURRENT * snn.largest_sample((images,)) / (4 * 49)
 
 
 def test_biases_that_change_reach_the_packed_weights():
@@ -315,7 +316,7 @@ def test_a_network_converts_and_runs_in_inference_mode():
 
 def test_simulations_that_overlap_give_the_threads_back():
     threads = torch.get_num_threads()
-    first, second = spike_dag.one_thread_per_operator, spike_dag.one_thread_per_operator
+    first, second = spike_simulator.one_thread_per_operator, spike_simulator.one_thread_per_operator
     assert first.__enter__() == second.__enter__() == threads
     first.__exit__()
     assert torch.get_num_threads() == 1

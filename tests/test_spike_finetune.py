@@ -11,6 +11,7 @@ from test_spikes import convert, spikes_and_first_currents
 from torch import nn
 
 import ann2snn
+import spike_simulator
 from ann_parser import parse_ann_model
 from build_network import get_net_by_name
 from dag_rewrites import prepare_conversion
@@ -30,6 +31,7 @@ from snn_weight_setter import trans_ann2snn_weight
 from spike_dag import load_dag
 from spike_layers import SpikeLinear
 from spike_neurons import IFNeuron
+from spike_simulator import bound_currents
 from spike_tensor import Current
 
 CHOICES = dict(maxpool="gate", signed="pair")
@@ -348,7 +350,7 @@ def test_bounds_of_currents_are_those_of_the_conversion(name, correction):
     net, images = small_model(name)
     snn = convert(net, images, 8, 8, correction=correction, **CHOICES)
     bounds = {layer: neuron.largest_current for layer, neuron in snn.neurons().items()}
-    snn.bound_currents()
+    bound_currents(snn)
     assert bounds == {layer: neuron.largest_current for layer, neuron in snn.neurons().items()}
     for layer, neuron in snn.neurons().items():
         if neuron.largest_current is not None:
@@ -357,17 +359,14 @@ def test_bounds_of_currents_are_those_of_the_conversion(name, correction):
 
 def largest_current_of(snn, layer, images):
     """The largest |current| that flows into the neurons of op `layer`."""
-    snn, seen = copy.deepcopy(snn), []
-    neuron = snn.ops[layer]["op"].neuron
-    forward = neuron.forward
+    seen = []
 
-    def watch(current, memory=None):
-        seen.append(current.total().abs().max().item())
-        return forward(current, memory)
+    def watch(name, current, spikes):
+        if name == layer:
+            seen.append(current.total().abs().max().item())
 
-    neuron.forward = watch
     with torch.no_grad():
-        snn(images)
+        spike_simulator.simulate(snn, (images,), snn.timesteps, watch=watch)
     return max(seen)
 
 

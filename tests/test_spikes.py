@@ -1,6 +1,7 @@
 """Every spike of the converted networks against the independent integer simulation, and numbers worked out by hand."""
 
 import copy
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from reference import simulate
 from torch import nn
 
+import spike_simulator
 import spike_tensor
 from ann_parser import parse_ann_model
 from build_network import get_net_by_name
@@ -38,25 +40,15 @@ def spikes_and_first_currents(snn, images, timesteps, chunk=None):
     """
     trains, currents = {}, {}
 
-    def watch(name, op):
-        original = op.forward
+    def watch(name, current, value):
+        if snn.ops[name].op.neuron is not None:
+            steps = value.data.unflatten(0, (value.timesteps, -1)).to(torch.uint8).cpu().numpy()
+            trains[name] = np.concatenate([trains[name], steps]) if name in trains else steps
+        elif isinstance(value, Current) and value.constant:
+            currents[name] = value.data.cpu().numpy()
 
-        def forward(*inputs, **memory):
-            output = original(*inputs, **memory)
-            if op.neuron is not None and isinstance(output, SpikeTensor):
-                steps = output.data.unflatten(0, (output.timesteps, -1)).to(torch.uint8).cpu().numpy()
-                trains[name] = np.concatenate([trains[name], steps]) if name in trains else steps
-            elif isinstance(output, Current) and output.constant:
-                currents[name] = output.data.cpu().numpy()
-            return output
-
-        op.forward = forward
-
-    snn = copy.deepcopy(snn)
-    for name, entry in snn.ops.items():
-        watch(name, entry["op"])
-    snn.cut = lambda inputs, timesteps: (len(inputs[0]), chunk or timesteps)
-    snn(images, timesteps=timesteps)
+    with mock.patch.object(spike_simulator, "cut", lambda dag, inputs, *_: (len(inputs[0]), chunk or timesteps)):
+        spike_simulator.simulate(snn, (images,), timesteps, watch=watch)
     return trains, currents
 
 
@@ -274,9 +266,7 @@ def test_thresholds_follow_the_formula(digits_images):
 @torch.no_grad()
 def activations_of(dag, name, images):
     """The outputs of one op of an ANN, [N]."""
-    with pool_activations(dag, len(images)) as (_, pools):
-        dag(images)
-    return pools[name].values()
+    return pool_activations(dag, [(images, None)], "cpu", len(images))[name].values()
 
 
 def test_pools_are_bounded_and_meet_every_position():

@@ -20,11 +20,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from conversion.statistics import node_shapes
 from runtime.files import naming, remove_stale, temporary_beside
 from runtime.torch_files import OtherFile
 from spike_dag import FORMAT as DAG_FORMAT
-from spike_dag import from_dict, one_thread_per_operator, run_ops
+from spike_dag import from_dict
+from spike_simulator import node_shapes, one_thread_per_operator, run_ops
 from spike_tensor import Current, Memory, SpikeTensor
 
 FORMAT = "ann2snn-stretch-1"
@@ -49,7 +49,7 @@ class Mismatch(Exception):
 def simulate_nodes(snn, known):
     """Node -> its value over all timesteps, from `known`: those values are not computed."""
     values = dict(known)
-    entries = [entry for entry in snn.ops.values() if entry["out_nodes"][0] not in known]
+    entries = [entry for entry in snn.ops.values() if entry.out not in known]
     with one_thread_per_operator:
         run_ops(entries, values, snn.timesteps, Memory(snn.timesteps))
     return values
@@ -71,8 +71,8 @@ def make_vectors(snn, inputs):
 
 def nodes_of_vectors(snn):
     """The nodes of each kind of test vectors (`make_vectors`), in the order in which they are computed."""
-    nodes = [*snn.inputs_nodes, *(entry["out_nodes"][0] for entry in snn.ops.values())]
-    firing = {entry["out_nodes"][0] for entry in snn.ops.values() if entry["op"].neuron is not None}
+    nodes = [*snn.inputs_nodes, *(entry.out for entry in snn.ops.values())]
+    firing = {entry.out for entry in snn.ops.values() if entry.op.neuron is not None}
     behind = set(snn.outputs_nodes) | nodes_from_spikes(snn)
     return {
         "constants": [node for node in nodes if node not in behind or node in snn.inputs_nodes],
@@ -85,8 +85,8 @@ def nodes_from_spikes(snn):
     """Nodes that depend on spikes, and those of spikes themselves."""
     nodes = set()
     for entry in snn.ops.values():
-        if entry["op"].neuron is not None or not nodes.isdisjoint(entry["in_nodes"]):
-            nodes.update(entry["out_nodes"])
+        if entry.op.neuron is not None or not nodes.isdisjoint(entry.inputs):
+            nodes.add(entry.out)
     return nodes
 
 
@@ -94,9 +94,9 @@ def nodes_of_reals(snn):
     """Nodes of images and of activations, also of layers that stay ANN behind spikes, and of what they cause."""
     nodes = set(snn.inputs_nodes)
     for entry in snn.ops.values():
-        op = entry["op"]
-        if not op.spiking or (op.neuron is None and not nodes.isdisjoint(entry["in_nodes"])):
-            nodes.update(entry["out_nodes"])
+        op = entry.op
+        if not op.spiking or (op.neuron is None and not nodes.isdisjoint(entry.inputs)):
+            nodes.add(entry.out)
     return nodes
 
 
@@ -450,7 +450,7 @@ def replay_vectors(snn, vectors):
 
 def known_values(snn, constants):
     """The constants as the simulator holds them: activations, and currents of spiking ops."""
-    spiking = {entry["out_nodes"][0] for entry in snn.ops.values() if entry["op"].spiking}
+    spiking = {entry.out for entry in snn.ops.values() if entry.op.spiking}
     tensors = {node: torch.from_numpy(array) for node, array in constants.items()}
     return {n: Current(x, snn.timesteps, constant=True) if n in spiking else x for n, x in tensors.items()}
 
@@ -460,7 +460,7 @@ def compare_currents(snn, constants):
     inputs = {node: torch.from_numpy(constants[node]) for node in snn.inputs_nodes}
     values = dict(inputs)
     with torch.no_grad(), one_thread_per_operator:
-        run_ops([e for e in snn.ops.values() if e["out_nodes"][0] in constants], values, snn.timesteps)
+        run_ops([e for e in snn.ops.values() if e.out in constants], values, snn.timesteps)
     for node, expected in constants.items():
         actual = tensor_of(values[node]).numpy()
         if actual.shape != expected.shape:

@@ -17,9 +17,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ann_parser import (
-    RELU_FUNCTIONS,
-    RELU_IN_PLACE_FUNCTIONS,
-    SAME_VALUE_FUNCTIONS,
+    RECORDING_FUNCTIONS,
     SHAPE_QUESTIONS,
     Trace,
     as_float32,
@@ -29,11 +27,13 @@ from ann_parser import (
     check_same_output,
     refuse_compiled,
 )
-from conversion.integers import Groups
+from conversion.lambdas import Groups
 from dag_rewrites import fold_batch_norms
 from quantization import QuantSGD
+from spike_layers import SpikeReLU
 
-RELU_NAMES = {resolve_name(f) for f in (*RELU_FUNCTIONS, *RELU_IN_PLACE_FUNCTIONS)} | {
+RELUS = (SpikeReLU.traced, SpikeReLU.traced_in_place)
+RELU_NAMES = {resolve_name(f) for recorder in RELUS for f in RECORDING_FUNCTIONS[recorder]} | {
     f"torch.nn.functional.{name}" for name in ("relu", "relu6", "hardtanh")
 }
 # of Python's operators, those that change their operand; `__rsub__` and `__getitem__`, say, do not
@@ -534,7 +534,7 @@ def shape_of_result(function, leaves, spec):
     """What a call would return, as a tensor without values."""
     leaves = [as_float32(x.to("meta")) if isinstance(x, torch.Tensor) else x for x in leaves]
     args, kwargs = tree_unflatten(leaves, spec)
-    return args[0] if function in SAME_VALUE_FUNCTIONS else function(*args, **kwargs)
+    return args[0] if function in RECORDING_FUNCTIONS[Trace.record_nothing] else function(*args, **kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,79 @@
+"""The scale of every spike train, lambda: what the neurons aim at, before thresholds are rounded."""
+
+from collections import defaultdict
+
+import torch
+
+from spike_layers import SPIKES
+
+
+def largest_spikes(dag, plan):
+    """Node of spikes -> the most that one sample holds there at a step: 1, or a folded pooling's window."""
+    peaks = {}
+    for name, entry in dag.ops.items():
+        if plan.kinds[entry.out] == SPIKES:
+            passed = 1 if name in plan.firing else max(peaks[node] for node in entry.inputs)
+            peaks[entry.out] = entry.op.window if name in plan.folded else passed
+    return peaks
+
+
+def spike_targets(dag, plan, statistics, shapes):
+    """Node of spikes -> the lambda that its neuron aims at, a tensor.
+
+    One a layer, of which spikes that a concatenation joins share the largest; where channels have lambdas of their own,
+    they keep them. A ReLU with a ceiling never aims above it, for its neuron has to stop there.
+    """
+    if any(statistics[name].scales.dim() for name in plan.firing):
+        return channel_targets(dag, plan, statistics, shapes)
+    targets, groups, ceilings = {}, Groups(), {}
+    for name, entry in dag.ops.items():
+        if plan.kinds[entry.out] != SPIKES:
+            continue
+        if name in plan.firing:
+            targets[entry.out] = torch.tensor(statistics[name].max_o)
+        else:
+            groups.join(entry.out, *entry.inputs)
+        ceilings[entry.out] = float("inf") if entry.op.ceiling is None else entry.op.ceiling
+    for members in groups.members():
+        shared = torch.stack([targets[node] for node in members if node in targets] or [torch.zeros(())]).max()
+        targets.update(dict.fromkeys(members, shared))
+    return {node: target.clamp_max(ceilings[node]) for node, target in targets.items()}
+
+
+def channel_targets(dag, plan, statistics, shapes):
+    """Node of spikes -> the lambdas to aim at, by channel, in the shape of a sample: [C, 1, 1] or [N]."""
+    targets = {}
+    for name, entry in dag.ops.items():
+        if plan.kinds[entry.out] != SPIKES:
+            continue
+        if name in plan.firing:
+            targets[entry.out] = statistics[name].scales.clamp_max(entry.op.ceiling or float("inf"))
+        else:
+            known, samples = [targets[node] for node in entry.inputs], [shapes[node] for node in entry.inputs]
+            targets[entry.out] = entry.op.targets(known, samples, shapes[entry.out])
+    return targets
+
+
+class Groups:
+    """Disjoint sets that grow together (union-find)."""
+
+    def __init__(self):
+        self.parent = {}
+
+    def find(self, item):
+        self.parent.setdefault(item, item)
+        while self.parent[item] != item:
+            item = self.parent[item]
+        return item
+
+    def join(self, first, *others):
+        for other in others:
+            self.parent[self.find(other)] = self.find(first)
+        self.find(first)
+
+    def members(self):
+        """The sets, as lists."""
+        sets = defaultdict(list)
+        for item in self.parent:
+            sets[self.find(item)].append(item)
+        return list(sets.values())

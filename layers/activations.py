@@ -1,0 +1,291 @@
+"""Layers of one value each: ReLUs, where neurons stand, a BatchNorm that could not be folded, softmax."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import resolve_name
+
+from layers.base import ANALOG, CURRENT, SPIKES, SpikeLayer, frozen_names, widened
+from runtime.rules import BOOL, CHANNELS, DIM, NONE, POSITIVE, either, whole
+from spike_tensor import Current, SpikeTensor
+
+NEXT_TO_NOTHING = 1e-4  # of the largest weight of a BatchNorm: a channel below it sends only its bias
+
+
+class SpikeReLU(SpikeLayer):
+    """ReLU, cut off at `ceiling` if given (6 for ReLU6).
+
+    Converted, the neurons that turn the current before it into spikes; their scale is at most the ceiling, which a
+    spike at every step reaches. Spikes pass: they are not negative.
+    """
+
+    fields = {"ceiling": either(NONE, POSITIVE)}  # noqa: RUF012
+    rectifies = passes_spikes = passes_sums = True
+
+    def __init__(self, ceiling=None):
+        super().__init__()
+        self.ceiling = ceiling
+
+    @property
+    def passes_scale(self):
+        """A positive factor passes where nothing is cut off."""
+        return self.ceiling is None
+
+    @classmethod
+    def traced(cls, trace, function, input, inplace=False, ceiling=None):
+        if inplace:
+            return cls.traced_in_place(trace, function, input, ceiling)
+        return trace.record("relu", cls(ceiling), [input], input.clamp(0, ceiling))
+
+    @classmethod
+    def traced_in_place(cls, trace, function, input, ceiling=None):
+        # the name `input` now means the result
+        return trace.record_in_place("relu", cls(ceiling), [input], input.clamp_(0, ceiling))
+
+    @classmethod
+    def traced_relu6(cls, trace, function, input, inplace=False):
+        return cls.traced(trace, function, input, inplace, 6.0)
+
+    @classmethod
+    def traced_hardtanh(cls, trace, function, input, min_val=-1.0, max_val=1.0, inplace=False):
+        return cls.traced(trace, function, input, inplace, ceiling_of(trace, function, min_val, max_val))
+
+    @classmethod
+    def traced_hardtanh_in_place(cls, trace, function, input, min_val=-1.0, max_val=1.0):
+        return cls.traced_hardtanh(trace, function, input, min_val, max_val, inplace=True)
+
+    @classmethod
+    def traced_clamp(cls, trace, function, input, min=None, max=None):
+        return cls.traced(trace, function, input, False, ceiling_of(trace, function, min, max))
+
+    @classmethod
+    def traced_clamp_in_place(cls, trace, function, input, min=None, max=None):
+        return cls.traced_in_place(trace, function, input, ceiling_of(trace, function, min, max))
+
+    def activation(self, x):
+        return F.relu(x) if self.ceiling is None else x.clamp(0, self.ceiling)
+
+    def current(self, x):
+        return x
+
+    def send(self, current, memory=None):
+        return current if isinstance(current, SpikeTensor) else super().send(current, memory)
+
+    def plan(self, place):
+        return SPIKES if place.reads[0] == CURRENT else place.reads[0]
+
+    def convert(self, setter, entry):
+        """A neuron where a current flows in; spikes pass."""
+        node = entry.inputs[0]
+        if entry.name in setter.plan.firing:
+            setter.set_neuron(entry, setter.units[node], setter.largest[node])
+            return
+        if self.ceiling is not None and setter.scales[node].max() * setter.peaks[node] > self.ceiling:
+            raise ValueError(
+                f"{setter.dag.where(entry.name)} cuts off spikes of another neuron, put it behind a convolution"
+            )
+        setter.scales[entry.out] = setter.scales[node]
+
+    def misfit(self, reads):
+        has_neurons = self.neuron is not None
+        return None if has_neurons != (SPIKES in reads) else "it takes neurons for currents and none for spikes"
+
+    def extra_repr(self):
+        return "" if self.ceiling is None else f"ceiling={self.ceiling:g}"
+
+
+def ceiling_of(trace, function, least, most):
+    """The ceiling of a clamp that is a ReLU, None where it has none; any other clamp is refused."""
+    numbers = [value for value in (least, most) if value is not None]
+    if any(isinstance(value, torch.Tensor) for value in numbers) or least != 0 or (most is not None and most <= 0):
+        trace.refuse(function, "only a lower bound of 0 and an upper one above it, a relu or relu6, are supported")
+    return None if most is None else float(most)
+
+
+class SignedReLU(SpikeLayer):
+    """Two ReLUs for a value that may be negative: channel 2c holds relu(x_c), channel 2c + 1 relu(-x_c).
+
+    [B, C, ...] -> [B, 2C, ...]. The layer behind it has its weights twice, the second time negated.
+    """
+
+    rectifies = splits_signs = True
+
+    @staticmethod
+    def both_signs(x):
+        """x and -x, channels interleaved."""
+        return torch.stack([x, -x], 2).flatten(1, 2)
+
+    def activation(self, x):
+        return F.relu(self.both_signs(x))
+
+    def current(self, x):
+        return x.like(self.both_signs(x.total()))
+
+    def plan(self, place):
+        return SPIKES if place.reads[0] == CURRENT else place.reads[0]
+
+    def convert(self, setter, entry):
+        """A neuron for each sign."""
+        unit = setter.units[entry.inputs[0]]
+        setter.set_neuron(entry, unit.repeat_interleave(2, 0) if unit.dim() else unit, setter.largest[entry.inputs[0]])
+
+    def misfit(self, reads):
+        return None if self.neuron is not None and SPIKES not in reads else "it reads spikes, or has no neurons"
+
+
+class SpikeBatchNorm(SpikeLayer):
+    """BatchNorm in eval mode where it could not be folded: `weight * x + bias` per channel.
+
+    It stands before a ReLU, as in networks that normalise first (DenseNet), and reads what flows into neurons.
+    Converted, the weight's size is in the unit of its output, and so in Vthr; what is left is its sign, times a small
+    integer where spikes come in, so that the threshold behind it is fine enough.
+    """
+
+    fields = {"channels": CHANNELS}  # noqa: RUF012
+    is_linear = hands_on = carries_bias = True
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    @property
+    def channels(self):
+        """C, of input and output."""
+        return len(self.weight)
+
+    @classmethod
+    def traced(
+        cls,
+        trace,
+        function,
+        input,
+        running_mean,
+        running_var,
+        weight=None,
+        bias=None,
+        training=False,
+        momentum=0.1,
+        eps=1e-5,
+    ):
+        if training or running_mean is None:
+            trace.refuse(function, "it needs running statistics, track_running_stats=True")
+        if input.dim() not in (2, 4):
+            trace.refuse(function, f"the input must be [B, C, H, W] or [B, N], not {list(input.shape)}")
+        op = cls(len(running_mean))
+        factor = (running_var.detach().double() + eps).rsqrt() * (1.0 if weight is None else weight.detach().double())
+        shift = (0.0 if bias is None else bias.detach().double()) - running_mean.detach().double() * factor
+        op.weight, op.bias = nn.Parameter(factor.to(input.dtype)), nn.Parameter(shift.to(input.dtype))
+        op.frozen = frozen_names(weight, bias)
+        output = function(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        return trace.record("batch_norm", op, [input], output)
+
+    @property
+    def output_channels(self):
+        """C."""
+        return len(self.weight)
+
+    @property
+    def spatial(self):
+        """Dimensions of a sample behind the channels."""
+        return self.bias_q.dim() - 1
+
+    def set_integers(self, weight_q, bias_q):
+        """What a spike, or a unit of current, weighs, and what is added every step; broadcastable to a sample."""
+        self.register_buffer("weight_q", weight_q)
+        self.register_buffer("bias_q", bias_q)
+
+    def activation(self, x):
+        shape = [-1, *[1] * (x.dim() - 2)]
+        return x * self.weight.view(shape) + self.bias.view(shape)
+
+    def current(self, x):
+        data = widened(x.total() if isinstance(x, Current) else x.data)
+        current = data * self.weight_q.to(data.dtype) + self.bias_q.to(data.dtype)
+        return Current(current, x.timesteps, isinstance(x, Current) and x.constant)
+
+    def largest_sum(self, largest_read):
+        return (largest_read[0] * self.weight_q.abs() + self.bias_q.abs()).max().item()
+
+    def plan(self, place):
+        """Part of what flows into a neuron, or of what stays ANN."""
+        if place.reads[0] == ANALOG or (place.reads[0] == SPIKES and not place.before_neuron):
+            return ANALOG
+        if place.feeds_neuron:
+            return CURRENT
+        raise ValueError(
+            f"{place.where}: this BatchNorm cannot be folded into a convolution, put it behind one, or before a ReLU"
+        )
+
+    def convert(self, setter, entry):
+        """Its size goes into the unit, its sign becomes the weight, the shift a bias.
+
+        Spikes get an integer weight as large as the threshold behind it needs, up to that of the bit width. A channel
+        with next to no weight only has its bias.
+        """
+        node, spatial = entry.inputs[0], [1] * (len(setter.shapes[entry.out]) - 1)
+        weight, bias = self.weight.detach().view(-1, *spatial), self.bias.detach().view(-1, *spatial)
+        size = weight.abs()
+        silent = size <= NEXT_TO_NOTHING * size.max()
+        size = torch.where(silent, size.max().clamp_min(1e-30), size)
+        reference = max(setter.statistics[entry.name].max_o, 1e-30)
+        unit = setter.value_of(node) * size
+        largest_read = setter.largest_read(entry)
+        if largest_read is not None:
+            # a channel that stays far below one threshold even with all that can flow in sends what its bias alone does
+            finest = setter.finest_unit(max(reference, bias.abs().max().item()))
+            silent = silent | (unit * largest_read[0] < finest)
+            unit = torch.where(silent, unit.clamp_min(finest), unit)
+        wanted = (setter.most * unit / reference).ceil().clamp(1, setter.most)
+        integer = torch.ones_like(wanted) if setter.is_float else wanted
+        unit = unit / integer
+        weight_q = torch.where(silent, 0.0, weight.sign()) * integer
+        bias_q = bias / unit if largest_read is None else setter.rounded(entry.name, bias / unit)
+        self.set_integers(weight_q if setter.is_float else weight_q.to(torch.int32), bias_q)
+        setter.units[entry.out] = unit
+        setter.largest[entry.out] = setter.largest_of(entry)
+
+    def misfit(self, reads):
+        if not hasattr(self, "weight_q"):
+            return "it has no weight_q"
+        return super().misfit(reads) or ("it has no bias_q" if self.bias_q is None else None)
+
+    def held(self, inputs, output):
+        return [(key, getattr(self, key), output.shape[1:]) for key in ("weight_q", "bias_q")]
+
+    def ann_operations(self, shape, outputs):
+        return float(outputs), 0.0
+
+    def spike_operations(self, spikes):
+        return spikes.double().sum().item()  # one synapse a spike
+
+
+class SoftmaxOp(SpikeLayer):
+    """Softmax over dimension `dim`, or its logarithm; stands behind the last layer and is not converted."""
+
+    fields = {"dim": either(DIM, whole(-8, -1)), "log": BOOL}  # noqa: RUF012
+    is_measured = False
+
+    def __init__(self, dim=-1, log=False):
+        super().__init__()
+        self.dim, self.log = dim, log
+
+    @classmethod
+    def traced(cls, trace, function, input, dim=None, _stacklevel=3, dtype=None):
+        dim = (1 if dim is None else dim) % input.dim()
+        if dim == 0 or dtype is not None:
+            trace.refuse(function, "only softmax over the classes, dim=1, in the input's own type is supported")
+        op = cls(dim, log="log_softmax" in resolve_name(function))
+        return trace.record("softmax", op, [input], op(input))
+
+    def activation(self, x):
+        return F.log_softmax(x, self.dim) if self.log else F.softmax(x, self.dim)
+
+    def plan(self, place):
+        """It stays ANN, behind the last layer."""
+        if place.before_neuron or CURRENT in place.reads:
+            raise ValueError(f"{place.where}: softmax is supported behind the last layer only")
+        return ANALOG
+
+    def misfit(self, reads):
+        return "it has no place for neurons"
