@@ -7,36 +7,32 @@ repairs layers one at a time, tries other flags, and writes what it found into `
 """
 
 import argparse
+from functools import partial
 
-from runtime.cli import OneLineParser, add_analysis_flags, add_conversion_flags, run_script
+from command_line import add_conversion_flags, parse_conversion
+from options import AnalysisOptions
+from runtime.cli import OneLineParser, run_script
 
 
 def parse_args(argv=None):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("net_name", help="network name to analyse")
     parser.add_argument("--load", dest="ann_weight", metavar="FILE", help="the location of the trained weights")
-    add_conversion_flags(parser)
     parser.add_argument("--out", metavar="DIR", help="the folder to write into (analysis/<network>)")
-    add_analysis_flags(parser)
-    return parser.parse_args(argv)
+    add_conversion_flags(parser, AnalysisOptions)
+    return parse_conversion(parser, argv)
 
 
 def main(args):
     # imported here, so that --help and a wrong command line answer at once
-    from torch import nn
-
     from build_network import input_size
-    from dag_rewrites import equalize_channels
     from datasets import DETECTION_DATASETS, get_dataset
-    from finetuning.on_spikes import finetune_on_spikes
-    from pipeline import accuracy_table, check_command_line, convert, load_network, with_levels
-    from quantization import quantize_finetune
+    from pipeline import accuracy_table, check_command_line, choose_measure, load_network, make
     from reports.analysis import analyse, summary_rows, write_report
     from runtime.device import choose_device, seed_everything
     from runtime.files import check_folder
     from runtime.packages import REPORT_PACKAGES, check_packages
     from spike_dag import format_table
-    from validate import evaluate
 
     if args.dataset in DETECTION_DATASETS:
         raise ValueError(f"the analysis is for classifiers, --dataset {args.dataset} has boxes: choose another")
@@ -49,22 +45,14 @@ def main(args):
     args.image_size = input_size(args.net_name)
 
     test_loader, _, train_loader, train_val_loader = get_dataset(args)
-    criterion = nn.CrossEntropyLoss()
     net, args = load_network(args, train_loader.dataset)
-    ann = evaluate(net, test_loader, device, criterion)
-    if args.equalize:
-        net = equalize_channels(net)
-    qnet = quantize_finetune(with_levels(net, train_val_loader, device, args), train_loader, criterion, device, args)
-    quantized = evaluate(qnet, test_loader, device, criterion)
-    snn = convert(qnet, train_val_loader, device, args)
-    snn = finetune_on_spikes(snn, qnet, net, train_loader, train_val_loader, criterion, device, args)
-    spiking = evaluate(snn, test_loader, device, criterion, args.timesteps, every_step=True)
-
-    loaders, accuracies = (test_loader, train_loader, train_val_loader), (ann, quantized, spiking)
-    analysis = analyse(args, net, qnet, snn, loaders, device, accuracies)
+    criterion, evaluate = choose_measure(args)
+    measure = partial(evaluate, loader=test_loader, device=device, criterion=criterion)
+    made = make(args, net, (train_loader, train_val_loader), criterion, device, measure)
+    analysis = analyse(args, made, (test_loader, train_loader, train_val_loader), device)
     write_report(folder, analysis)
 
-    print(accuracy_table(args, ann, quantized, spiking))
+    print(accuracy_table(args, made.accuracies))
     print(format_table(summary_rows(analysis.result)))
     print("\n".join(analysis.result["verdict"]))
     print(f"Save the report in {folder}/report.html")

@@ -6,108 +6,98 @@
 
 import argparse
 import os
+from functools import partial
 
-from runtime.cli import OneLineParser, add_analysis_flags, add_conversion_flags, run_script
+from command_line import add_conversion_flags, parse_conversion
+from options import OutputOptions
+from runtime.cli import OneLineParser, run_script
 
 
 def parse_args(argv=None):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("net_name", help="network name to convert")
-    add_conversion_flags(parser)
-    parser.add_argument("--save_file", default="out_snn.pth", help="the output location of the transferred weights")
-    parser.add_argument("--results", metavar="FILE.json", help="write all results as JSON")
-    parser.add_argument("--report", metavar="DIR", help="write a report of where accuracy is lost, as analyse_error.py")
-    add_analysis_flags(parser)
-    return parser.parse_args(argv)
+    add_conversion_flags(parser, OutputOptions)
+    return parse_conversion(parser, argv)
 
 
 def main(args):
     # imported here, so that --help and a wrong command line answer at once
     from build_network import input_size
-    from dag_rewrites import equalize_channels
     from datasets import get_dataset
-    from finetuning.on_spikes import finetune_on_spikes
-    from pipeline import (
-        Stopwatch,
-        accuracy_table,
-        check_command_line,
-        choose_measure,
-        convert,
-        load_network,
-        with_levels,
-    )
-    from quantization import quantize_finetune
+    from pipeline import check_command_line, choose_measure, load_network, make
     from runtime.device import choose_device, seed_everything
-    from runtime.files import (
-        after_writing,
-        check_different,
-        check_folder,
-        check_room,
-        check_writable,
-        write_json,
-        write_torch,
-    )
+    from runtime.files import check_room
 
     # everything that can be wrong with the command line is found before the work begins
     check_command_line(args)
+    check_outputs(args)
+    device = choose_device(args.device)
+    seed_everything(args.seed)
+    args.image_size = input_size(args.net_name)
+
+    test_loader, _, train_loader, train_val_loader = get_dataset(args)
+    net, args = load_network(args, train_loader.dataset)
+    check_room(args.save_file, weight_bytes(net))
+    criterion, evaluate = choose_measure(args)
+    measure = partial(evaluate, loader=test_loader, device=device, criterion=criterion)
+    made = make(args, net, (train_loader, train_val_loader), criterion, device, measure)
+
+    # hours of work are saved before anything is printed, for stdout may be closed by now
+    save(args, made)
+    print_results(args, made)
+    if args.report:
+        report(args, made, (test_loader, train_loader, train_val_loader), device)
+
+
+def check_outputs(args):
+    """Raise OSError or ValueError where a result could not be written, or would overwrite another one."""
+    from runtime.files import check_different, check_folder, check_writable
+
     check_writable(args.save_file)
     check_writable(args.results)
     check_folder(args.report)
     pages = [os.path.join(args.report, page) for page in ("report.html", "report.json")] if args.report else []
     check_different(args.save_file, args.results, args.report, *pages)
-    device = choose_device(args.device)
-    seed_everything(args.seed)
-    args.image_size = input_size(args.net_name)
-    clock = Stopwatch()
-
-    test_loader, _, train_loader, train_val_loader = get_dataset(args)
-    net, args = load_network(args, train_loader.dataset)
-    check_room(args.save_file, weight_bytes(net))
-    clock.lap("data")
-
-    criterion, measure = choose_measure(args)
-    ann = measure(net, test_loader, device, criterion)
-    clock.lap("validate_ann")
-
-    if args.equalize:
-        net = equalize_channels(net)
-    qnet = quantize_finetune(with_levels(net, train_val_loader, device, args), train_loader, criterion, device, args)
-    clock.lap("quantize_finetune")
-    quantized = measure(qnet, test_loader, device, criterion)
-    clock.lap("validate_qnet")
-
-    snn = convert(qnet, train_val_loader, device, args)
-    clock.lap("trans_ann2snn_weight")
-    snn = finetune_on_spikes(snn, qnet, net, train_loader, train_val_loader, criterion, device, args)
-    clock.lap("finetune_on_spikes")
-    spiking = measure(snn, test_loader, device, criterion, args.timesteps, every_step=True)
-    clock.lap("validate_snn")
-
-    # hours of work are saved before anything is printed, for stdout may be closed by now
-    steps = snn.duration()
-    write_torch(args.save_file, snn.cpu())
-    if args.results:
-        with after_writing(args.save_file):
-            write_json(args.results, collect_results(args, ann, quantized, spiking, steps, clock.seconds))
-
-    print(accuracy_table(args, ann, quantized, spiking))
-    print_layers(snn, spiking["firing_rate"])
-    print(
-        f"timesteps: {steps['firing']} of firing, {steps['interval']} between images, {steps['latency']} to the answer"
-    )
-    print(f"Save the SNN in {args.save_file}", flush=True)
-    if args.report:
-        from reports.analysis import analyse, write_report
-
-        loaders, accuracies = (test_loader, train_loader, train_val_loader), (ann, quantized, spiking)
-        with after_writing(args.save_file, args.results):
-            write_report(args.report, analyse(args, net, qnet, snn.to(device), loaders, device, accuracies))
-        print(f"Save the report in {args.report}")
 
 
 def weight_bytes(net):
     """Bytes of a network's weights, which its file has at least."""
     return sum(parameter.numel() * parameter.element_size() for parameter in net.parameters())
+
+
+def save(args, made):
+    """Write the spiking network, and all results as JSON."""
+    from runtime.files import after_writing, write_json, write_torch
+
+    write_torch(args.save_file, made.snn.cpu())
+    if args.results:
+        with after_writing(args.save_file):
+            write_json(args.results, collect_results(args, made))
+
+
+def print_results(args, made):
+    """The accuracies, what the chip needs to know of each layer, and how long an image takes."""
+    from pipeline import accuracy_table
+
+    print(accuracy_table(args, made.accuracies))
+    print_layers(made.snn, made.accuracies["snn"]["firing_rate"])
+    steps = made.snn.duration()
+    print(
+        f"timesteps: {steps['firing']} of firing, {steps['interval']} from image to image, "
+        f"{steps['latency']} from image to answer"
+    )
+    print(f"Save the SNN in {args.save_file}", flush=True)
+
+
+def report(args, made, loaders, device):
+    """The report of where accuracy is lost; loaders: of the test, the training and the calibration images."""
+    from reports.analysis import analyse, write_report
+    from runtime.files import after_writing
+
+    made.snn.to(device)
+    with after_writing(args.save_file, args.results):
+        write_report(args.report, analyse(args, made, loaders, device))
+    print(f"Save the report in {args.report}")
 
 
 def print_layers(snn, firing_rate):
@@ -117,7 +107,7 @@ def print_layers(snn, firing_rate):
     rows = [("spiking layer", "module path", "Vthr", "lambda", "spikes per neuron and step")]
     for name, neuron in snn.neurons().items():
         threshold, scale = neuron.Vthr.float(), neuron.scale_factor.float()
-        rows.append((name, snn.ops[name]["path"], span(threshold), span(scale), f"{firing_rate[name]:.4f}"))
+        rows.append((name, snn.ops[name].path, span(threshold), span(scale), f"{firing_rate[name]:.4f}"))
     print(format_table(rows))
 
 
@@ -127,26 +117,26 @@ def span(values):
     return f"{least:.4g}" if least == most else f"{least:.4g}..{most:.4g}"
 
 
-def collect_results(args, ann, quantized, spiking, duration, seconds):
+def collect_results(args, made):
     """What `--results` holds."""
     from pipeline import versions
 
     flags = {key: value for key, value in vars(args).items() if key not in ("debug", "results", "report")}
-    accuracies = {"ann": ann, "qnet": quantized, "snn": spiking}
+    spiking = made.accuracies["snn"]
     return {
         "net": args.net_name,
         **{key: getattr(args, key) for key in ("dataset", "weight_bitwidth", "timesteps", "reset_mode", "seed")},
         **{
             f"{name}_{key}": result[key]
             for key in ("top1", "top5", "map", "map50", "loss")
-            for name, result in accuracies.items()
+            for name, result in made.accuracies.items()
             if key in result
         },
         "samples": spiking["samples"],
         **by_timestep(spiking),
         "firing_rate": spiking["firing_rate"],
-        "duration": duration,
-        "seconds": seconds,
+        "duration": made.snn.duration(),
+        "seconds": made.seconds,
         "versions": versions(),
         "flags": flags,
     }

@@ -15,6 +15,7 @@ from networks.checkpoint import load_weights
 
 TORCHVISION = "torchvision:"  # what a network name of torchvision begins with
 TORCHVISION_IMAGE_SIZE = 224
+PRETRAINED = "pretrained"  # as --ann_weight: the weights that torchvision has
 NETWORKS = {}  # name -> builder; a builder carries `image_size`, the side of its square input
 
 
@@ -53,7 +54,9 @@ def get_net_by_name(name, in_channels=1, num_classes=10, pretrained=False):
     if name.startswith(TORCHVISION):
         return torchvision_net(name.removeprefix(TORCHVISION), in_channels, num_classes, pretrained)
     if pretrained:
-        raise ValueError(f"--pretrained is for torchvision:NAME, give the weights of {name} with --ann_weight")
+        raise ValueError(
+            f"pretrained weights are for torchvision:NAME, name the file of those of {name} with --ann_weight"
+        )
     return NETWORKS[name](in_channels, num_classes)
 
 
@@ -382,14 +385,15 @@ def debug_net3(in_channels, num_classes):
     return DebugConcat(num_classes)
 
 
-def build_trained_net(name, in_channels, num_classes, ann_weight=None, pretrained=False):
-    """Network `name` with the weights in the file `ann_weight`; a warning where it then is untrained."""
-    net = get_net_by_name(name, in_channels, num_classes, pretrained)
-    if ann_weight is not None:
-        return load_weights(net, ann_weight)
-    if not pretrained and not getattr(NETWORKS.get(name), "has_weights", False):
+def build_trained_net(name, in_channels, num_classes, ann_weight=None):
+    """Network `name` with the weights in the file `ann_weight`; a warning where it then is untrained.
+
+    ann_weight: "pretrained" stands for the weights that torchvision has for torchvision:NAME.
+    """
+    net = get_net_by_name(name, in_channels, num_classes, ann_weight == PRETRAINED)
+    if ann_weight is None and not getattr(NETWORKS.get(name), "has_weights", False):
         print(f"warning: no --ann_weight, {name} starts from random weights", file=sys.stderr)
-    return net
+    return net if ann_weight in (None, PRETRAINED) else load_weights(net, ann_weight)
 
 
 @torch.no_grad()

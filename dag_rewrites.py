@@ -12,6 +12,7 @@ import copy
 import torch
 from torch import nn
 
+from options import check_option
 from spike_dag import SpikeDAGModule
 from spike_layers import (
     SignedReLU,
@@ -26,9 +27,6 @@ from spike_layers import (
     ViewOp,
 )
 
-SIGNED_CHOICES = ("pair",)
-AVGPOOL_CHOICES = ("spike", "fold")
-
 
 def prepare_conversion(dag, maxpool=None, signed=None, avgpool="spike"):
     """A copy of `dag` that computes the same, with max pooling behind ReLUs and in the mode `maxpool`.
@@ -37,11 +35,8 @@ def prepare_conversion(dag, maxpool=None, signed=None, avgpool="spike"):
     to be refused by `plan_conversion`. avgpool: "fold" marks every average pooling to be folded where it can
     (`snn_weight_setter.folded_poolings`). Raises ValueError for other choices.
     """
-    check_avgpool(avgpool)
-    if maxpool is not None and maxpool not in SpikeMaxPool2d.modes:
-        raise ValueError(f"unknown max pooling '{maxpool}', use one of {', '.join(SpikeMaxPool2d.modes)}")
-    if signed is not None and signed not in SIGNED_CHOICES:
-        raise ValueError(f"unknown choice '{signed}' for signed values, use {', '.join(SIGNED_CHOICES)}")
+    for name, value in {"maxpool": maxpool, "signed": signed, "avgpool": avgpool}.items():
+        check_option(name, value)
     dag = copy.deepcopy(dag)
     pool_behind_relus(dag)
     if signed == "pair":
@@ -52,12 +47,6 @@ def prepare_conversion(dag, maxpool=None, signed=None, avgpool="spike"):
         if isinstance(entry.op, SpikeAvgPool2d):
             entry.op.folded = avgpool == "fold"
     return dag
-
-
-def check_avgpool(avgpool):
-    """Raise ValueError unless the choice for average poolings exists."""
-    if avgpool not in AVGPOOL_CHOICES:
-        raise ValueError(f"unknown average pooling '{avgpool}', use one of {', '.join(AVGPOOL_CHOICES)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,10 +3,13 @@
 python3 hw_constraints.py example_net --weight_bitwidth 4
 """
 
+import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from runtime.cli import OneLineParser, add_graph_flags, add_hardware_flags, run_script, whole_number
+from options import FIELDS, ChipOptions, ConversionOptions
+from runtime.cli import OneLineParser, run_script
+from runtime.flags import add_option, add_options, whole_number
 
 LARGEST_BITWIDTH = 8
 
@@ -205,8 +208,13 @@ def parse_args(argv=None):
         "--in_channels", type=whole_number(1), default=None, help="channels of the images (1 or what the net takes)"
     )
     parser.add_argument("--num_classes", type=whole_number(1), default=10, help="classes (%(default)s)")
-    add_hardware_flags(parser, default="v1.0")
-    add_graph_flags(parser)
+    add_options(parser, ChipOptions, hardware="v1.0")
+    add_option(parser, parser, FIELDS["weight_bitwidth"], 4)
+    for each in fields(ConversionOptions):
+        if each.metadata["group"] == "what a layer leaves open":
+            add_option(parser, parser, each, each.default)
+    parser.add_argument("--debug", action=argparse.BooleanOptionalAction, default=False, help="show tracebacks")
+    parser.main_actions.clear()
     return parser.parse_args(argv)
 
 

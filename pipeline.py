@@ -1,15 +1,17 @@
-"""The steps from a command line to a spiking network that ann2snn.py and analyse_error.py share.
+"""The steps from a trained network to a spiking one, for the scripts and as one call in Python.
 
-check_command_line(args)                            what can be wrong is found before the work begins
-net, args = load_network(args, images)              the trained network as a graph that can be converted
-qnet = quantize_finetune(net, ...)                  quantization.py
-snn = convert(qnet, train_val_loader, device, args) the spiking network
-snn = finetune_on_spikes(snn, qnet, net, ...)       finetuning/on_spikes.py
+    result = convert_network(net, train_loader, test_loader, weight_bitwidth=4, timesteps=16)
+    result.ann_top1, result.qnet_top1, result.snn_top1; result.snn(images)
+
+The scripts go the same way: check_command_line, load_network, make, accuracy_table.
 """
 
+import copy
 import platform
 import sys
 import time
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy
 import torch
@@ -17,10 +19,11 @@ import torch
 from ann_parser import parse_ann_model
 from build_network import build_trained_net, check_net_name
 from conversion.plan import plan_conversion
-from dag_rewrites import prepare_conversion
+from dag_rewrites import equalize_channels, prepare_conversion
 from datasets import DETECTION_DATASETS, check_dataset_name
 from detection.boxes import DetectionLoss, check_detects, evaluate_detector
 from finetuning.levels import quantize_activations
+from finetuning.on_spikes import finetune_on_spikes
 from hw_constraints import (
     HARDWARE,
     bitwidths_by_name,
@@ -30,13 +33,162 @@ from hw_constraints import (
     hardware_table,
     violations,
 )
-from quantization import weights_in_words
+from options import (
+    ConversionOptions,
+    QuantizeOptions,
+    RunOptions,
+    SimulatorOptions,
+    SpikeFinetuneOptions,
+    defaults,
+    preset_options,
+)
+from quantization import as_dag, quantize_finetune, weights_in_words
+from runtime.batches import reusable
+from runtime.device import choose_device, seed_everything
 from runtime.packages import REPORT_PACKAGES, check_packages
-from snn_weight_setter import trans_ann2snn_weight
+from snn_weight_setter import convert
 from spike_dag import format_table
 from validate import evaluate
 
-CLASSIFIER_FLAGS = ("report", "finetune_snn", "calibration_epochs", "finetune_distill")
+CLASSIFIER_FLAGS = ("report", "spike_epochs", "spike_epochs_unlabelled", "finetune_distill")
+
+
+@dataclass
+class Networks:
+    """What a conversion makes. ann, qnet, snn: the float, the quantized and the spiking network.
+
+    seconds: by stage. accuracies: of the three, as `validate.evaluate` returns them, where they were measured.
+    """
+
+    ann: torch.nn.Module
+    qnet: torch.nn.Module = None
+    snn: torch.nn.Module = None
+    seconds: dict = field(default_factory=dict)
+    accuracies: dict = field(default_factory=dict)
+
+    @property
+    def ann_top1(self):
+        """Top-1 accuracy of the float network, percent."""
+        return self.accuracies["ann"]["top1"]
+
+    @property
+    def qnet_top1(self):
+        """Top-1 accuracy of the quantized network, percent."""
+        return self.accuracies["qnet"]["top1"]
+
+    @property
+    def snn_top1(self):
+        """Top-1 accuracy of the spiking network after all timesteps, percent."""
+        return self.accuracies["snn"]["top1"]
+
+    @property
+    def snn_top1_by_timestep(self):
+        """Top-1 accuracy of the spiking network after step 1, 2, ... T, percent."""
+        return self.accuracies["snn"]["top1_by_timestep"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One call
+
+
+def convert_network(net, train_loader, test_loader=None, *, criterion=None, preset="specification", **options):
+    """The Networks of a plain nn.Module, with the command line's defaults.
+
+    train_loader: images and labels to finetune and to calibrate on. test_loader: what the three networks are measured
+    on, in percent: `result.ann_top1`, `qnet_top1`, `snn_top1`, and the list `snn_top1_by_timestep`; None measures
+    nothing. criterion: of the finetuning, cross entropy by default. preset: a name of `options.PRESETS`. options:
+    fields of the dataclasses in `options.py`, as weight_bitwidth=4, timesteps=16, finetune_epochs=10, threshold="mse",
+    device="cpu". `net` is not changed.
+
+    Raises TypeError for an unknown option, and ValueError for values out of range and for networks that cannot be
+    converted.
+    """
+    args = options_by_name(preset, options)
+    device, criterion = choose_device(args.device), criterion or torch.nn.CrossEntropyLoss()
+    seed_everything(args.seed)
+    train_loader = reusable(train_loader)
+    graph = prepare_conversion(as_dag(net, train_loader), args.maxpool, args.signed, args.avgpool)
+    args.weight_bitwidth = choose_bitwidths(graph, args.weight_bitwidth, HARDWARE["v1.0"], args.ann_layers)
+
+    def measure(network, *arguments, **details):
+        if test_loader is None:
+            return None
+        return evaluate(network, test_loader, device, criterion, *arguments, **details)
+
+    return make(args, graph, (train_loader, train_loader), criterion, device, measure)
+
+
+def options_by_name(preset, options):
+    """A namespace of all options of a conversion. Raises TypeError for a name that none has."""
+    classes = (QuantizeOptions, ConversionOptions, SpikeFinetuneOptions, SimulatorOptions, RunOptions)
+    known = defaults(*classes)
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise TypeError(f"convert_network has no option {unknown[0]}, it has {', '.join(known)}")
+    timesteps = options.get("timesteps", known["timesteps"])
+    args = SimpleNamespace(**{**known, **preset_options(preset, timesteps), **options})
+    for cls in classes:
+        cls.of(args)  # raises ValueError for values out of range
+    return args
+
+
+def make(args, net, loaders, criterion, device, measure):
+    """The Networks of a traced network `net` that is ready to be quantized (`load_network`).
+
+    loaders: of the training images, and of those that calibrate. measure: called as `validate.evaluate` without loader,
+    device and criterion, for each of the three networks; it may return None.
+    """
+    train_loader, calibration_loader = loaders
+    clock, made = Stopwatch(), Networks(net)
+    made.accuracies["ann"] = measure(net)
+    clock.lap("validate_ann")
+    quantize(args, made, loaders, criterion, device)
+    clock.lap("quantize_finetune")
+    made.accuracies["qnet"] = measure(made.qnet)
+    clock.lap("validate_qnet")
+    made.snn = convert_by_options(made.qnet, calibration_loader, device, args)
+    clock.lap("trans_ann2snn_weight")
+    networks = made.snn, made.qnet, made.ann
+    made.snn = finetune_on_spikes(*networks, train_loader, calibration_loader, criterion, device, args)
+    clock.lap("finetune_on_spikes")
+    made.accuracies["snn"] = measure(made.snn, args.timesteps, every_step=True)
+    clock.lap("validate_snn")
+    made.seconds = clock.seconds
+    made.accuracies = {name: result for name, result in made.accuracies.items() if result is not None}
+    return made
+
+
+def quantize(args, made, loaders, criterion, device):
+    """Set `made.qnet`, quantized and finetuned; equalize `made.ann` before it where that is asked for."""
+    train_loader, calibration_loader = loaders
+    if args.equalize:
+        made.ann = equalize_channels(made.ann)
+    leveled = with_levels(made.ann, calibration_loader, device, args)
+    made.qnet = quantize_finetune(leveled, train_loader, criterion, device, args)
+
+
+def with_levels(net, loader, device, args):
+    """The network that `quantize_finetune` is to train: with `--activation_levels` its activations have levels."""
+    if args.activation_levels is None:
+        return net
+    granularity = "channel" if QuantizeOptions.of(args).spikes_per_channel else "layer"
+    options = args.activation_levels, args.ann_layers, args.calibration_samples, granularity
+    return quantize_activations(net, loader, device, *options)
+
+
+def convert_by_options(qnet, loader, device, args, **changes):
+    """The spiking network of `qnet` by the flags; changes: options of the conversion to use instead.
+
+    Max pooling and signs were settled when the network was loaded.
+    """
+    options = ConversionOptions.of(args, **{"maxpool": None, "signed": None, **changes})
+    snn = convert(qnet, loader, device, options)
+    snn.set_engine(args.engine, args.memory_budget)
+    return snn
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the scripts check and load
 
 
 def check_command_line(args):
@@ -62,13 +214,13 @@ def load_network(args, images):
     Raises OSError or ValueError for weights that do not fit, layers that cannot be converted, an output that is no row
     of class scores (for a detector, no maps of boxes), and limits of a chip asked for by name.
     """
-    raw_net = build_trained_net(args.net_name, images.channels, images.num_classes, args.ann_weight, args.pretrained)
+    raw_net = build_trained_net(args.net_name, images.channels, images.num_classes, args.ann_weight)
     net = parse_ann_model(raw_net, (images[0][0][None],))
     net = prepare_conversion(net, args.maxpool, args.signed, args.avgpool)
     plan_conversion(net, args.ann_layers)
+    args = copy.copy(args)
     hardware = HARDWARE[args.hardware or "v1.0"]
-    bits = choose_bitwidths(net, args.weight_bitwidth, hardware, args.ann_layers)
-    args = type(args)(**{**vars(args), "weight_bitwidth": bits})
+    args.weight_bitwidth = choose_bitwidths(net, args.weight_bitwidth, hardware, args.ann_layers)
     check_outputs = check_detects if args.dataset in DETECTION_DATASETS else check_classifies
     check_outputs(net, args.net_name, images)
     check_limits(net, args)
@@ -110,35 +262,8 @@ def check_limits(net, args):
         print(f"warning: {count} {limits}", file=sys.stderr)
 
 
-def with_levels(net, loader, device, args):
-    """The network that `quantize_finetune` is to train: with `--activation_levels` its activations have levels."""
-    if args.activation_levels is None:
-        return net
-    options = args.activation_levels, args.ann_layers, args.calibration_samples, args.granularity
-    return quantize_activations(net, loader, device, *options)
-
-
-def convert(qnet, loader, device, args, **changes):
-    """The spiking network of `qnet` by the flags; `changes`: arguments of `trans_ann2snn_weight` to use instead."""
-    options = {
-        "timesteps": args.timesteps,
-        "weight_bitwidth": args.weight_bitwidth,
-        "reset_mode": args.reset_mode,
-        "initial_potential": args.initial_potential,
-        "listen": args.listen,
-        "threshold": args.threshold,
-        "quantile": args.quantile,
-        "granularity": args.granularity,
-        "correction": args.correction,
-        "hold_back": args.hold_back,
-        "per_channel": args.weight_granularity == "channel",
-        "avgpool": args.avgpool,
-        "ann_layers": args.ann_layers,
-        "calibration_samples": args.calibration_samples,
-    }
-    snn = trans_ann2snn_weight(qnet, loader, device, **{**options, **changes})
-    snn.set_engine(args.engine, args.memory_budget)
-    return snn
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
 
 
 class Stopwatch:
@@ -154,15 +279,17 @@ class Stopwatch:
         self.last = now
 
 
-def accuracy_table(args, ann, quantized, spiking):
-    """The three accuracies, or mean average precisions, in words."""
+def accuracy_table(args, accuracies):
+    """The three accuracies (`Networks.accuracies`), or mean average precisions, in words."""
     weights = weights_in_words(args.weight_bitwidth)
     title = f"{args.net_name} on {args.dataset}: {weights}, {args.timesteps} timesteps, reset by {args.reset_mode}"
-    columns = {"mAP": "map", "mAP@0.5": "map50"} if "map" in ann else {"top-1 %": "top1"}
-    digits = 4 if "map" in ann else 2
+    is_detector = "map" in accuracies["ann"]
+    columns = {"mAP": "map", "mAP@0.5": "map50"} if is_detector else {"top-1 %": "top1"}
+    digits = 4 if is_detector else 2
     rows = [("", *columns, "loss")]
-    results = {"ANN": ann, "quantized ANN": quantized, f"SNN, T={args.timesteps}": spiking}
-    for name, result in results.items():
+    names = {"ANN": "ann", "quantized ANN": "qnet", f"SNN, T={args.timesteps}": "snn"}
+    for name, kind in names.items():
+        result = accuracies[kind]
         numbers = [f"{result[key]:.{digits}f}" for key in columns.values()]
         rows.append((name, *numbers, f"{result['loss']:.4f}"))
     return f"{title}\n{format_table(rows)}"

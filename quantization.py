@@ -7,12 +7,14 @@ Every weight of qnet is `quantized_w / scale`: integers times one factor a layer
 
 import copy
 import math
+from dataclasses import dataclass
 from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from options import FLOAT_BITS, QuantizeOptions
 from runtime.batches import (
     batches_of,
     count_batches,
@@ -26,10 +28,8 @@ from runtime.batches import (
     split_batch,
     type_of,
 )
-from runtime.ranges import check_option
 from spike_dag import SpikeDAGModule
 
-FLOAT_BITS = 32
 LONGEST_GRADIENT = 1.0  # of a step of finetuning, over all parameters
 TEMPERATURE = 4.0  # softens outputs that are learnt from
 NEXT_TO_NOTHING = 1e-30  # weights that are all smaller count as zeros; 1 over their scale could overflow
@@ -294,13 +294,7 @@ def quantize_train(
         inputs, targets = labelled_batch(batch, device)
         inputs = tuple(x.to(memory_format=memory_format(x)) for x in inputs)
         optimizer.zero_grad()
-        outputs = net(*inputs)
-        loss = loss_of(criterion, outputs, targets)
-        if distill:
-            with torch.no_grad():
-                wanted = teacher(*inputs)
-            outputs, wanted = first_output(outputs), first_output(wanted)
-            loss = loss.lerp(distillation_loss(outputs, wanted), distill)
+        loss = training_loss(net, inputs, targets, criterion, teacher, distill)
         loss.backward()
         forget_frozen(net)
         torch.nn.utils.clip_grad_norm_(net.parameters(), LONGEST_GRADIENT)
@@ -314,7 +308,22 @@ def quantize_train(
         samples += len(inputs[0])
     if not samples:
         raise ValueError("no samples to finetune on, the data loader is empty, or runs only once")
-    mean = total.item() / samples
+    return check_converges(net, total.item() / samples, name)
+
+
+def training_loss(net, inputs, targets, criterion, teacher, distill):
+    """The loss of a batch, of which a share asks for the teacher's outputs."""
+    outputs = net(*inputs)
+    loss = loss_of(criterion, outputs, targets)
+    if not distill:
+        return loss
+    with torch.no_grad():
+        wanted = teacher(*inputs)
+    return loss.lerp(distillation_loss(first_output(outputs), first_output(wanted)), distill)
+
+
+def check_converges(net, mean, name):
+    """The mean loss of epoch `name`. Raises ValueError where it, or a parameter, is not finite."""
     if not (mean < float("inf") and all(torch.isfinite(p).all() for p in net.parameters())):
         raise ValueError(
             f"finetuning diverged in {name} (loss {mean}), lower --finetune_lr, or --finetune_wd and --finetune_damping"
@@ -345,11 +354,9 @@ def distillation_loss(outputs, wanted, temperature=TEMPERATURE):
 def quantize_finetune(net, train_loader, criterion, device, args):
     """A quantized and finetuned copy of `net`, as a SpikeDAGModule.
 
-    A plain nn.Module is parsed first, on one image of `train_loader`. Of `args` it needs finetune_lr, finetune_epochs,
-    finetune_wd, finetune_momentum and weight_bitwidth (a number, or one for each layer); finetune_optimizer ("sgd", or
-    "adam", which uses no finetune_wd, finetune_momentum and finetune_damping), finetune_nesterov (False),
-    finetune_damping (0.1, reached by the last epoch), finetune_distill (0, the share of the loss that asks for the
-    outputs of `net` instead of the labels) and weight_granularity ("layer" or "channel") have defaults.
+    A plain nn.Module is parsed first, on one image of `train_loader`. args: any namespace with finetune_lr,
+    finetune_epochs, finetune_wd, finetune_momentum and weight_bitwidth (a number, or one for each layer); the other
+    fields of `options.QuantizeOptions` have defaults.
 
     With "sgd" the learning rate falls to a tenth at 50 % and at 75 % of the epochs. With "adam" it is a share of the
     weights of each layer (`relative_groups`), as large a step for all of them, wherever folded BatchNorms made them
@@ -358,79 +365,82 @@ def quantize_finetune(net, train_loader, criterion, device, args):
     train_loader: batches as `batches.split_batch` takes them; an iterator that runs once is kept as a list. Parameters
     with requires_grad=False are quantized, but not trained.
 
-    Raises ValueError for NaN weights, another bit width, values out of range (`runtime.ranges`), a converted network, a
-    network of which nothing is to be trained, or a loss that diverges.
+    Raises ValueError for NaN weights, another bit width, values out of range, a converted network, a network with
+    nothing to train, or a loss that diverges.
     """
-    epochs = check_finetune_options(args)
-    per_channel = getattr(args, "weight_granularity", "layer") == "channel"
+    options = QuantizeOptions.of(args)
     train_loader = reusable(train_loader)
     qnet = as_dag(net, train_loader).to(device, memory_format=torch.channels_last)
-    init_quantize_net(qnet, args.weight_bitwidth, per_channel)
-    if not epochs:
-        return qnet
-    optimizer, epoch_schedule, batch_schedule, largest_damping = choose_optimizer(qnet, args, train_loader, epochs)
-    distill = getattr(args, "finetune_distill", 0.0)
-    teacher = float_teacher(net, train_loader).to(device, memory_format=torch.channels_last) if distill else None
-    with tqdm(range(1, epochs + 1), "finetune") as bar:
-        for epoch in bar:
-            if epoch <= epochs // 2:  # afterwards, at smaller learning rates, the integers settle on fixed scales
-                choose_scales(qnet, per_channel)
-                quantize_layers(qnet)
-            damping = largest_damping * epoch / epochs
-            name = f"finetune epoch {epoch}"
-            loss = quantize_train(
-                qnet, train_loader, criterion, optimizer, device, damping, name, teacher, distill, batch_schedule
-            )
-            if epoch_schedule is not None:
-                epoch_schedule.step()
-            bar.set_postfix(loss=f"{loss:.4f}")
+    init_quantize_net(qnet, options.weight_bitwidth, options.weights_per_channel)
+    if options.finetune_epochs:
+        teacher = float_teacher(net, train_loader, device) if options.finetune_distill else None
+        finetune(qnet, train_loader, criterion, device, options, teacher)
     return qnet
 
 
-def check_finetune_options(args):
-    """The epochs, as a plain number. Raises ValueError for options of `quantize_finetune` that are out of range."""
-    for name in ("epochs", "lr", "wd", "momentum", "damping", "distill"):
-        if hasattr(args, f"finetune_{name}"):
-            check_option(f"finetune_{name}", getattr(args, f"finetune_{name}"))
-    granularity = getattr(args, "weight_granularity", "layer")
-    if granularity not in ("layer", "channel"):
-        raise ValueError(f"unknown weight_granularity '{granularity}', use layer or channel")
-    return check_option("finetune_epochs", args.finetune_epochs)
+def finetune(qnet, train_loader, criterion, device, options, teacher):
+    """Train a quantized network in place."""
+    recipe, epochs = choose_recipe(qnet, options, train_loader), options.finetune_epochs
+    with tqdm(range(1, epochs + 1), "finetune") as bar:
+        for epoch in bar:
+            if epoch <= epochs // 2:  # afterwards, at smaller learning rates, the integers settle on fixed scales
+                choose_scales(qnet, options.weights_per_channel)
+                quantize_layers(qnet)
+            loss = quantize_train(
+                qnet,
+                train_loader,
+                criterion,
+                recipe.optimizer,
+                device,
+                recipe.damping * epoch / epochs,
+                f"finetune epoch {epoch}",
+                teacher,
+                options.finetune_distill,
+                recipe.batch_schedule,
+            )
+            if recipe.epoch_schedule is not None:
+                recipe.epoch_schedule.step()
+            bar.set_postfix(loss=f"{loss:.4f}")
 
 
-def choose_optimizer(qnet, args, train_loader, epochs):
-    """`optimizer, epoch_schedule, batch_schedule, damping`: what `args` choose to finetune by.
+@dataclass
+class Recipe:
+    """What weights are finetuned by. damping: reached in the last epoch. One of the schedules is None."""
 
-    One of the schedules is None. Raises ValueError for another `finetune_optimizer`.
-    """
-    name = getattr(args, "finetune_optimizer", "sgd")
-    trained = qnet.trained_parameters()
+    optimizer: torch.optim.Optimizer
+    damping: float
+    epoch_schedule: object = None
+    batch_schedule: object = None
+
+
+def choose_recipe(qnet, options, train_loader):
+    """The Recipe that `options` choose. Raises ValueError where all parameters are frozen."""
+    trained, epochs = qnet.trained_parameters(), options.finetune_epochs
     if not trained:
         raise ValueError(
             "every parameter of the network is frozen (requires_grad=False): unfreeze what is to be finetuned, or use "
             "0 finetune epochs"
         )
-    if name == "sgd":
-        optimizer = QuantSGD(
-            trained,
-            args.finetune_lr,
-            args.finetune_momentum,
-            weight_decay=args.finetune_wd,
-            nesterov=getattr(args, "finetune_nesterov", False),
-        )
-        falls = sorted({epochs // 2, epochs * 3 // 4} - {0})
-        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, falls, gamma=0.1)
-        return optimizer, schedule, None, getattr(args, "finetune_damping", 0.1)
-    if name == "adam":
-        optimizer = QuantAdam(relative_groups(qnet, args.finetune_lr))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * count_batches(train_loader)))
-        return optimizer, None, schedule, 0.0  # integers settle by themselves where steps fall to 0
-    raise ValueError(f"unknown finetune optimizer '{name}', use sgd or adam")
+    if options.finetune_optimizer == "adam":
+        optimizer = QuantAdam(relative_groups(qnet, options.finetune_lr))
+        steps = max(1, epochs * count_batches(train_loader))
+        # integers settle by themselves where steps fall to 0
+        return Recipe(optimizer, 0.0, batch_schedule=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps))
+    optimizer = QuantSGD(
+        trained,
+        options.finetune_lr,
+        options.finetune_momentum,
+        weight_decay=options.finetune_wd,
+        nesterov=options.finetune_nesterov,
+    )
+    falls = sorted({epochs // 2, epochs * 3 // 4} - {0})
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, falls, gamma=0.1)
+    return Recipe(optimizer, options.finetune_damping, epoch_schedule=schedule)
 
 
-def float_teacher(net, loader):
+def float_teacher(net, loader, device):
     """A copy of `net` whose weights and activations are floats, to learn from."""
-    teacher = as_dag(net, loader).eval()
+    teacher = as_dag(net, loader).eval().to(device, memory_format=torch.channels_last)
     for entry in teacher.ops.values():
         if getattr(entry.op, "levels", None) is not None:
             entry.op.levels = None

@@ -235,7 +235,7 @@ class SNNTransformer:
         import copy
 
         from ann_parser import autocast_off
-        from runtime.ranges import check_option
+        from options import check_option
         from transformer.saved import check_target, write_saved_snn
 
         samples = check_option("samples", samples)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dag_checks import DamagedData, check_integers, check_network_data, check_sample, check_spikes, check_tensors
-from runtime.ranges import check_option
+from options import check_option
 from runtime.torch_files import OtherFile, read_torch_file
 from spike_layers import OP_TYPES
 from spike_neurons import ClipFloorShift, IFNeuron

@@ -11,13 +11,15 @@ import copy
 import os
 import sys
 
-from runtime.cli import OneLineParser, add_data_flags, add_run_flags, real_number, run_script, whole_number
+from options import DataOptions, RunOptions
+from runtime.cli import OneLineParser, run_script
+from runtime.flags import add_options, real_number, whole_number
 
 
 def parse_args(argv=None):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("net_name", help="network name to train")
-    add_data_flags(parser, val_share=0.1)
+    add_options(parser, DataOptions, val_share=0.1)
     parser.add_argument("--epochs", type=whole_number(1), default=60, help="passes over the training images")
     parser.add_argument("--lr", type=real_number(0), default=0.1, help="peak learning rate (%(default)s)")
     parser.add_argument("--wd", type=real_number(0), default=5e-4, help="weight decay (%(default)s)")
@@ -41,84 +43,136 @@ def parse_args(argv=None):
         "--compile", action="store_true", help="train through torch.compile, for which a CPU needs a C++ compiler"
     )
     parser.add_argument("--save_file", default=None, help="checkpoint to write (checkpoint/<net_name>_ann.pth)")
-    add_run_flags(parser)
+    add_options(parser, RunOptions)
+    parser.main_actions.clear()  # --help shows all of them
     return parser.parse_args(argv)
 
 
 def main(args):
     import torch
-    from torch import nn
 
-    from build_network import build_trained_net, check_runs, get_net_by_name, input_size
-    from datasets import DATASETS, DETECTION_DATASETS, check_dataset_name, get_dataset
-    from detection.boxes import DetectionLoss, check_detects, evaluate_detector
-    from networks.checkpoint import load_weights
-    from pipeline import check_classifies
+    from build_network import input_size
+    from datasets import check_dataset_name, get_dataset
     from runtime.device import choose_device, seed_everything
-    from runtime.files import check_room, check_writable, write_torch
-    from validate import evaluate
+    from runtime.files import check_room, check_writable
 
     save_file = args.save_file or f"checkpoint/{args.net_name}_ann.pth"
-    unfinished = f"{save_file}.part"
     args.image_size = input_size(args.net_name)
     check_dataset_name(args.dataset)
     check_flags(args)
     check_writable(save_file)
-    check_writable(unfinished)
+    check_writable(unfinished(save_file))
     device = choose_device(args.device)
     seed_everything(args.seed)
     test_loader, val_loader, train_loader, _ = get_dataset(args)
-    images = train_loader.dataset
-    net = get_net_by_name(args.net_name, images.channels, images.num_classes)
-    if args.ann_weight is not None:
-        load_weights(net, args.ann_weight)
+    net = load_network(args, train_loader.dataset)
     start = copy.deepcopy(net.state_dict()) if args.average else None
-    check_runs(net, args.net_name, images[0][0])  # in eval mode, as the outputs are checked in; an epoch sets its own
-    check_outputs = check_detects if args.dataset in DETECTION_DATASETS else check_classifies
-    check_outputs(net, args.net_name, images)
     check_room(save_file, 2 * sum(each.numel() * each.element_size() for each in net.parameters()))  # with its .part
     net.to(device, memory_format=torch.channels_last)
-    teacher = None
-    if args.teacher is not None:
-        teacher_name, teacher_file = network_and_file(args.teacher)
-        teacher = build_trained_net(teacher_name, images.channels, images.num_classes, teacher_file).eval()
-        check_classifies(teacher, teacher_name, images)
-        teacher.to(device, memory_format=torch.channels_last)
-        teacher = torch.compile(teacher) if args.compile else teacher
+    teacher = load_teacher(args, train_loader.dataset, device)
 
-    criterion, measure, measured = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing), evaluate, top1_in_words
-    if args.dataset in DETECTION_DATASETS:
-        criterion, measure, measured = DetectionLoss(args.image_size), evaluate_detector, map_in_words
+    criterion, measure, in_words = choose_measure(args, device)
     trained = torch.compile(net) if args.compile else net  # the same parameters
-    optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum, weight_decay=args.wd, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.lr, args.epochs * len(train_loader), pct_start=0.2, cycle_momentum=False
-    )
-
-    def save(path):
-        """The state dict so far, with what it is."""
-        known = (*DATASETS, *DETECTION_DATASETS)
-        dataset = args.dataset if args.dataset in known else "folder"  # no path of this machine
-        details = {"net": args.net_name, "dataset": dataset, "seed": args.seed, "epochs": epoch + 1}
-        write_torch(path, {"state_dict": net.state_dict(), **details})
-
-    for epoch in range(args.epochs):
-        name = f"epoch {epoch + 1}"
-        loss = train_epoch(trained, train_loader, criterion, optimizer, schedule, device, args.bf16, name, teacher)
-        line = f"epoch {epoch + 1}/{args.epochs}  training loss {loss:.4f}"
+    for epoch, loss in train(args, trained, teacher, criterion, train_loader, device):
+        line = f"epoch {epoch}/{args.epochs}  training loss {loss:.4f}"
         if len(val_loader.dataset):
-            line += f"  validation {measured(measure(net, val_loader, device, criterion))}"
+            line += f"  validation {in_words(measure(net, val_loader, criterion))}"
         print(line, file=sys.stderr)
-        save(unfinished)
+        save(unfinished(save_file), net, args, epoch)
 
     if args.average:
         average_weights(net, start, args.average, train_loader, device)
-    save(save_file)
-    os.remove(unfinished)
-    plain_criterion = nn.CrossEntropyLoss() if measure is evaluate else criterion
-    result = measure(net, test_loader, device, plain_criterion)
-    print(f"test {measured(result)} of {result['samples']} images, loss {result['loss']:.4f}")
+    save(save_file, net, args, args.epochs)
+    os.remove(unfinished(save_file))
+    result = measure(net, test_loader)
+    print(f"test {in_words(result)} of {result['samples']} images, loss {result['loss']:.4f}")
     print(f"saved {save_file}")
+
+
+def unfinished(save_file):
+    """The file that every epoch goes to."""
+    return f"{save_file}.part"
+
+
+def load_network(args, images):
+    """The network to train, on its weights to start from. Raises ValueError where it does not suit the images."""
+    from build_network import check_runs, get_net_by_name
+    from datasets import DETECTION_DATASETS
+    from detection.boxes import check_detects
+    from networks.checkpoint import load_weights
+    from pipeline import check_classifies
+
+    net = get_net_by_name(args.net_name, images.channels, images.num_classes)
+    if args.ann_weight is not None:
+        load_weights(net, args.ann_weight)
+    check_runs(net, args.net_name, images[0][0])  # in eval mode, as the outputs are checked in; an epoch sets its own
+    check_outputs = check_detects if args.dataset in DETECTION_DATASETS else check_classifies
+    check_outputs(net, args.net_name, images)
+    return net
+
+
+def load_teacher(args, images, device):
+    """The trained network of `--teacher` on a device, or None."""
+    import torch
+
+    from build_network import build_trained_net
+    from pipeline import check_classifies
+
+    if args.teacher is None:
+        return None
+    name, file = network_and_file(args.teacher)
+    teacher = build_trained_net(name, images.channels, images.num_classes, file).eval()
+    check_classifies(teacher, name, images)
+    teacher.to(device, memory_format=torch.channels_last)
+    return torch.compile(teacher) if args.compile else teacher
+
+
+def choose_measure(args, device):
+    """`criterion, measure, in_words`: the loss to train by, `measure(net, loader)`, and its result in words.
+
+    What is measured is the loss without label smoothing, unless `measure` is given the criterion.
+    """
+    from torch import nn
+
+    from datasets import DETECTION_DATASETS
+    from detection.boxes import DetectionLoss, evaluate_detector
+    from validate import evaluate
+
+    if args.dataset in DETECTION_DATASETS:
+        criterion, evaluate, in_words = DetectionLoss(args.image_size), evaluate_detector, map_in_words
+        plain = criterion
+    else:
+        criterion, in_words = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing), top1_in_words
+        plain = nn.CrossEntropyLoss()
+
+    def measure(net, loader, criterion=plain):
+        return evaluate(net, loader, device, criterion)
+
+    return criterion, measure, in_words
+
+
+def train(args, net, teacher, criterion, loader, device):
+    """Train a network in place; yields `epoch, mean loss` behind every epoch, from 1 on."""
+    import torch
+
+    optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum, weight_decay=args.wd, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.lr, args.epochs * len(loader), pct_start=0.2, cycle_momentum=False
+    )
+    for epoch in range(1, args.epochs + 1):
+        name = f"epoch {epoch}"
+        yield epoch, train_epoch(net, loader, criterion, optimizer, schedule, device, args.bf16, name, teacher)
+
+
+def save(path, net, args, epochs):
+    """Write the state dict, with what it is."""
+    from datasets import DATASETS, DETECTION_DATASETS
+    from runtime.files import write_torch
+
+    known = (*DATASETS, *DETECTION_DATASETS)
+    dataset = args.dataset if args.dataset in known else "folder"  # no path of this machine
+    details = {"net": args.net_name, "dataset": dataset, "seed": args.seed, "epochs": epochs}
+    write_torch(path, {"state_dict": net.state_dict(), **details})
 
 
 def average_weights(net, other, cycles, loader, device):

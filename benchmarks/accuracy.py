@@ -18,7 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runtime.cli import OneLineParser, add_conversion_flags, bitwidths, run_script, whole_number
+from runtime.cli import OneLineParser, add_conversion_flags, run_script
+from runtime.flags import bitwidths, whole_number
 
 METHODS = {
     "quantile": "-e 0",

@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runtime.cli import OneLineParser, add_data_flags, add_run_flags, run_script, whole_number
+from runtime.cli import OneLineParser, add_data_flags, add_run_flags, run_script
+from runtime.flags import whole_number
 
 
 def parse_args(argv=None):

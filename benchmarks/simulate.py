@@ -21,7 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runtime.cli import OneLineParser, run_script, whole_number
+from runtime.cli import OneLineParser, run_script
+from runtime.flags import whole_number
 
 ANN = "ANN"
 

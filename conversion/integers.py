@@ -17,20 +17,9 @@ class SpikeSetter(Units):
     largest: node of currents -> bound of |current| per step, None where currents are not integers.
     """
 
-    def __init__(
-        self,
-        dag,
-        plan,
-        statistics,
-        shapes,
-        timesteps,
-        per_channel,
-        reset_mode="subtraction",
-        initial_potential=0.5,
-        keep_integers=False,
-    ):
-        super().__init__(dag, plan, statistics, shapes, timesteps, per_channel, keep_integers)
-        self.reset_mode, self.initial_potential = reset_mode, initial_potential
+    def __init__(self, dag, plan, statistics, shapes, options, keep_integers=False):
+        super().__init__(dag, plan, statistics, shapes, options.timesteps, options.weights_per_channel, keep_integers)
+        self.reset_mode, self.initial_potential = options.reset_mode, options.start
         self.largest = {}
 
     def convert(self):

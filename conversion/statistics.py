@@ -25,13 +25,12 @@ class LayerStatistics:
     square_o: float
 
 
-def calibrate(dag, loader, device, samples, choose_scales, granularity="layer"):
+def calibrate(dag, loader, device, samples, choose_scales, per_channel=False):
     """Op name -> LayerStatistics, from the first `samples` images of `loader`.
 
     choose_scales(values [N], channels [N], C, largest [C]) gives the scale of every channel, [C]; largest: of all
     activations, of which the values are a sample.
     """
-    per_channel = granularity == "channel"
     pools = pool_activations(dag, loader, device, samples, per_channel)
     return {name: statistics_of(dag.where(name), pool, choose_scales, per_channel) for name, pool in pools.items()}
 

@@ -19,9 +19,9 @@ import torch
 from conversion.plan import plan_conversion
 from conversion.statistics import calibrate, least_error_scales, use_learnt_scales
 from conversion.units import Units
+from options import check_option
 from quantization import as_dag
 from runtime.batches import first_batch, on_device, reusable, split_batch
-from runtime.ranges import check_option
 from spike_neurons import ClipFloorShift
 from spike_simulator import node_shapes
 
@@ -41,7 +41,7 @@ def quantize_activations(net, loader, device, levels, ann_layers=(), calibration
     def choose_scales(values, channels, count, largest):
         return least_error_scales(values, channels, count, levels)
 
-    statistics = calibrate(net, loader, device, calibration_samples, choose_scales, granularity)
+    statistics = calibrate(net, loader, device, calibration_samples, choose_scales, granularity == "channel")
     plan = plan_conversion(net, ann_layers)
     for name in plan.firing:
         op, scale = net.ops[name].op, statistics[name].scales

@@ -27,8 +27,8 @@ from torch import nn
 from tqdm import tqdm
 
 from conversion.units import LARGEST_INTEGER
+from options import FLOAT_BITS, SpikeFinetuneOptions, check_option
 from quantization import (
-    FLOAT_BITS,
     QuantAdam,
     distillation_loss,
     groups_of,
@@ -46,7 +46,6 @@ from runtime.batches import (
     reusable,
     split_batch,
 )
-from runtime.ranges import check_option
 from spike_dag import one_or_all
 from spike_simulator import Stages, bound_currents, cut, each_part, run_ops
 from spike_tensor import Memory, SpikeTensor
@@ -83,20 +82,13 @@ def finetune_spikes(
     another gradient, for a network that is not converted, for a qnet with other layers, and where the loss is not
     finite.
     """
-    epochs = check_option("finetune_snn", epochs)
-    if lr is not None:
-        lr = check_option("finetune_snn_lr", lr)
+    epochs, lr = check_option("spike_epochs", epochs), check_option("spike_lr", lr)
     if not snn.neurons():
         raise ValueError("the network has no spikes to finetune on, convert it first (trans_ann2snn_weight)")
     if criterion is None and teacher is None:
         raise ValueError("finetuning on spikes needs a criterion, for labels, or a teacher")
-    gradient = gradient or ("time" if snn.timesteps <= MOST_THROUGH_TIME else "tandem")
-    if gradient not in GRADIENTS:
-        raise ValueError(f"unknown gradient '{gradient}', use one of {', '.join(GRADIENTS)}")
-    forward = GRADIENTS[gradient]
+    gradient = check_option("spike_gradient", gradient) or ("time" if snn.timesteps <= MOST_THROUGH_TIME else "tandem")
     snn = copy.deepcopy(snn).to(device).eval()
-    most = MOST_UNROLLED[torch.device(device).type]
-    part_size = max(1, most // snn.timesteps) if gradient == "time" else sys.maxsize
     layers = shadow_weights(snn, qnet)
     parameters = [p for layer in layers for p in layer.trained_parameters()]
     if not parameters:
@@ -105,16 +97,27 @@ def finetune_spikes(
         teacher = copy.deepcopy(teacher).to(device, torch.float32).eval()
     loader = reusable(loader)
     lr = default_lr(snn.timesteps, criterion is not None) if lr is None else lr
+    part_size = max(1, MOST_UNROLLED[torch.device(device).type] // snn.timesteps) if gradient == "time" else sys.maxsize
+    how = {"forward": GRADIENTS[gradient], "criterion": criterion, "teacher": teacher, "features": features}
+    run_epochs(snn, layers, loader, device, epochs, lr, part_size, how)
+    if not all(torch.isfinite(p).all() for p in parameters):
+        raise ValueError(f"finetuning on spikes diverged in epoch {epochs}, lower its learning rate")
+    bound_currents(snn)
+    return snn
+
+
+def run_epochs(snn, layers, loader, device, epochs, lr, part_size, how):
+    """Move the shadow weights of `layers`, and set the integers after every step. how: keywords of `total_loss`."""
     optimizer = QuantAdam(groups_of(layers, lr))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * count_batches(loader)))
     for epoch in range(1, epochs + 1):
         samples = 0
         for batch in batches_of(tqdm(loader, f"finetune spikes, epoch {epoch}", leave=False, delay=1)):
-            inputs, targets = batch_of(batch, device, criterion is not None)
+            inputs, targets = batch_of(batch, device, how["criterion"] is not None)
             samples += len(inputs[0])
             optimizer.zero_grad()
             for part, labels in parts_of(inputs, targets, part_size):
-                loss = total_loss(snn, part, labels, forward, criterion, teacher, features)
+                loss = total_loss(snn, part, labels, **how)
                 if not torch.isfinite(loss):
                     raise ValueError(f"finetuning on spikes diverged in epoch {epoch}, lower its learning rate")
                 (loss * (len(part[0]) / len(inputs[0]))).backward()
@@ -123,10 +126,6 @@ def finetune_spikes(
             set_integers(layers)
         if not samples:
             raise ValueError("no samples to finetune on, the data loader is empty, or runs only once")
-    if not all(torch.isfinite(p).all() for p in parameters):
-        raise ValueError(f"finetuning on spikes diverged in epoch {epochs}, lower its learning rate")
-    bound_currents(snn)
-    return snn
 
 
 def batch_of(batch, device, with_labels):
@@ -149,16 +148,17 @@ def default_lr(timesteps, with_labels):
 
 
 def finetune_on_spikes(snn, qnet, ann, train_loader, calibration_loader, criterion, device, args):
-    """The converted network after `args.calibration_epochs` on the outputs of `ann`, then `args.finetune_snn` on both
-    these and labels.
+    """The converted network after epochs on the outputs of `ann` alone, then epochs on both these and labels.
+
+    args: a namespace with the fields of `options.SpikeFinetuneOptions`, and calibration_samples.
     """
-    options = {"lr": args.finetune_snn_lr, "teacher": ann, "gradient": args.finetune_snn_gradient}
-    if args.calibration_epochs:
+    options = SpikeFinetuneOptions.of(args)
+    how = {"lr": options.spike_lr, "teacher": ann, "gradient": options.spike_gradient}
+    if options.spike_epochs_unlabelled:
         few = first_images(calibration_loader, args.calibration_samples)
-        snn = qnet = finetune_spikes(snn, few, device, args.calibration_epochs, qnet=qnet, **options)
-    if args.finetune_snn:
-        options["criterion"] = criterion
-        snn = finetune_spikes(snn, train_loader, device, args.finetune_snn, qnet=qnet, **options)
+        snn = qnet = finetune_spikes(snn, few, device, options.spike_epochs_unlabelled, qnet=qnet, **how)
+    if options.spike_epochs:
+        snn = finetune_spikes(snn, train_loader, device, options.spike_epochs, criterion=criterion, qnet=qnet, **how)
     return snn
 
 
@@ -175,7 +175,7 @@ def first_images(loader, samples):
     return batches
 
 
-def total_loss(snn, inputs, targets, forward, criterion, teacher, features):
+def total_loss(snn, inputs, targets, *, forward, criterion, teacher, features):
     """The loss of one batch, with gradients for weights and biases by `forward`, one of `GRADIENTS`."""
     outputs, activations = forward(snn, inputs)
     loss = 0.0 if criterion is None else loss_of(criterion, outputs, targets)

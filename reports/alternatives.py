@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from conversion.correction import correct_spikes
-from pipeline import convert, with_levels
+from pipeline import convert_by_options, with_levels
 from quantization import FLOAT_BITS, init_quantize_net, quantize_finetune
 from reports.observe import spikes_of
 from runtime.device import seed_everything
@@ -52,7 +52,7 @@ def repair_layers(args, qnet, loader, device, images, targets, expected):
     """
     if args.weight_bitwidth == FLOAT_BITS:
         return {}
-    plain = convert(qnet, loader, device, args, calibration_samples=args.analysis_images, correction="none")
+    plain = convert_by_options(qnet, loader, device, args, calibration_samples=args.analysis_images, correction="none")
     scales = input_scales(plain, images[:1])
     results = {}
     for name in tqdm([None, *qnet.weighted_layers()], "repair layers", leave=False, delay=1):
@@ -112,17 +112,18 @@ def input_scales(snn, image):
 
 
 def alternatives(args, net, qnet):
-    """Flags -> (network to convert, arguments of `convert`, what was not done), of conversions other than `args`."""
+    """Flags -> (network to convert, options of the conversion, what was not done), of conversions other than `args`."""
     bits, T = args.weight_bitwidth, args.timesteps
-    asked_for = qnet, {}, NOT_ON_SPIKES if args.finetune_snn or args.calibration_epochs else ""
+    weights, spikes = args.per_channel in ("weights", "both"), args.per_channel in ("spikes", "both")
+    asked_for = qnet, {}, NOT_ON_SPIKES if args.spike_epochs or args.spike_epochs_unlabelled else ""
     found = {}
     if bits != FLOAT_BITS:
         found[f"--weight_bitwidth {FLOAT_BITS}"] = net, {"weight_bitwidth": FLOAT_BITS}, "not finetuned"
     if min([bits] if isinstance(bits, int) else bits) < 8:
-        found["--weight_bitwidth 8"] = requantized(net, 8, args), {"weight_bitwidth": 8}, "not finetuned"
-    if bits != FLOAT_BITS and args.weight_granularity == "layer":
-        again = requantized(unquantized(qnet), bits, args, per_channel=True)
-        found["--weight_granularity channel"] = again, {"per_channel": True}, "rounded anew, not finetuned again"
+        found["--weight_bitwidth 8"] = requantized(net, 8, weights), {"weight_bitwidth": 8}, "not finetuned"
+    if bits != FLOAT_BITS and not weights:
+        again, per_channel = requantized(unquantized(qnet), bits, True), "both" if spikes else "weights"
+        found[f"--per_channel {per_channel}"] = again, {"per_channel": per_channel}, "rounded anew, not finetuned again"
     if 2 * T <= MOST_TIMESTEPS:
         found[f"--timesteps {2 * T}"] = qnet, {"timesteps": 2 * T}, ""
     if args.listen < T:
@@ -130,20 +131,21 @@ def alternatives(args, net, qnet):
     is_learnt = args.activation_levels is not None  # lambda, which then no flag chooses
     if args.threshold != "mse" and not is_learnt:
         found["--threshold mse"] = qnet, {"threshold": "mse"}, ""
-    if args.granularity == "layer" and not is_learnt:
-        found["--granularity channel"] = qnet, {"granularity": "channel"}, ""
+    if not spikes and not is_learnt:
+        per_channel = "both" if weights else "spikes"
+        found[f"--per_channel {per_channel}"] = qnet, {"per_channel": per_channel}, ""
     if args.correction == "none":
         found["--correction potential"] = qnet, {"correction": "potential"}, ""
-    if args.finetune_snn or args.calibration_epochs:
+    if args.spike_epochs or args.spike_epochs_unlabelled:
         later = {flags: ", ".join(filter(None, (note, NOT_ON_SPIKES))) for flags, (*_, note) in found.items()}
         found = {flags: (*found[flags][:2], note) for flags, note in later.items()}
     return {"as asked for": asked_for, **found}
 
 
-def requantized(net, bits, args, per_channel=None):
-    """A copy of a network with its weights rounded, and nothing finetuned."""
+def requantized(net, bits, per_channel):
+    """A copy of a network with its weights rounded, with a scale per output channel or per layer; nothing finetuned."""
     net = copy.deepcopy(net)
-    init_quantize_net(net, bits, args.weight_granularity == "channel" if per_channel is None else per_channel)
+    init_quantize_net(net, bits, per_channel)
     return net
 
 
@@ -192,9 +194,9 @@ def sweep(args, net, train_loader, loader, device, images, targets, bit_widths, 
 
 
 def try_to_convert(flags, network, loader, device, args, **options):
-    """As `pipeline.convert`; None, and a line that says why, where the network cannot be converted in this way."""
+    """As `pipeline.convert_by_options`; None, and a line that says why, where it cannot be converted so."""
     try:
-        return convert(network, loader, device, args, **options)
+        return convert_by_options(network, loader, device, args, **options)
     except ValueError as error:
         print(f"warning: {flags} is not tried, {error}", file=sys.stderr)
         return None

@@ -37,13 +37,14 @@ class Analysis:
     samples: dict
 
 
-def analyse(args, net, qnet, snn, loaders, device, accuracies):
+def analyse(args, made, loaders, device):
     """The Analysis of a conversion.
 
-    net, qnet, snn: the float, the quantized and the spiking network. loaders: of the test images, of the training
-    images and of those that calibrate. accuracies: `validate.evaluate` of the three, the last with `every_step`.
+    made: its `pipeline.Networks`, measured with `every_step`. loaders: of the test images, of the training images and
+    of those that calibrate.
     """
-    net, qnet, snn = (each.to(device).eval() for each in (net, qnet, snn))
+    net, qnet, snn = (each.to(device).eval() for each in (made.ann, made.qnet, made.snn))
+    accuracies = [made.accuracies[kind] for kind in ("ann", "qnet", "snn")]
     images, targets = choose_images(loaders[0].dataset, args.analysis_images, args.seed, device)
     expected = scores(net, images)
     share = initial_share(args.initial_potential, args.reset_mode)
@@ -309,7 +310,7 @@ def verdict_on_loss(result):
 
 def on_spikes(result):
     """Whether the network was finetuned on its spikes, which repaired and alternative conversions are not."""
-    return bool(result["flags"].get("finetune_snn") or result["flags"].get("calibration_epochs"))
+    return bool(result["flags"].get("spike_epochs") or result["flags"].get("spike_epochs_unlabelled"))
 
 
 def verdict_on_layer(result):

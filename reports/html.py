@@ -99,7 +99,7 @@ def what_was_converted(result):
     weights = flags["ann_weight"] or "random or built-in weights"
     return (
         f"{result['net']} ({weights}) with {weights_in_words(flags['weight_bitwidth'])}, finetuned for "
-        f"{flags['finetune_epochs']} epochs ({flags['finetune_snn']} more on its spikes), converted for "
+        f"{flags['finetune_epochs']} epochs ({flags['spike_epochs']} more on its spikes), converted for "
         f"{flags['timesteps']} timesteps with reset by {flags['reset_mode']}. Accuracies are of {result['samples']} "
         f"test images; what is said about layers and alternatives is of {result['analysis_images']} of them."
     )

@@ -1,6 +1,6 @@
-"""The range of every option with a number in it, in one table: for the flags and for the calls in Python alike.
+"""Ranges of numbers, for flags and for the calls in Python alike.
 
-check_option("finetune_lr", 0.01)     # the number, or a ValueError that names the option and its range
+check_number("finetune_lr", 0.01, Real(0))     # the number, or a ValueError that names it and its range
 """
 
 import math
@@ -47,32 +47,9 @@ class Real:
         return f"a number {'above' if self.open else 'from'} {self.least:g} to {self.most:g}"
 
 
-SHARE = Real(0, 1)
-
-RANGES = {
-    "timesteps": Whole(1, 65536),
-    "listen": Whole(0, 65536),
-    "quantile": Real(0, 1, open=True),
-    "hold_back": SHARE,
-    "initial_potential": SHARE,
-    "calibration_samples": Whole(1),
-    "activation_levels": Whole(1, 65536),
-    "finetune_epochs": Whole(0),
-    "finetune_lr": Real(0),
-    "finetune_wd": Real(0),
-    "finetune_momentum": SHARE,
-    "finetune_damping": Real(0),
-    "finetune_distill": SHARE,
-    "finetune_snn": Whole(0),
-    "calibration_epochs": Whole(0),
-    "finetune_snn_lr": SHARE,
-    "samples": Whole(1),
-}
-
-
-def check_option(name, value, hint=""):
-    """The value of option `name` as a plain number. Raises ValueError where it is out of its range (`RANGES`)."""
-    number = RANGES[name].accepts(value)
+def check_number(name, value, span, hint=""):
+    """The value as a plain number. Raises ValueError, with `name`, where it is not in the span."""
+    number = span.accepts(value)
     if number is None:
-        raise ValueError(f"{name} {value!r}: use {RANGES[name]}{hint}")
+        raise ValueError(f"{name} {value!r}: use {span}{hint}")
     return number

@@ -12,8 +12,9 @@ from torch import nn
 from ann_parser import parse_ann_model
 from finetuning.levels import quantize_activations
 from finetuning.on_spikes import finetune_spikes
+from options import check_option
 from quantization import quantize_finetune, quantize_layers
-from runtime.ranges import RANGES, Whole, check_option
+from runtime.ranges import RANGES, Whole
 from snn_weight_setter import trans_ann2snn_weight
 from spike_layers import SpikeConv2d
 

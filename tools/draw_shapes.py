@@ -13,7 +13,8 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from runtime.cli import OneLineParser, run_script, whole_number
+from runtime.cli import OneLineParser, run_script
+from runtime.flags import whole_number
 
 CATEGORIES = {"circle": 1, "square": 3, "triangle": 7}
 

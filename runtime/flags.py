@@ -1,0 +1,151 @@
+"""Flags: what their values may be, and those of a dataclass of options (`options.py`). Imports nothing slow.
+
+add_options(parser, ConversionOptions, DataOptions)    # a flag for each field, in the groups of the help
+"""
+
+import argparse
+import re
+from dataclasses import fields
+
+from runtime.cli import HelpAll
+from runtime.ranges import Whole
+
+LARGEST = 2**31 - 1  # of whole numbers: what counters of any library hold
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def whole_number(least, most=None, also=()):
+    """An argparse type: an integer from `least` to `most`, or one of `also`."""
+    span = f"{least} or more" if most is None else f"{least} to {most}"
+    span += "".join(f", or {extra}" for extra in also)
+
+    def convert(text):
+        try:
+            number = int(text)
+        except ValueError:
+            number = None
+        if number is None or not (least <= number <= (number if most is None else most) or number in also):
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {span}")
+        if number > LARGEST:
+            raise argparse.ArgumentTypeError(f"{text} is over {LARGEST}")
+        return number
+
+    return convert
+
+
+def number_in(span):
+    """An argparse type: a number in a range of `runtime.ranges`, as the calls in Python check it."""
+
+    def convert(text):
+        try:
+            number = span.accepts(int(text) if isinstance(span, Whole) else float(text))
+        except (ValueError, OverflowError):
+            number = None
+        if number is None:
+            raise argparse.ArgumentTypeError(f"{text} is not {span}")
+        return number
+
+    return convert
+
+
+def bitwidths(text):
+    """An argparse type: weight bits of all layers, of each ("8,4,4,4"), or "auto"."""
+    if text == "auto":
+        return text
+    widths = tuple(map(whole_number(1, 8, also=(32,)), text.split(",")))
+    return widths[0] if len(widths) == 1 or set(widths) == {32} else widths
+
+
+def real_number(least, most=float("inf")):
+    """An argparse type: a number from `least` to `most`."""
+
+    def convert(text):
+        try:
+            number = float(text)
+        except ValueError:
+            number = float("nan")
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} to {most}")
+        return number
+
+    return convert
+
+
+def memory_size(text):
+    """An argparse type: bytes, with K, M or G behind the number for powers of 1024."""
+    number, factor = text, 1
+    if text[-1:].upper() in UNITS:
+        number, factor = text[:-1], UNITS[text[-1].upper()]
+    try:
+        size = int(float(number) * factor)
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a memory size such as 512M or 2G")
+    return size
+
+
+def threshold(text):
+    """An argparse type: a quantile above 0 up to 1, max, or mse; `quantile` stands for the default one."""
+    if text in ("quantile", "max", "mse"):
+        return text
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a quantile above 0 up to 1, max, or mse")
+    return number
+
+
+def names(text):
+    """An argparse type: names separated by commas."""
+    return tuple(name for name in text.split(",") if name)
+
+
+PARSERS = {"bitwidths": bitwidths, "threshold": threshold, "names": names, "memory_size": memory_size}
+
+
+def add_options(parser, *classes, groups=(), **defaults):
+    """A flag for every field of some dataclasses of options, under its own name and, hidden, under its former ones.
+
+    groups: the titles of the help, in order. defaults: other ones than the fields'.
+    """
+    by_title = {title: parser.add_argument_group(title) for title in groups}
+    for cls in classes:
+        for each in fields(cls):
+            if each.name not in {action.dest for action in parser._actions}:
+                group = by_title.get(each.metadata["group"], parser)
+                add_option(parser, group, each, defaults.get(each.name, each.default))
+
+
+def add_option(parser, group, each, default):
+    """The flag of one field."""
+    facts = each.metadata
+    in_words = facts.get("default_help", "off" if default is False else "%(default)s")
+    details = {"default": default, "help": f"{facts['help']} ({in_words})"}
+    brief = re.split(r"[;:.] ", facts["help"])[0]
+    if isinstance(each.default, bool):
+        details["action"] = argparse.BooleanOptionalAction
+    elif "span" in facts:
+        details["type"] = number_in(facts["span"])
+    elif "parse" in facts:
+        details["type"] = PARSERS[facts["parse"]]
+    elif "choices" in facts:
+        details["choices"] = facts["choices"]
+    if "metavar" in facts:
+        details["metavar"] = facts["metavar"]
+    flags = [facts["short"]] if "short" in facts else []
+    action = group.add_argument(*flags, f"--{each.name}", **details)
+    if facts.get("main"):
+        parser.main_actions[action] = f"{brief} ({in_words})"
+    hidden = {key: value for key, value in details.items() if key in ("type", "choices", "action")}
+    for flag in facts.get("old", ()):
+        parser.add_argument(flag, dest=each.name, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **hidden)
+
+
+def add_help_all(parser):
+    """`--help-all`."""
+    parser.add_argument("--help-all", action=HelpAll)
+    parser.main_actions |= {action: action.help for action in parser._actions if action.dest in ("help", "help_all")}
+    parser.usage = "%(prog)s net_name [flags]"
