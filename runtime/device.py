@@ -1,7 +1,8 @@
-"""Which device to run on, and seeds."""
+"""Which device to run on, seeds, and eval mode for a while."""
 
 import math
 import random
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -41,3 +42,15 @@ def seed_everything(seed):
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+@contextmanager
+def in_eval_mode(net):
+    """Within it a network and all of its modules are in eval mode; afterwards each has its own mode again."""
+    modes = {module: module.training for module in net.modules()}
+    try:
+        net.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
