@@ -21,6 +21,7 @@ from runtime.cli import run_script
 from snn_transformer import SNNTransformer
 from spike_dag import SpikeDAGModule
 from transformer import saved as saved_snn
+from transformer import status as status_module
 from transformer.saved import load_saved_snn, make_vectors, read_manifest
 
 ROOT = Path(__file__).parents[1]
@@ -614,8 +615,8 @@ def test_calibration_sees_the_newest_inputs_in_eval_mode():
 
 
 def test_memory_of_the_status_is_bounded(monkeypatch):
-    monkeypatch.setattr(snn_transformer, "MOST_STATUS_BYTES", 3000)
-    status = snn_transformer.Status(1000)
+    monkeypatch.setattr(status_module, "MOST_STATUS_BYTES", 3000)
+    status = status_module.Status(1000)
     for value in range(5):
         status.keep((torch.full((2, 100), float(value)),), {})  # 800 bytes
     assert [args[0][0, 0].item() for args, _ in status.calls] == [2.0, 3.0, 4.0]

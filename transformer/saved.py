@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import shutil
 from contextlib import contextmanager
 
@@ -196,6 +197,8 @@ def write_contents(folder, snn, inputs, details):
         "format": FORMAT,
         "timesteps": snn.timesteps,
         **details,
+        "duration": snn.duration(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "inputs": [{"node": node, "shape": list(shapes[node])} for node in snn.inputs_nodes],
         "outputs": [{"node": node, "shape": list(shapes[node])} for node in snn.outputs_nodes],
         "ops": [describe_op(op, shapes, files) for op in hardware_dict(snn)["ops"]],
