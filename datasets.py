@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from runtime.batches import check_some_train, four_loaders
 from runtime.files import check_regular
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
@@ -217,36 +218,17 @@ def get_dataset(args):
 
         return coco_loaders(root, args)
     images = DATASETS[name](root, getattr(args, "image_size", 32))
-
     train, val = stratified_split(images.train_labels, getattr(args, "val_share", 0.0))
-    if not len(train):
-        raise ValueError(f"--val_share {args.val_share} leaves no image to train on, make it smaller")
-    seed = getattr(args, "seed", 0)
-    shuffled = torch.randperm(len(images.train_labels), generator=torch.Generator().manual_seed(seed))
+    check_some_train(len(train), args)
+    generator = torch.Generator().manual_seed(getattr(args, "seed", 0))
+    shuffled = torch.randperm(len(images.train_labels), generator=generator)
     everything = images.train_images, images.train_labels
-    test_set = ImageDataset(images.test_images, images.test_labels, images)
-    val_set = ImageDataset(*take(*everything, val), images)
-    train_set = ImageDataset(*take(*everything, train), images, augment=True)
-    train_val_set = ImageDataset(*take(*everything, shuffled), images)
-
-    def loader(dataset, batch_size, shuffle=False):
-        workers = getattr(args, "num_workers", 0)
-        return DataLoader(
-            dataset,
-            batch_size,
-            shuffle=shuffle,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            collate_fn=already_a_batch,
-            generator=torch.Generator().manual_seed(seed),  # of its own: a pass over one leaves the others as they are
-        )
-
-    batch_size, test_batch_size = getattr(args, "batch_size", 128), getattr(args, "test_batch_size", 100)
-    return (
-        loader(test_set, test_batch_size),
-        loader(val_set, test_batch_size),
-        loader(train_set, batch_size, shuffle=True),
-        loader(train_val_set, batch_size),
+    return four_loaders(
+        ImageDataset(images.test_images, images.test_labels, images),
+        ImageDataset(*take(*everything, val), images),
+        ImageDataset(*take(*everything, train), images, augment=True),
+        ImageDataset(*take(*everything, shuffled), images),
+        args,
     )
 
 
@@ -257,11 +239,6 @@ def check_dataset_name(name):
         raise ValueError(
             f"unknown data set '{name}', choose one of {', '.join(known)}, or give the path of an image folder"
         )
-
-
-def already_a_batch(batch):
-    """`collate_fn` for a data set whose `__getitems__` returns whole batches."""
-    return batch
 
 
 def take(pixels, labels, indices):

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from runtime.batches import check_some_train, four_loaders
 from runtime.files import check_regular
 from runtime.packages import check_packages
 
@@ -306,11 +307,6 @@ def area(boxes):
     return (boxes[:, 2:] - boxes[:, :2]).prod(1)
 
 
-def as_it_is(batch):
-    """`collate_fn` for a data set whose `__getitems__` returns whole batches."""
-    return batch
-
-
 def coco_loaders(root, args):
     """`test_loader, val_loader, train_loader, train_val_loader` of the COCO files below `root`.
 
@@ -322,23 +318,16 @@ def coco_loaders(root, args):
     if train.categories != test.categories:
         raise ValueError(f"{train.file} and {test.file} list different categories, use files of the same release")
     train, test = train.decode_all(), test.decode_all()
-    seed = getattr(args, "seed", 0)
+    # the split into train and val is the same for every seed
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
     cut = round(getattr(args, "val_share", 0.0) * len(train))
-    if cut == len(train):
-        raise ValueError(f"--val_share {args.val_share} leaves no image to train on, make it smaller")
-    shuffled = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
-
-    def loader(dataset, batch_size, shuffle=False):
-        workers = getattr(args, "num_workers", 0)
-        generator = torch.Generator().manual_seed(seed)  # of its own: a pass over one leaves the others as they are
-        options = {"num_workers": workers, "persistent_workers": workers > 0, "generator": generator}
-        return DataLoader(dataset, batch_size, shuffle=shuffle, collate_fn=as_it_is, **options)
-
-    batch_size, test_batch_size = getattr(args, "batch_size", 128), getattr(args, "test_batch_size", 100)
-    return (
-        loader(CocoImages(test, range(len(test))), test_batch_size),
-        loader(CocoImages(train, sorted(order[:cut])), test_batch_size),
-        loader(CocoImages(train, sorted(order[cut:]), augment=True), batch_size, shuffle=True),
-        loader(CocoImages(train, shuffled), batch_size),
+    check_some_train(len(train) - cut, args)
+    generator = torch.Generator().manual_seed(getattr(args, "seed", 0))
+    shuffled = torch.randperm(len(train), generator=generator).tolist()
+    return four_loaders(
+        CocoImages(test, range(len(test))),
+        CocoImages(train, sorted(order[:cut])),
+        CocoImages(train, sorted(order[cut:]), augment=True),
+        CocoImages(train, shuffled),
+        args,
     )
