@@ -165,7 +165,7 @@ def test_loaders_split_and_shuffle(small):
 
 def test_a_large_set_stays_on_disk(small, monkeypatch):
     expected = next(iter(loaders(small)[TEST]))
-    monkeypatch.setattr(coco, "LARGEST_SET_IN_MEMORY", 0)
+    monkeypatch.setattr(coco, "LARGEST_SPLIT_IN_MEMORY", 0)
     loader = loaders(small)[TEST]
     assert loader.dataset.split.pixels is None
     assert all(torch.equal(a, b) for a, b in zip(next(iter(loader)), expected))
