@@ -157,7 +157,7 @@ def open_split(folder, file):
             coco.dataset = checked_entries(json.load(text))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"the annotations {file} are damaged, or no COCO file ({type(error).__name__}: {error}), copy them again"
+            f"the annotations {file} are damaged, or not a COCO file ({type(error).__name__}: {error}), copy them again"
         ) from error
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports on stdout
         coco.createIndex()
@@ -205,7 +205,7 @@ def check_category(entry):
     """Raise an error unless a category has an id and a name."""
     check_id(entry["id"], "category")
     if not isinstance(entry["name"], str):
-        raise ValueError(f"the name of category {entry['id']} is {entry['name']!r}, no text")
+        raise ValueError(f"the name of category {entry['id']} is {entry['name']!r}, not text")
 
 
 def check_annotation(entry, images, categories):
@@ -217,13 +217,13 @@ def check_annotation(entry, images, categories):
     if not {"iscrowd", "area"} <= set(entry):
         raise ValueError(f"annotation {entry['id']} has no iscrowd or no area")
     if entry["iscrowd"] not in (0, 1) or not is_number(entry["area"]):
-        raise ValueError(f"annotation {entry['id']} has an iscrowd that is not 0 or 1, or an area that is no number")
+        raise ValueError(f"annotation {entry['id']} has an iscrowd that is not 0 or 1, or an area that is not a number")
 
 
 def check_id(value, kind):
     """Raise ValueError unless an id of an image or a category is a whole number."""
     if not is_id(value):
-        raise ValueError(f"the {kind} id {value!r} is no whole number")
+        raise ValueError(f"the {kind} id {value!r} is not a whole number")
 
 
 def is_id(value):

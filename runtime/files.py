@@ -42,7 +42,7 @@ def check_writable(path):
 def check_regular(path):
     """Raise OSError for a pipe, a socket or a device, which a reader might wait for without end."""
     if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(f"{path} is no regular file")
+        raise OSError(f"{path} is not a regular file")
 
 
 def check_room(path, size):

@@ -85,7 +85,7 @@ def kind_of(start):
     for beginning, found, advice in BEGINNINGS:
         if re.match(beginning, start, re.DOTALL):
             return OtherFile(found, advice)
-    return OtherFile("it is truncated, or no file of weights or of a network that torch.save wrote")
+    return OtherFile("it is truncated, or not a file of weights or of a network that torch.save wrote")
 
 
 def check_zip(path):
@@ -103,7 +103,7 @@ def check_zip(path):
     except Exception as error:  # damaged bytes can make zipfile raise anything
         raise OtherFile(f"it is truncated or damaged ({type(error).__name__}: {error})") from error
     if damaged:
-        raise OtherFile(f"it is damaged, {damaged!r} in it is not what was saved")
+        raise OtherFile(f"it is damaged, {damaged!r} in it has changed since it was saved")
 
 
 def check_kind(names):

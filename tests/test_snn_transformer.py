@@ -172,13 +172,16 @@ def test_modules_and_names_mean_the_same(resnet):
 @pytest.mark.parametrize(
     "layers, message",
     [
-        (["3", "5"], "the layers 3, 5 are no contiguous stretch: 4 lies between them, name it too"),
-        (["0", "3", "6"], "the layers 0, 3, 6 are no contiguous stretch: 1, 2, 4, 5 lie between them, name them too"),
+        (["3", "5"], "the layers 3, 5 are not a contiguous stretch: 4 lies between them, name it too"),
+        (
+            ["0", "3", "6"],
+            "the layers 0, 3, 6 are not a contiguous stretch: 1, 2, 4, 5 lie between them, name them too",
+        ),
         (["3.conv1", "3.conv2"], "3.relu1 lies between them"),
         (["3.conv1.0", "3.relu1"], "3.conv1.1 lies between them"),
         (["layer9"], "the network has no layer layer9, it has 0, 1, 2, 3"),
         ([], "the list of layers to transfer is empty"),
-        ([nn.ReLU()], "the layer ReLU is no module of the network"),
+        ([nn.ReLU()], "the layer ReLU is not a module of the network"),
         (["3.conv1"], "nothing can spike"),
         (["4.shortcut"], "4.shortcut computes nothing that can be converted"),
     ],
@@ -223,7 +226,7 @@ class Odd(nn.Module):
     [
         ("towers", ["a", "b"], "a.0 and b.0 are not connected"),
         ("towers", ["a", "c"], "the layer c does not run in the network's forward"),
-        ("early", ["a", "b", "c"], "torch.Tensor.square in the forward of the network reads what a.1 sends before"),
+        ("early", ["a", "b", "c"], "torch.Tensor.square in the forward of the network reads the output of a.1 before"),
         ("changed", ["inplace"], "relu in inplace.0 changes the stretch's input in place"),
         ("sinus", ["a", "b"], "torch.sin in the network's forward cannot be converted"),
     ],
@@ -815,7 +818,7 @@ DAMAGES = {
         lambda f: (f / "manifest.json").write_text((f / "manifest.json").read_text().replace('steps": 5', 'steps": 6')),
         "manifest.json is damaged, its sha256 is another",
     ),
-    "other format": (lambda f: change_manifest(f, lambda m: m.update(format="x")), "is no manifest of format"),
+    "other format": (lambda f: change_manifest(f, lambda m: m.update(format="x")), "is not a manifest of format"),
     "lacks": (lambda f: change_manifest(f, lambda m: m.pop("ops")), "is damaged (KeyError: 'ops')"),
     "timesteps x": (lambda f: change_manifest(f, lambda m: m.update(timesteps="x")), "is damaged ("),
     "timesteps 0": (lambda f: change_manifest(f, lambda m: m.update(timesteps=0)), "is damaged ("),

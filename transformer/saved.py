@@ -288,7 +288,7 @@ def read_manifest(folder):
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path} is damaged ({error}), save the network again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise Damaged(f"{path} is no manifest of format {FORMAT}, save the network again")
+        raise Damaged(f"{path} is not a manifest of format {FORMAT}, save the network again")
     if manifest.get("sha256") != hash_of(manifest):
         raise Damaged(f"{path} is damaged, its sha256 is another, save the network again")
     return manifest

@@ -118,7 +118,7 @@ def module_path(layer, paths, by_name):
     if isinstance(layer, nn.Module) and layer in paths:
         return paths[layer]
     if isinstance(layer, nn.Module):
-        raise ValueError(f"the layer {type(layer).__name__} is no module of the network, pass one of its own")
+        raise ValueError(f"the layer {type(layer).__name__} is not a module of the network, pass one of its own")
     if layer not in by_name:
         known = ", ".join(list(by_name)[:12]) + (", ..." if len(by_name) > 12 else "")
         raise ValueError(f"the network has no layer {layer}, it has {known}")
@@ -276,7 +276,7 @@ def find_members(record):
     gap = [name for name in dict.fromkeys(gap) if name is not None]
     if gap:
         raise ValueError(
-            f"the layers {', '.join(record.layers)} are no contiguous stretch: {', '.join(gap)} "
+            f"the layers {', '.join(record.layers)} are not a contiguous stretch: {', '.join(gap)} "
             f"{'lies' if len(gap) == 1 else 'lie'} between them, name {'it' if len(gap) == 1 else 'them'} too"
         )
     members |= relus_behind(record, members)
@@ -348,7 +348,7 @@ def number_ends(record, members):
             stretch.calls[record.calls[index].key].output = stretch.num_outputs
             stretch.num_outputs += 1
     if not stretch.num_outputs:
-        raise ValueError(f"nothing behind {stretch} reads what it computes, name other layers")
+        raise ValueError(f"nothing behind {stretch} reads its outputs, name other layers")
     return stretch
 
 
@@ -358,8 +358,8 @@ def check_output(record, members, index, outside, last_input):
     if outside and outside[0] < last_input:
         reader = record.calls[outside[0]]
         raise ValueError(
-            f"{reader} reads what {call.key[0]} sends before the stretch has all of its inputs: end the stretch there, "
-            "or begin it behind"
+            f"{reader} reads the output of {call.key[0]} before the stretch has all of its inputs: end the stretch "
+            "there, or begin it behind"
         )
     if not call.changed <= set(members):  # code outside that holds the input would see the output in it
         raise ValueError(f"{call} changes the stretch's input in place, use inplace=False there")
