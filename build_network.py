@@ -13,14 +13,14 @@ from torch import nn
 
 from networks.checkpoint import load_weights
 
-TORCHVISION = "torchvision:"  # what a network name of torchvision begins with
-TORCHVISION_IMAGE_SIZE = 224
+TORCHVISION = "torchvision:"  # prefix of the names of torchvision's networks
+TORCHVISION_IMAGE_SIZE = 224  # pixels: torchvision's classifiers were trained at 224x224, most of them
 PRETRAINED = "pretrained"  # as --ann_weight: the weights that torchvision has
-NETWORKS = {}  # name -> builder; a builder carries `image_size`, the side of its square input
+NETWORKS = {}  # name -> builder with an attribute `image_size`, the side of its square input in pixels
 
 
 def network(image_size=32, has_weights=False):
-    """Register a builder under its function name; `has_weights`: it sets its weights itself, no training needed."""
+    """Register a builder under its function name. has_weights: it sets its weights, so it needs no training."""
 
     def register(builder):
         builder.image_size, builder.has_weights = image_size, has_weights
@@ -46,9 +46,10 @@ def check_net_name(name):
 
 
 def get_net_by_name(name, in_channels=1, num_classes=10, pretrained=False):
-    """A new network for images of `in_channels` channels and `num_classes` classes.
+    """A new network for images with `in_channels` channels and for `num_classes` classes.
 
-    `torchvision:NAME` is an image classifier of torchvision, `pretrained` with the weights that torchvision has for it.
+    `torchvision:NAME` is an image classifier of torchvision; `pretrained` loads torchvision's weights. Raises
+    ValueError for an unknown name, and for `pretrained` with another network.
     """
     check_net_name(name)
     if name.startswith(TORCHVISION):
@@ -61,7 +62,7 @@ def get_net_by_name(name, in_channels=1, num_classes=10, pretrained=False):
 
 
 def torchvision_net(name, in_channels, num_classes, pretrained=False):
-    """A classifier of torchvision. Raises ValueError where the images or classes are others than it was trained on."""
+    """A classifier of torchvision. Raises ValueError where channels or classes differ from those of its training."""
     from torchvision import models
 
     if in_channels != 3:
@@ -85,7 +86,7 @@ def torchvision_net(name, in_channels, num_classes, pretrained=False):
 
 
 def input_size(name):
-    """Side in pixels of the square images that network `name` takes."""
+    """The side, in pixels, of the square images of network `name`."""
     check_net_name(name)
     return TORCHVISION_IMAGE_SIZE if name.startswith(TORCHVISION) else NETWORKS[name].image_size
 
@@ -120,7 +121,7 @@ def example_net(in_channels, num_classes):
 
 
 def conv_bn(in_channels, out_channels, kernel_size=3, stride=1, groups=1):
-    """A convolution without bias that keeps the size (at stride 1), and its BatchNorm."""
+    """A convolution without bias that keeps the size at stride 1, and its BatchNorm."""
     padding = (kernel_size - 1) // 2
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
@@ -139,7 +140,7 @@ def vgg9_bn(in_channels, num_classes):
 
 
 class BasicBlock(nn.Module):
-    """relu(conv(relu(conv(x))) + shortcut(x)); the shortcut is a 1x1 convolution where the size changes."""
+    """relu(conv(relu(conv(x))) + shortcut(x)); where the size changes, the shortcut is a 1x1 convolution."""
 
     def __init__(self, in_channels, out_channels, stride):
         super().__init__()
@@ -206,7 +207,7 @@ class Inception(nn.Module):
 
 @network(image_size=32)
 def inception_small(in_channels, num_classes):
-    """Two inception blocks, whose branches are concatenated."""
+    """Two inception blocks with concatenated branches."""
     return nn.Sequential(
         conv_bn_relu(in_channels, 16),
         nn.AvgPool2d(2),
@@ -220,7 +221,7 @@ def inception_small(in_channels, num_classes):
 
 
 class UNet(nn.Module):
-    """Down and up again, with skips that are concatenated; the classes are the means of the last maps."""
+    """Two poolings down, two transposed convolutions up with concatenated skips, and a linear classifier."""
 
     def __init__(self, in_channels, num_classes):
         super().__init__()
@@ -252,7 +253,7 @@ def unet_small(in_channels, num_classes):
 
 
 class DetectorBackbone(nn.Module):
-    """Strided convolutions down to a sixteenth, one transposed convolution back up, joined with what was there."""
+    """Strided convolutions down to S/16, and a transposed convolution back up to S/8, concatenated with that scale."""
 
     def __init__(self, in_channels):
         super().__init__()
@@ -270,7 +271,7 @@ class DetectorBackbone(nn.Module):
 
 
 class YoloTiny(nn.Module):
-    """A backbone and a head for each of its two scales: for each cell the box's 4 sides and a score for each class."""
+    """A backbone, and a head for each of its two scales: 4 sides of a box and a score per class for each cell."""
 
     def __init__(self, in_channels, num_classes):
         super().__init__()
@@ -278,7 +279,8 @@ class YoloTiny(nn.Module):
         self.fine_head = nn.Conv2d(64, 4 + num_classes, 1)
         self.coarse_head = nn.Conv2d(64, 4 + num_classes, 1)
         for head in (self.fine_head, self.coarse_head):
-            # scores begin at 0.01, so that the many empty cells do not outweigh the objects (Lin et al., ICCV 2017)
+            # sigmoid(-4.6) = 0.01: low scores at the start, so that the many empty cells do not dominate the loss
+            # (Lin et al., ICCV 2017)
             head.bias.data = torch.tensor([0.0] * 4 + [-4.6] * num_classes)
 
     def forward(self, x):  # [B, in_channels, S, S]
@@ -288,12 +290,12 @@ class YoloTiny(nn.Module):
 
 @network(image_size=96)
 def yolo_tiny(in_channels, num_classes):
-    """A detector of one stage without anchors (as FCOS, Tian et al., ICCV 2019) and max poolings: `detection.boxes`."""
+    """A one-stage detector without anchors, as FCOS (Tian et al., ICCV 2019), and without max pooling."""
     return YoloTiny(in_channels, num_classes)
 
 
-# The debug networks have weights set by hand to -1, 0 and 1, so that quantization at any bit width but one is exact
-# and every spike can be worked out on paper. Their last layer only sums.
+# The weights of the debug networks are set by hand to -1, 0 and 1: quantization to 2 bits or more is exact, and every
+# spike can be computed on paper. Their last layer only sums.
 
 
 def edge_conv():
@@ -386,7 +388,7 @@ def debug_net3(in_channels, num_classes):
 
 
 def build_trained_net(name, in_channels, num_classes, ann_weight=None):
-    """Network `name` with the weights in the file `ann_weight`; a warning where it then is untrained.
+    """Network `name` with the weights in the file `ann_weight`; warns about an untrained network.
 
     ann_weight: "pretrained" stands for the weights that torchvision has for torchvision:NAME.
     """

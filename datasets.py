@@ -1,10 +1,10 @@
-"""Data sets, and the four loaders the pipeline works with.
+"""Data sets, and the four loaders of the pipeline.
 
 `get_dataset(args)` returns `test_loader, val_loader, train_loader, train_val_loader`:
 
     test       the test images, in order: every accuracy is measured here
-    val        a fixed stratified share of the training images (none by default), for choices made while training
-    train      the rest of the training images, shuffled, augmented where the data set says so
+    val        a fixed stratified share of the training images (none by default), for choices during training
+    train      the other training images, shuffled, and augmented as the data set defines
     train_val  all training images, never augmented, in a fixed shuffled order: for calibration
 
 To add a data set, write one function `(root, image_size) -> Images` and name it in `DATASETS`.
@@ -16,22 +16,26 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from runtime.batches import check_some_train, four_loaders
 from runtime.files import check_regular
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
-LARGEST_SET_IN_MEMORY = 4 * 2**30  # bytes of uint8 pixels; a larger image folder is decoded batch by batch
+# Bytes of uint8 pixels of an image folder; a larger one is decoded batch by batch. 4 GiB are 28,000 images of 224x224
+# pixels, and leave room for a network on a machine with 8 GB of memory.
+LARGEST_SET_IN_MEMORY = 4 * 2**30
+DECODED_AT_ONCE = 500  # images of a folder per task of a thread: enough to feed all threads, 75 MB at 224x224 pixels
 
 
 @dataclass
 class Images:
-    """What a data set function returns: uint8 pixels and integer labels of both splits, and how to treat them.
+    """The result of a data set function: pixels and labels of both splits, normalisation and augmentation.
 
-    train_images, test_images: uint8 [N, C, H, W], or an object that gives that for a list of indices.
-    train_labels, test_labels: int64 [N]. mean, std: per channel, on the scale of pixels in [0, 1].
-    crop: pixels of zero padding for a random crop while training; flip: mirror half of the training images.
+    train_images, test_images: uint8 [N, C, H, W], or an object that returns such a tensor for a list of indices.
+    train_labels, test_labels: int64 [N]. mean, std: per channel, for pixels scaled to [0, 1].
+    crop: pixels of zero padding for a random crop during training; flip: mirror half of the training images.
     """
 
     train_images: object
@@ -46,7 +50,7 @@ class Images:
 
 
 class ImageDataset(Dataset):
-    """Normalised images and labels; a whole batch is fetched, augmented and normalised at once.
+    """Normalised images and labels; it fetches, augments and normalises a whole batch at once.
 
     `dataset[i]` is `(image [C, H, W], label)`. `channels`, `num_classes` and `classes` describe the set.
     """
@@ -75,7 +79,7 @@ class ImageDataset(Dataset):
 
 
 def random_crop(batch, padding):
-    """Shift every image of the batch by its own random offset of at most `padding` pixels; zeros come in."""
+    """Shift each image of a batch by a random offset of at most `padding` pixels in each direction; zeros fill up."""
     B, _, H, W = batch.shape
     padded = torch.nn.functional.pad(batch, [padding] * 4)
     rows = torch.randint(2 * padding + 1, (B, 1)) + torch.arange(H)  # [B, H]
@@ -94,7 +98,7 @@ def digits(root, image_size):
     train, test = stratified_split(labels, 0.2)
     pixels = resize(pixels, image_size)
     names = tuple(str(name) for name in data.target_names)
-    # mean and deviation of the training pixels, resized to 32x32
+    # mean and standard deviation of the training pixels, resized to 32x32
     return Images(pixels[train], labels[train], pixels[test], labels[test], names, (0.3062,), (0.3240,), crop=2)
 
 
@@ -102,7 +106,7 @@ def mnist(root, image_size):
     """MNIST (LeCun et al., 1998): 60,000 and 10,000 images, resized from 28x28."""
     train, test = torchvision_splits("MNIST", root, "MNIST/raw/train-images-idx3-ubyte and its three companions")
     pixels = [resize(split.data[:, None], image_size) for split in (train, test)]
-    # mean and deviation of the training pixels, as in the PyTorch MNIST example
+    # mean and standard deviation of the training pixels, as in the PyTorch MNIST example
     return Images(pixels[0], train.targets, pixels[1], test.targets, tuple(train.classes), (0.1307,), (0.3081,), crop=2)
 
 
@@ -120,7 +124,7 @@ def cifar(name, files, mean, std):
 
 
 def folder(root, image_size):
-    """An image folder: `root/train/<class>/*` and `root/test/<class>/*`, cut to a square and resized."""
+    """An image folder, `root/train/<class>/*` and `root/test/<class>/*`; images are cropped to a square and resized."""
     splits, classes = [], None
     for split in ("train", "test"):
         files, labels, names = list_image_folder(os.path.join(root, split))
@@ -134,13 +138,12 @@ def folder(root, image_size):
     if in_memory:
         train_pixels, test_pixels = train_pixels.decode_all(), test_pixels.decode_all()
     mean, std = channel_statistics(train_pixels)
-    return Images(
-        train_pixels, train_labels, test_pixels, test_labels, classes, mean, std, crop=image_size // 8, flip=True
-    )
+    crop = image_size // 8  # the share of CIFAR's crop, 4 of 32 pixels
+    return Images(train_pixels, train_labels, test_pixels, test_labels, classes, mean, std, crop, flip=True)
 
 
 def debug_columns(root, image_size):
-    """debug0: binary 1x6x6 images, two classes: the left two or the right two columns hold pixels, never both."""
+    """debug0: binary 1x6x6 images, two classes: only the left two or only the right two columns contain pixels."""
 
     def draw(rng, label):
         image = rng.integers(0, 2, (1, 6, 6))
@@ -153,7 +156,7 @@ def debug_columns(root, image_size):
 
 
 def debug_channels(root, image_size):
-    """debug1: binary 2x4x4 images, two classes: which of the two channels is full."""
+    """debug1: binary 2x4x4 images, two classes: the first or the second channel is full."""
 
     def draw(rng, label):
         image = rng.integers(0, 4, (2, 4, 4)) == 0
@@ -175,7 +178,7 @@ def debug_stripes(root, image_size):
 
 
 def draw_debug_images(draw):
-    """64 training and 32 test images, `draw(rng, label)` each, pixels 0 or 255, so that the network sees 0.0 or 1.0."""
+    """64 training and 32 test images by `draw(rng, label)`, with pixels 0 or 255: the network reads 0.0 or 1.0."""
     rng = np.random.default_rng(0)
     labels = [np.arange(n) % 2 for n in (64, 32)]
     pixels = [torch.from_numpy(np.stack([draw(rng, y) for y in split])).to(torch.uint8) * 255 for split in labels]
@@ -184,7 +187,7 @@ def draw_debug_images(draw):
     return Images(pixels[0], train, pixels[1], test, ("0", "1"), (0.0,) * channels, (1.0,) * channels)
 
 
-# mean and deviation per channel, computed over all training pixels
+# mean and standard deviation per channel over all training pixels
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
@@ -204,9 +207,10 @@ DETECTION_DATASETS = ("COCO",)  # boxes instead of labels: `coco.coco_loaders`
 def get_dataset(args):
     """`test_loader, val_loader, train_loader, train_val_loader` of `args.dataset`.
 
-    Of `args` it needs `dataset` (a name in DATASETS, or the path of an image folder); with defaults it reads
-    dataset_root "./data", image_size 32, batch_size 128, test_batch_size 100, num_workers 0, val_share 0, seed 0.
-    Raises ValueError for an unknown name, and OSError or ValueError where the files are missing or unusable.
+    args: `dataset` is a name in DATASETS or DETECTION_DATASETS, or the path of an image folder. Optional, with
+    defaults: dataset_root "./data", image_size 32 (pixels), batch_size 128, test_batch_size 100, num_workers 0,
+    val_share 0, seed 0. Raises ValueError for an unknown name, and OSError or ValueError where files are missing or
+    unusable.
     """
     name, root = args.dataset, getattr(args, "dataset_root", "./data")
     if name not in (*DATASETS, *DETECTION_DATASETS) and os.path.isdir(name):
@@ -217,36 +221,17 @@ def get_dataset(args):
 
         return coco_loaders(root, args)
     images = DATASETS[name](root, getattr(args, "image_size", 32))
-
     train, val = stratified_split(images.train_labels, getattr(args, "val_share", 0.0))
-    if not len(train):
-        raise ValueError(f"--val_share {args.val_share} leaves no image to train on, make it smaller")
-    seed = getattr(args, "seed", 0)
-    shuffled = torch.randperm(len(images.train_labels), generator=torch.Generator().manual_seed(seed))
+    check_some_train(len(train), args)
+    generator = torch.Generator().manual_seed(getattr(args, "seed", 0))
+    shuffled = torch.randperm(len(images.train_labels), generator=generator)
     everything = images.train_images, images.train_labels
-    test_set = ImageDataset(images.test_images, images.test_labels, images)
-    val_set = ImageDataset(*take(*everything, val), images)
-    train_set = ImageDataset(*take(*everything, train), images, augment=True)
-    train_val_set = ImageDataset(*take(*everything, shuffled), images)
-
-    def loader(dataset, batch_size, shuffle=False):
-        workers = getattr(args, "num_workers", 0)
-        return DataLoader(
-            dataset,
-            batch_size,
-            shuffle=shuffle,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            collate_fn=already_a_batch,
-            generator=torch.Generator().manual_seed(seed),  # of its own: a pass over one leaves the others as they are
-        )
-
-    batch_size, test_batch_size = getattr(args, "batch_size", 128), getattr(args, "test_batch_size", 100)
-    return (
-        loader(test_set, test_batch_size),
-        loader(val_set, test_batch_size),
-        loader(train_set, batch_size, shuffle=True),
-        loader(train_val_set, batch_size),
+    return four_loaders(
+        ImageDataset(images.test_images, images.test_labels, images),
+        ImageDataset(*take(*everything, val), images),
+        ImageDataset(*take(*everything, train), images, augment=True),
+        ImageDataset(*take(*everything, shuffled), images),
+        args,
     )
 
 
@@ -259,18 +244,13 @@ def check_dataset_name(name):
         )
 
 
-def already_a_batch(batch):
-    """`collate_fn` for a data set whose `__getitems__` returns whole batches."""
-    return batch
-
-
 def take(pixels, labels, indices):
-    """The images and labels at `indices`; images that stay on disk are picked by name."""
+    """The images and labels at `indices`; images on disk are chosen by their file names."""
     return pixels.subset(indices) if isinstance(pixels, FolderPixels) else pixels[indices], labels[indices]
 
 
 def stratified_split(labels, share):
-    """Indices of two parts, the second with `share` of every class; always the same for the same labels."""
+    """Indices of two parts, the second with `share` of every class; the same labels always give the same parts."""
     generator = torch.Generator().manual_seed(0)
     first, second = [], []
     for label in labels.unique():
@@ -283,7 +263,7 @@ def stratified_split(labels, share):
 
 
 def resize(pixels, size):
-    """uint8 [N, C, H, W] -> uint8 [N, C, size, size]."""
+    """Images uint8 [N, C, H, W] as uint8 [N, C, size, size]."""
     if pixels.shape[-2:] == (size, size):
         return pixels
     from torchvision.transforms.v2.functional import resize as resize_images
@@ -292,13 +272,13 @@ def resize(pixels, size):
 
 
 def torchvision_splits(name, root, files):
-    """Training and test split of a torchvision data set, downloaded where it is missing."""
+    """Training and test split of a torchvision data set, which is downloaded if it is missing."""
     from torchvision import datasets as torchvision_datasets
 
     dataset = getattr(torchvision_datasets, name)
     try:
         return [dataset(root, train=train, download=False) for train in (True, False)]
-    except (RuntimeError, ValueError, AssertionError):  # what torchvision says of missing and of damaged files
+    except (RuntimeError, ValueError, AssertionError):  # torchvision's errors for missing and for damaged files
         pass
     before = existing_folders(os.path.join(root, name, "raw"))
     try:
@@ -312,7 +292,7 @@ def torchvision_splits(name, root, files):
 
 
 def existing_folders(path):
-    """`path` and the folders it is in, those that exist."""
+    """Those of `path` and its parent folders that exist."""
     path, found = os.path.abspath(path), set()
     while path not in found and os.path.dirname(path) != path:
         if os.path.isdir(path):
@@ -322,7 +302,7 @@ def existing_folders(path):
 
 
 def remove_empty_folders(path, but):
-    """Undo what a failed download created: `path` and the folders it is in, where they are new and empty."""
+    """Remove `path` and its parent folders where a failed download created them and left them empty."""
     for folder in sorted(existing_folders(path) - but, key=len, reverse=True):
         if not os.listdir(folder):
             os.rmdir(folder)
@@ -349,9 +329,9 @@ def list_image_folder(path):
 
 
 def is_image_file(entry):
-    """Whether an entry of a folder has an image's name and is a file, for a pipe would keep its reader waiting.
+    """Whether an entry of a folder is a file with the name of an image; reading a pipe would wait for ever.
 
-    A link to a file that is gone counts too: its image is missing, which reading it will say.
+    A broken link counts too: reading it then reports the missing image.
     """
     is_file = entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
     return is_file and entry.name.lower().endswith(IMAGE_SUFFIXES)
@@ -375,7 +355,8 @@ class FolderPixels:
     def decode_all(self):
         """All images as one uint8 tensor [N, 3, size, size]."""
         pixels = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
-        blocks = [list(range(start, min(start + 500, len(self)))) for start in range(0, len(self), 500)]
+        starts = range(0, len(self), DECODED_AT_ONCE)
+        blocks = [list(range(start, min(start + DECODED_AT_ONCE, len(self)))) for start in starts]
         with ThreadPoolExecutor() as pool, tqdm(desc="images", total=len(self), leave=False, delay=1) as bar:
             for block, decoded in zip(blocks, pool.map(self.__getitem__, blocks), strict=True):
                 pixels[block] = decoded
@@ -384,24 +365,27 @@ class FolderPixels:
 
 
 def read_image(file, size):
-    """One image file as uint8 [3, size, size], cut to a square around its centre."""
+    """An image file as uint8 [3, size, size], cropped to the square at its centre."""
     from PIL import Image, ImageOps
 
     try:
         check_regular(file)
         with Image.open(file) as image:
-            if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey to white
+            if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey to white; 65535 / 257 = 255
                 image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
             image = image.convert("RGB")
             if image.size != (size, size):
                 image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all of them Pillow's
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of these
         raise OSError(f"cannot read the image {file} ({error}), repair or remove it") from error
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def channel_statistics(pixels, most=10_000):
-    """Mean and standard deviation per channel of `most` evenly spaced images, on the scale [0, 1], in 4 decimals."""
+    """Mean and standard deviation per channel for pixels in [0, 1], to 4 decimals, from `most` evenly spaced images.
+
+    A constant channel gets a deviation of 1e-4 instead of 0, because normalising divides by it.
+    """
     sample = pixels[list(range(0, len(pixels), -(-len(pixels) // most)))].double() / 255
     mean, std = sample.mean((0, 2, 3)), sample.std((0, 2, 3)).clamp_min(1e-4)
     return tuple(round(m, 4) for m in mean.tolist()), tuple(round(s, 4) for s in std.tolist())

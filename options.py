@@ -331,7 +331,7 @@ class ConversionOptions(WeightOptions):
         return 0.5 if self.reset_mode == "subtraction" else 0.0
 
     @classmethod
-    def from_keywords(cls, timesteps, weight_bitwidth, keywords):
+    def from_keywords(cls, timesteps, weight_bitwidth, keywords, caller="trans_ann2snn_weight"):
         """From the keywords of `trans_ann2snn_weight`, those of earlier versions too. Raises TypeError for others."""
         keywords = dict(keywords)
         quantile, of_spikes = keywords.pop("quantile", None), keywords.pop("granularity", None)
@@ -345,7 +345,7 @@ class ConversionOptions(WeightOptions):
         known = [each.name for each in fields(cls)]
         unknown = [name for name in keywords if name not in known]
         if unknown:
-            raise TypeError(f"trans_ann2snn_weight has no option {unknown[0]}, it has {', '.join(known[2:])}")
+            raise TypeError(f"{caller} has no option {unknown[0]}, it has {', '.join(known[2:])}")
         return cls(timesteps=timesteps, weight_bitwidth=weight_bitwidth, **keywords)
 
 

@@ -10,42 +10,41 @@
     performance = validator(ann_snn, testloader)
     t.save_snn("saved")
 
-What `save_snn` has written is simulated again, bit for bit, by
+The following command simulates what `save_snn` has written again, and compares every bit:
 
     python3 snn_transformer.py replay saved
 """
 
 import argparse
-import contextlib
 import sys
 
+from options import ConversionOptions
 from runtime.cli import OneLineParser, run_script
 
-MOST_STATUS_BYTES = 2**28  # of inputs that are kept for the calibration
 LR = 0.001  # at 0.01, 9 blocks of a trained ResNet-20 at 4 bits fall from 68 to 10 % in 5 steps; at this, they gain
 
 
 class SNNTransformer:
     """Turns a contiguous stretch of a network into spikes; the rest stays as it is.
 
-    full_net: any nn.Module; it is never changed, the transformer works on a copy, on its device. layers: names of
-    modules ("layer1", "layer2.0"), or the modules, of one contiguous stretch. What runs inside of them is converted,
-    with the operations that the forward around them makes in between (adds, concatenations, functional ReLUs) and the
-    functional ReLUs directly behind. Everything else may be any Python code, with any inputs and outputs. The stretch
-    runs in float32, also where the rest runs under autocast.
+    full_net: any nn.Module. It is never changed: the transformer works on a copy, on the same device. layers: names of
+    modules ("layer1", "layer2.0"), or the modules themselves, that form one contiguous stretch. Everything that runs
+    inside them is converted, together with the operations between them in the surrounding forward (adds,
+    concatenations, functional ReLUs) and the functional ReLUs directly behind. The rest may be any Python code, with
+    any inputs and outputs. The stretch runs in float32, even if the rest runs under autocast.
 
     timesteps: T. weight_bitwidth: 1 to 8, one number or one for each layer, or 32 for float weights. lr, momentum,
-    weight_decay: of `optimizer`, which trains the whole network; the defaults suit one that is trained already, and
-    longer gradients are cut (`quantization.LONGEST_GRADIENT`). damping: pull of the stretch's weights towards
-    integers, a share of lr (`dampen`). per_channel: a weight scale per output channel. calibration_samples: the newest
-    inputs that calibration sees.
-    conversion: what `trans_ann2snn_weight` takes else (reset_mode, listen, threshold, quantile, granularity,
-    correction, hold_back, initial_potential, maxpool, signed, avgpool, ann_layers). example_inputs: a tuple of
-    arguments of the network, with which the stretch is traced at once, so that `optimizer` exists before the first
-    `inference_get_status`; without it, that call traces it.
+    weight_decay: of `optimizer`, which trains the whole network; the defaults suit a trained network, and longer
+    gradients are clipped (`quantization.LONGEST_GRADIENT`). damping: pull of the stretch's weights towards integers, as
+    a share of lr (`dampen`). per_channel: a weight scale per output channel. calibration_samples: how many inputs, the
+    newest ones, the calibration uses. conversion: further fields of `options.ConversionOptions` (reset_mode, listen,
+    threshold, correction, hold_back, initial_potential, maxpool, signed, avgpool, ann_layers).
+    example_inputs: a tuple of arguments of the network. With it the stretch is traced at once, so that `optimizer`
+    exists before the first `inference_get_status`; without it that call traces the stretch.
 
-    Raises ValueError for layers that the network lacks, and, when it traces, for a list with a gap, which it names, and
-    for what cannot be converted; NotImplementedError for a function in the stretch that cannot be traced.
+    Raises ValueError for layers that the network lacks and, when it traces, for layers with a gap between them (the
+    message names the gap) and for what cannot be converted; NotImplementedError for a function in the stretch that
+    cannot be traced.
     """
 
     def __init__(
@@ -65,21 +64,20 @@ class SNNTransformer:
         **conversion,
     ):
         from ann_parser import copy_of
+        from transformer.status import Status
         from transformer.stretch import module_paths
 
-        weight_bitwidth = plain_bitwidths(weight_bitwidth)
-        check_options(conversion)
-        check_values(timesteps, calibration_samples, damping, conversion)
-        timesteps, calibration_samples = int(timesteps), int(calibration_samples)  # also of NumPy's numbers
-        self.layers = module_paths(full_net, layers)
-        self.net = copy_of(full_net)
-        self.timesteps, self.bits, self.per_channel, self.damping = timesteps, weight_bitwidth, per_channel, damping
-        self.sgd_options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        self.calibration_samples, self.conversion = calibration_samples, conversion
-        self.status = Status(calibration_samples)
-        self.stretch = self.model = self.sgd = self.snn = None
-        self.steps, self.has_stepped = 0, False
-        if not self.net.training:  # as it comes from a validation; modules that alone are in eval mode stay frozen
+        keywords = {"per_channel": per_channel, "calibration_samples": calibration_samples, **conversion}
+        self.options = ConversionOptions.from_keywords(
+            timesteps, plain_bitwidths(weight_bitwidth), keywords, "SNNTransformer"
+        )
+        if not damping >= 0:
+            raise ValueError(f"damping {damping}: use 0 or more")
+        self.layers, self.net = module_paths(full_net, layers), copy_of(full_net)
+        self.training_options = {"damping": damping, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        self.status = Status(self.options.calibration_samples)
+        self.stretch = self.model = self.training = self.snn = None
+        if not self.net.training:  # as after a validation; in a training network, modules in eval mode stay frozen
             self.net.train()
         if example_inputs is not None:
             self.trace(as_arguments(example_inputs), {})
@@ -89,30 +87,32 @@ class SNNTransformer:
     @property
     def optimizer(self):
         """A QuantSGD of all parameters, which quantizes the stretch's weights again after each step."""
-        if self.sgd is None:
+        if self.training is None:
             raise ValueError(
                 "the optimizer exists once the network is traced: call inference_get_status first, or pass "
                 "example_inputs=(inputs,) to SNNTransformer"
             )
-        return self.sgd
+        return self.training.optimizer
 
     def inference_get_status(self, *inputs, **named_inputs):
         """The network's output in training mode, with b-bit weights in the stretch; keeps the inputs for calibration.
 
-        Arguments and output are those of the network. Gradients of before the last `optimizer.step()` are cleared, so
-        that the loop needs no zero_grad; without a step in between they add up. BatchNorms of the stretch are folded
-        into its weights, and it has no dropout. Under `torch.no_grad()` the network runs in eval mode: this gathers the
-        status of a network that is not to be trained, and leaves it as it is.
+        Arguments and output are those of the network. Gradients from before the last `optimizer.step()` are cleared, so
+        `zero_grad` is optional; without a step in between they add up. BatchNorms of the stretch are folded into its
+        weights, and its dropout is off. Under `torch.no_grad()` the network runs in eval mode: use this to gather the
+        status of a network that is not trained, which then stays as it is.
         """
+        import contextlib
+
         import torch
+
+        from runtime.device import in_eval_mode
 
         if self.stretch is None:
             self.trace(inputs, named_inputs)
-        if self.has_stepped:
-            self.optimizer.zero_grad()
-            self.has_stepped = False
+        self.training.clear_used_gradients()
         self.status.keep(inputs, named_inputs)
-        self.snn = None
+        self.forget_snn()
         with contextlib.nullcontext() if torch.is_grad_enabled() else in_eval_mode(self.net):
             return self.model(*inputs, **named_inputs)
 
@@ -120,19 +120,17 @@ class SNNTransformer:
         """Find the stretch in a run of the network, quantize it, and make the optimizer."""
         from conversion.plan import plan_conversion
         from dag_rewrites import prepare_conversion
-        from quantization import init_quantize_net
-        from transformer.stretch import SplicedNet, StretchSGD, cut_out
+        from runtime.device import in_eval_mode
+        from transformer.splice import SplicedNet
+        from transformer.stretch import cut_out
+        from transformer.training import StretchTraining
 
         with in_eval_mode(self.net):
             stretch, dag = cut_out(self.net, self.layers, args, kwargs)
-        choices = {name: self.conversion[name] for name in GRAPH_OPTIONS if name in self.conversion}
-        dag = prepare_conversion(dag, **choices)
-        plan_conversion(dag, self.conversion.get("ann_layers", ()))
-        init_quantize_net(dag, self.bits, self.per_channel)
+        dag = prepare_conversion(dag, self.options.maxpool, self.options.signed, self.options.avgpool)
+        plan_conversion(dag, self.options.ann_layers)
         self.model = SplicedNet(self.net, stretch, dag)
-        parameters = [*(p for p in self.net.parameters() if p.requires_grad), *dag.trained_parameters()]
-        group = {"params": parameters}  # as a group they may be none, of a network that is not to be trained
-        self.sgd = StretchSGD([group], self.before_step, self.after_step, **self.sgd_options)
+        self.training = StretchTraining(self.model, self.options, self.forget_snn, **self.training_options)
         self.stretch = stretch
 
     @property
@@ -140,88 +138,49 @@ class SNNTransformer:
         """The stretch as an ANN with quantized weights, a SpikeDAGModule."""
         return self.model.part
 
-    def before_step(self):
-        """The pull towards the integers; the gradients of what is frozen go, and long ones are cut."""
-        import torch
-
-        from quantization import LONGEST_GRADIENT, dampen, forget_frozen
-
-        forget_frozen(self.dag)
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(trained, LONGEST_GRADIENT)
-        dampen(self.dag, self.damping)
-
-    def after_step(self):
-        """The weights of the stretch, quantized again.
-
-        Their scales are chosen anew after 1, 2, 4, 8, ... steps, so that they follow the weights, and the integers have
-        half of all steps or more to settle on fixed scales.
-        """
-        from quantization import choose_scales, quantize_layers
-
-        self.steps, self.has_stepped, self.snn = self.steps + 1, True, None
-        if self.steps & (self.steps - 1) == 0:
-            choose_scales(self.dag, self.per_channel)
-        quantize_layers(self.dag)
+    def forget_snn(self):
+        """The next spiking network is converted again: weights or calibration inputs have changed."""
+        self.snn = None
 
     # 3. The spiking network
 
     def generate_ann_snn(self):
         """The network with a spiking stretch: an nn.Module in eval mode with the arguments and outputs of `full_net`.
 
-        The stretch's real-valued inputs flow into its first layers as constant currents, and its outputs are decoded,
-        lambda * mean_t(spike). It is calibrated on the inputs that `inference_get_status` kept, run anew through the
-        network as it is now, in eval mode. Raises ValueError where there are none, and where the weights diverged.
+        The stretch's real-valued inputs enter its first layers as constant currents; its outputs are decoded spikes,
+        lambda * mean_t(spike). The calibration uses the inputs kept by `inference_get_status`, run again through the
+        present network in eval mode. Raises ValueError where no inputs were kept, or where the weights diverged.
         """
         import copy
 
-        from transformer.stretch import SplicedNet
+        from transformer.splice import SplicedNet
 
-        self.check_has_status()
+        snn = copy.deepcopy(self.converted())
+        return SplicedNet(copy.deepcopy(self.net), self.stretch, snn).eval()
+
+    def converted(self):
+        """The spiking stretch, a SpikeDAGModule; converted again only after changes. Raises ValueError as above."""
+        if not self.status.calls:
+            raise ValueError("there is nothing to calibrate on, call inference_get_status with some inputs first")
         if self.snn is None:
             self.snn = self.convert()
-        return SplicedNet(copy.deepcopy(self.net), self.stretch, copy.deepcopy(self.snn)).eval()
+        return self.snn
 
     def convert(self):
-        """The spiking stretch, a SpikeDAGModule."""
+        """Convert the stretch, calibrated on the kept inputs."""
         from ann_parser import autocast_off
-        from snn_weight_setter import trans_ann2snn_weight
+        from snn_weight_setter import convert
 
         loader = [(inputs,) for inputs in self.stretch_inputs()]
         device = loader[0][0][0].device
         with autocast_off():
-            return trans_ann2snn_weight(
-                self.dag,
-                loader,
-                device,
-                self.timesteps,
-                self.bits,
-                per_channel=self.per_channel,
-                calibration_samples=self.calibration_samples,
-                **self.conversion,
-            )
+            return convert(self.dag, loader, device, self.options)
 
     def stretch_inputs(self):
-        """What the stretch reads in eval mode, a tuple of tensors for each kept call of the network."""
-        import torch
+        """The inputs that the stretch gets in eval mode, a tuple of tensors for each kept call of the network."""
+        from transformer.splice import inputs_of_stretch
 
-        from transformer.stretch import run_spliced
-
-        found = []
-
-        def part(*inputs):
-            found.append(inputs)
-            return self.dag(*inputs)
-
-        with torch.no_grad(), in_eval_mode(self.net), in_eval_mode(self.dag):
-            for args, kwargs in self.status.calls:
-                run_spliced(self.net, self.stretch, part, args, kwargs)
-        return found
-
-    def check_has_status(self):
-        """Raise ValueError before the first `inference_get_status`."""
-        if not self.status.calls:
-            raise ValueError("there is nothing to calibrate on, call inference_get_status with some inputs first")
+        return inputs_of_stretch(self.net, self.stretch, self.dag, self.status.calls)
 
     # 4. For the next stage
 
@@ -230,71 +189,23 @@ class SNNTransformer:
 
         manifest.json holds its ops, shapes, bit width, integer weights, Vthr, scales, T, reset mode, and the sha256 of
         every file (`transformer.saved`). An earlier result in `directory` is replaced; nothing is left half-written.
-        Raises OSError where the folder cannot be written, or holds something else.
+        Raises OSError where the folder cannot be written, or holds other files.
         """
         import copy
 
         from ann_parser import autocast_off
-        from options import check_option
+        from runtime.ranges import Whole, check_number
         from transformer.saved import check_target, write_saved_snn
+        from transformer.status import first_samples
 
-        samples = check_option("samples", samples)
+        samples = check_number("samples", samples, Whole(1))
         check_target(directory)
-        self.check_has_status()
-        if self.snn is None:
-            self.snn = self.convert()
+        snn = self.converted()
         inputs = first_samples(self.stretch_inputs(), samples)
+        bits, reset_mode = self.options.weight_bitwidth, self.options.reset_mode
+        details = {"reset_mode": reset_mode, "weight_bitwidth": bits, "layers": list(self.layers)}
         with autocast_off():
-            write_saved_snn(directory, copy.deepcopy(self.snn), inputs, self.details())
-
-    def details(self):
-        """What the manifest tells beside the network itself."""
-        import platform
-
-        import torch
-
-        return {
-            "reset_mode": self.conversion.get("reset_mode", "subtraction"),
-            "weight_bitwidth": self.bits,
-            "layers": list(self.layers),
-            "duration": self.snn.duration(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        }
-
-
-CONVERSION_OPTIONS = (
-    "reset_mode",
-    "initial_potential",
-    "listen",
-    "threshold",
-    "quantile",
-    "granularity",
-    "correction",
-    "hold_back",
-    "maxpool",
-    "signed",
-    "avgpool",
-    "ann_layers",
-)
-GRAPH_OPTIONS = ("maxpool", "signed", "avgpool")  # of `prepare_conversion`
-
-
-def check_options(options):
-    """Raise TypeError for an option that the conversion does not have."""
-    unknown = [name for name in options if name not in CONVERSION_OPTIONS]
-    if unknown:
-        raise TypeError(f"SNNTransformer has no option {unknown[0]}, it has {', '.join(CONVERSION_OPTIONS)}")
-
-
-def check_values(timesteps, calibration_samples, damping, conversion):
-    """Raise ValueError for values that the conversion, at the end of a training, would not take."""
-    from conversion.options import check_conversion
-
-    elsewhere = ("maxpool", "signed", "ann_layers")  # checked when the stretch is traced
-    options = {name: value for name, value in conversion.items() if name not in elsewhere}
-    check_conversion(timesteps, calibration_samples=calibration_samples, **options)
-    if not damping >= 0:
-        raise ValueError(f"damping {damping}: use 0 or more")
+            write_saved_snn(directory, copy.deepcopy(snn), inputs, details)
 
 
 def plain_bitwidths(weight_bitwidth):
@@ -308,67 +219,8 @@ def plain_bitwidths(weight_bitwidth):
 
 
 def as_arguments(value):
-    """Positional arguments: a tuple as it is, anything else as the only one."""
+    """A tuple of positional arguments; a single argument need not be in one."""
     return value if isinstance(value, tuple) else (value,)
-
-
-def first_samples(calls, samples):
-    """The first `samples` inputs of the stretch, of as many calls as needed; fewer where fewer were kept.
-
-    calls: a tuple of tensors [B, ...] each. Calls with samples of another shape than the first are left out.
-    """
-    import torch
-
-    shapes = [x.shape[1:] for x in calls[0]]
-    alike = [inputs for inputs in calls if [x.shape[1:] for x in inputs] == shapes]
-    return [torch.cat(columns)[:samples] for columns in zip(*alike)]
-
-
-class Status:
-    """The newest inputs of the network, as many as the calibration sees, within `MOST_STATUS_BYTES`."""
-
-    def __init__(self, samples):
-        self.samples, self.calls, self.sizes = samples, [], []
-
-    def keep(self, args, kwargs):
-        """Keep copies of the arguments of one more call; the oldest ones go where others suffice."""
-        import torch
-        from torch.utils._pytree import tree_map
-
-        def copy_of(value):
-            return value.detach().clone() if isinstance(value, torch.Tensor) else value
-
-        args, kwargs = tree_map(copy_of, (args, kwargs))
-        self.calls.append((args, kwargs))
-        self.sizes.append(size_of((args, kwargs)))
-        while len(self.calls) > 1 and not self.needs_oldest():
-            del self.calls[0], self.sizes[0]
-
-    def needs_oldest(self):
-        """Whether the calls behind the oldest are too few, and all of them not too large."""
-        samples, memory = (sum(column) for column in zip(*self.sizes))
-        return samples - self.sizes[0][0] < self.samples and memory <= MOST_STATUS_BYTES
-
-
-def size_of(arguments):
-    """Samples and bytes of the arguments of a call; the first tensor has the batch in front."""
-    from transformer.stretch import tensors_in
-
-    tensors = tensors_in(arguments)
-    memory = sum(x.numel() * x.element_size() for x in tensors)
-    return (len(tensors[0]) if tensors and tensors[0].dim() else 1), memory
-
-
-@contextlib.contextmanager
-def in_eval_mode(net):
-    """Within it, a module and all inside are in eval mode; afterwards in the mode that each had."""
-    modes = {module: module.training for module in net.modules()}
-    try:
-        net.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,10 @@
-"""One accuracy loop for ANN and SNN: every sample weighs the same, whatever the batch sizes."""
+"""One validation loop for ANN and SNN, classifiers and detectors.
+
+    result = evaluate(net, loader, device, criterion)              # top-1 accuracy and loss of a classifier
+    result = validate(net, loader, device, metric, timesteps)      # the loop, with a metric such as `Top1`
+
+Every sample has the same weight, whatever the batch sizes. `detection.boxes.MeanAveragePrecision` is the other metric.
+"""
 
 import math
 from contextlib import contextmanager
@@ -8,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from runtime.batches import batches_of, fit_labels, labelled_batch, loss_of, type_of
+from runtime.device import in_eval_mode
 from spike_dag import one_or_all
 from spike_tensor import firing_ratios, record_firing_ratios
 
@@ -24,44 +31,68 @@ def validate_snn(snn, loader, device, criterion, timesteps):
     return result["top1"], result["loss"]
 
 
-@torch.no_grad()
 def evaluate(net, loader, device, criterion, timesteps=None, every_step=False):
-    """Measure a network on all samples of `loader`; a spiking one where `timesteps` is given.
+    """Top-1 accuracy of a network on all samples of `loader`; `timesteps` is given for a spiking one.
 
     loader: batches as `batches.split_batch` takes them; labels are classes [B] or [B, 1], or a row of shares [B, C].
-    Of several outputs the first is measured. One score a sample, [B] or [B, 1], stands for two classes (`hits_of`).
+    Only the first output counts. A single score per sample, [B] or [B, 1], decides between two classes (`hits_of`).
 
-    Returns a dict: top1 and (from five classes on) top5 in percent, loss, samples; for a spiking network also
+    Returns a dict: top1 and (for five classes or more) top5 in percent, loss, samples; for a spiking network also
     firing_rate, spikes per neuron and step by layer, and with `every_step` top1_by_timestep, percent after step
-    1, 2, ... `timesteps`, all from the same simulation. The network is back in its mode and on its device afterwards.
+    1, 2, ... `timesteps`, all from the same simulation. Afterwards the network is back on its device and in its mode.
     Raises ValueError where the loader is empty, labels do not fit the outputs, or the loss is not a number.
+    """
+    return validate(net, loader, device, Top1(criterion, every_step), timesteps)
+
+
+@torch.no_grad()
+def validate(net, loader, device, metric, timesteps=None):
+    """Run a network on all samples of `loader`, and return what `metric` measures, as a dict.
+
+    metric: `metric.every_step` says whether it wants the outputs of a spiking network after every timestep;
+    `metric.measure_batch(inputs, outputs, targets)` returns name -> mean over the batch, "loss" among them, where
+    outputs is a tuple of [T, B, ...] with every_step, else of [1, B, ...]; `metric.summary()` returns the figures that
+    are no means over samples.
+
+    Returns samples, the summary, the means per sample and, where `timesteps` is given, firing_rate, spikes per neuron
+    and step by layer. Raises ValueError where the loader is empty or the loss is not finite.
     """
     totals, samples = {}, 0
     with measured_on(net, device):
         for batch in batches_of(tqdm(loader, "validate", leave=False, delay=1)):
             inputs, targets = labelled_batch(batch, device, type_of(net))
-            batch_means = measure_batch(net, inputs, targets, criterion, timesteps, every_step)
-            for key, mean in batch_means.items():
+            outputs, means = run_batch(net, inputs, timesteps, metric.every_step)
+            means |= metric.measure_batch(inputs, outputs, targets)
+            for key, mean in means.items():
                 totals[key] = totals.get(key, 0) + torch.as_tensor(mean, dtype=torch.float64) * len(inputs[0])
             samples += len(inputs[0])
-    result = {"samples": samples, **mean_of(totals, samples)}
+    means = mean_of(totals, samples)
     if timesteps is not None:
-        result["firing_rate"] = dict(zip(net.spiking_layers(), result["firing_rate"], strict=True))
-    return result
+        means["firing_rate"] = dict(zip(net.spiking_layers(), means["firing_rate"], strict=True))
+    return {"samples": samples, **metric.summary(), **means}
 
 
 @contextmanager
 def measured_on(net, device):
-    """Within it a network is in eval mode on a device; afterwards in its modes, and where it was."""
-    were_training = {module: module.training for module in net.modules()}
+    """Within it a network is in eval mode on `device`; afterwards every module has its own mode and device again."""
     home = next((tensor.device for tensor in (*net.parameters(), *net.buffers())), torch.device(device))
-    net.to(device).eval()
-    try:
-        yield
-    finally:
-        net.to(home)
-        for module, was_training in were_training.items():
-            module.training = was_training
+    with in_eval_mode(net.to(device)):
+        try:
+            yield
+        finally:
+            net.to(home)
+
+
+def run_batch(net, inputs, timesteps, every_step):
+    """`outputs, means` of one batch: a tuple of [T, B, ...] (T = 1 without every_step), and an SNN's firing rates."""
+    if timesteps is None:
+        returned, means, every_step = net(*inputs), {}, False
+    else:
+        with record_firing_ratios():
+            returned = net(*inputs, timesteps=timesteps, every_step=every_step)
+            means = {"firing_rate": list(firing_ratios)}
+    returned = returned if isinstance(returned, (tuple, list)) else (returned,)
+    return tuple(x if every_step else x[None] for x in returned), means
 
 
 def mean_of(totals, samples):
@@ -76,32 +107,32 @@ def mean_of(totals, samples):
     return means
 
 
-def measure_batch(net, inputs, targets, criterion, timesteps, every_step):
-    """Means over one batch, on the CPU."""
-    if timesteps is None:
-        returned, means = net(*inputs), {}
-    else:
-        with record_firing_ratios():
-            returned = net(*inputs, timesteps=timesteps, every_step=every_step)
-            means = {"firing_rate": list(firing_ratios)}
-    returned = returned if isinstance(returned, (tuple, list)) else (returned,)
-    curves = tuple(x if every_step and timesteps is not None else x[None] for x in returned)
-    outputs, last = curves[0], tuple(x[-1] for x in curves)  # [T, B, classes] of the first, [B, ...] of all
-    targets = fit_labels(outputs[-1], targets)
-    hits = 100.0 * hits_of(outputs, targets, criterion).double().mean(1).cpu()  # [T]
-    means |= {"top1": hits[-1], "loss": loss_of(criterion, one_or_all(last), targets).item()}
-    if every_step:
-        means["top1_by_timestep"] = hits
-    if outputs.dim() == 3 and outputs.shape[-1] >= 5:
-        best = outputs[-1].topk(5).indices
-        means["top5"] = 100.0 * (best == as_classes(targets)[:, None]).any(1).double().mean().cpu()
-    return means
+class Top1:
+    """The metric of classifiers (see `validate`): top-1 accuracy, and top-5 for five classes or more, in percent."""
+
+    def __init__(self, criterion, every_step=False):
+        self.criterion, self.every_step = criterion, every_step
+
+    def measure_batch(self, inputs, outputs, targets):
+        scores, last = outputs[0], tuple(x[-1] for x in outputs)  # [T, B, C] of the first output, [B, ...] of all
+        targets = fit_labels(scores[-1], targets)
+        hits = 100.0 * hits_of(scores, targets, self.criterion).double().mean(1).cpu()  # [T]
+        means = {"top1": hits[-1], "loss": loss_of(self.criterion, one_or_all(last), targets).item()}
+        if self.every_step:
+            means["top1_by_timestep"] = hits
+        if scores.dim() == 3 and scores.shape[-1] >= 5:
+            best = scores[-1].topk(5).indices
+            means["top5"] = 100.0 * (best == as_classes(targets)[:, None]).any(1).double().mean().cpu()
+        return means
+
+    def summary(self):
+        return {}
 
 
 def hits_of(outputs, targets, criterion):
-    """Whether each of the outputs [T, B, C] is right, [T, B]; targets as `fit_labels` returns them.
+    """Which of the outputs [T, B, C] are right, bool [T, B]; targets as `fit_labels` returns them.
 
-    One score is class 1 above 0, or above one half where the criterion takes it for a probability.
+    A single score means class 1 if it is above 0, or above 0.5 if the criterion treats it as a probability.
     """
     if outputs.shape[1:] == targets.shape and (targets.dim() == 1 or targets.shape[1] == 1):
         of_probabilities = isinstance(criterion, nn.BCELoss) or criterion is nn.functional.binary_cross_entropy
@@ -111,7 +142,7 @@ def hits_of(outputs, targets, criterion):
 
 
 def as_classes(targets):
-    """Classes [B] of labels that are classes, or shares [B, C]. Raises ValueError for several classes a sample."""
+    """Classes [B] of labels [B], or of shares [B, C]. Raises ValueError where a sample has several classes."""
     if targets.dim() == 1:
         return targets
     if ((targets == targets.amax(1, keepdim=True)).sum(1) > 1).any():

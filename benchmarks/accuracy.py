@@ -14,19 +14,22 @@ import argparse
 import statistics
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runtime.cli import OneLineParser, add_conversion_flags, run_script
+from command_line import add_conversion_flags, parse_conversion
+from options import ConversionOptions, SimulatorOptions, SpikeFinetuneOptions
+from runtime.cli import OneLineParser, run_script
 from runtime.flags import bitwidths, whole_number
 
 METHODS = {
     "quantile": "-e 0",
     "mse": "-e 0 --threshold mse",
-    "channel": "-e 0 --threshold mse --granularity channel --weight_granularity channel",
-    "calibrated": "-e 0 --threshold mse --granularity channel --weight_granularity channel --calibration_epochs 10",
-    "listen": "-e 0 --threshold mse --granularity channel --weight_granularity channel --listen T",
+    "channel": "-e 0 --threshold mse --per_channel both",
+    "calibrated": "-e 0 --threshold mse --per_channel both --spike_epochs_unlabelled 10",
+    "listen": "-e 0 --threshold mse --per_channel both --listen T",
 }
 OBSERVED = 20  # images whose synaptic operations are counted
 DATA_FLAGS = (  # what loaders depend on
@@ -39,22 +42,13 @@ DATA_FLAGS = (  # what loaders depend on
     "val_share",
     "seed",
 )
-AFTER_FINETUNING = {  # flags that finetuning does not depend on: networks that differ in these alone share it
-    "timesteps",
-    "reset_mode",
-    "initial_potential",
-    "listen",
-    "threshold",
-    "quantile",
-    "correction",
-    "hold_back",
-    "calibration_epochs",
-    "finetune_snn",
-    "finetune_snn_lr",
-    "finetune_snn_gradient",
-    "engine",
-    "memory_budget",
-}
+
+
+def after_finetuning():
+    """Options that finetuning does not depend on: conversions that differ in these alone share it."""
+    names = {each.name for cls in (SpikeFinetuneOptions, SimulatorOptions) for each in fields(cls)}
+    of_conversion = {each.name for each in fields(ConversionOptions) if each.metadata["group"] == "conversion"}
+    return names | (of_conversion - {"calibration_samples"})  # these set the first levels of activations
 
 
 def parse_args(argv=None):
@@ -129,7 +123,7 @@ def conversion_args(network, bits, flags, timesteps, seed, dataset):
     given = [word.replace("T", str(timesteps)) if word == "T" else word for word in flags.split()]
     given += ["--timesteps", str(timesteps), "--seed", str(seed), "--dataset", dataset, "--ann_weight", file]
     widths = bits if isinstance(bits, (int, str)) else ",".join(map(str, bits))
-    found = parser.parse_args([*given, "--weight_bitwidth", str(widths)])
+    found = parse_conversion(parser, [*given, "--weight_bitwidth", str(widths)], speaks=False)
     found.net_name = name
     return found
 
@@ -142,39 +136,20 @@ def measure(args, flags, loaders, finetuned):
     import torch
 
     from build_network import input_size
-    from dag_rewrites import equalize_channels
-    from datasets import DETECTION_DATASETS, get_dataset
     from finetuning.on_spikes import finetune_on_spikes
-    from pipeline import check_command_line, choose_measure, convert, load_network, with_levels
-    from quantization import quantize_finetune
-    from runtime.device import choose_device, seed_everything
+    from pipeline import check_command_line, choose_measure, convert_by_options
+    from runtime.device import choose_device
 
     check_command_line(flags)
-    if flags.dataset in DETECTION_DATASETS:
-        raise ValueError(f"--dataset {flags.dataset} is for detectors, this table compares classifiers")
     device = choose_device(flags.device)
     flags.image_size = input_size(flags.net_name)
-    images_key = str([getattr(flags, name) for name in DATA_FLAGS])
-    if images_key not in loaders:
-        seed_everything(flags.seed)
-        found = get_dataset(flags)
-        loaders[images_key] = found, random_state(found[2])
-    (test_loader, _, train_loader, train_val_loader), state = loaders[images_key]
-    set_random_state(train_loader, state)
-    key = str(sorted((name, str(value)) for name, value in vars(flags).items() if name not in AFTER_FINETUNING))
-    net, flags = load_network(flags, train_loader.dataset)
-    net, start = net.to(device), time.perf_counter()
+    test_loader, train_loader, train_val_loader = load_images(flags, loaders)
     criterion, evaluate = choose_measure(flags)
-    if flags.equalize:
-        net = equalize_channels(net)
-    if key not in finetuned:
-        leveled = with_levels(net, train_val_loader, device, flags)
-        qnet = quantize_finetune(leveled, train_loader, criterion, device, flags)
-        finetuned[key] = qnet, time.perf_counter() - start, random_state(train_loader)
-    qnet, finetuning_seconds, state = finetuned[key]
-    set_random_state(train_loader, state)  # what comes after is as if this conversion had been the only one
+    flags, net, qnet, finetuning_seconds = finetune(
+        flags, (train_loader, train_val_loader), criterion, device, finetuned
+    )
     start = time.perf_counter()
-    snn = convert(qnet, train_val_loader, device, flags)
+    snn = convert_by_options(qnet, train_val_loader, device, flags)
     snn = finetune_on_spikes(snn, qnet, net, train_loader, train_val_loader, criterion, device, flags)
     seconds = finetuning_seconds + time.perf_counter() - start
     images, targets = evenly_spaced(test_loader, args.test_images)
@@ -193,6 +168,38 @@ def measure(args, flags, loaders, finetuned):
         **price(snn, images[:: max(1, len(images) // OBSERVED)].to(device), torch),
         "conversion_seconds": seconds,
     }
+
+
+def load_images(flags, loaders):
+    """The loaders of test, training and calibration images, the random states as if they had just been made."""
+    from datasets import DETECTION_DATASETS, get_dataset
+    from runtime.device import seed_everything
+
+    if flags.dataset in DETECTION_DATASETS:
+        raise ValueError(f"--dataset {flags.dataset} is for detectors, this table compares classifiers")
+    key = str([getattr(flags, name) for name in DATA_FLAGS])
+    if key not in loaders:
+        seed_everything(flags.seed)
+        found = get_dataset(flags)
+        loaders[key] = found, random_state(found[2])
+    (test_loader, _, train_loader, train_val_loader), state = loaders[key]
+    set_random_state(train_loader, state)
+    return test_loader, train_loader, train_val_loader
+
+
+def finetune(flags, loaders, criterion, device, finetuned):
+    """`flags, net, qnet, seconds`, the flags with the weight bits in numbers. finetuned: of earlier conversions."""
+    from pipeline import Networks, load_network, quantize
+
+    key = str(sorted((name, str(value)) for name, value in vars(flags).items() if name not in after_finetuning()))
+    net, flags = load_network(flags, loaders[0].dataset)
+    made, start = Networks(net.to(device)), time.perf_counter()
+    if key not in finetuned:
+        quantize(flags, made, loaders, criterion, device)
+        finetuned[key] = made, time.perf_counter() - start, random_state(loaders[0])
+    made, seconds, state = finetuned[key]
+    set_random_state(loaders[0], state)  # what comes after is as if this conversion had been the only one
+    return flags, made.ann, made.qnet, seconds
 
 
 def random_state(loader):

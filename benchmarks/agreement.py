@@ -14,8 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runtime.cli import OneLineParser, add_data_flags, add_run_flags, run_script
-from runtime.flags import whole_number
+from options import DataOptions, RunOptions
+from runtime.cli import OneLineParser, run_script
+from runtime.flags import add_options, whole_number
 
 
 def parse_args(argv=None):
@@ -31,8 +32,9 @@ def parse_args(argv=None):
         default="potential",
         help="as in ann2snn.py; none is far faster (%(default)s)",
     )
-    add_data_flags(parser, dataset=None)
-    add_run_flags(parser)
+    add_options(parser, DataOptions, dataset=None)
+    add_options(parser, RunOptions)
+    parser.main_actions.clear()  # --help shows all of them
     return parser.parse_args(argv)
 
 

@@ -1,14 +1,14 @@
-"""Random networks, files and command lines against what the toolkit promises; a case that breaks a promise is printed.
+"""Test the toolkit's promises on random networks, files and command lines; broken cases are printed.
 
     python3 benchmarks/fuzz.py --cases 300 --seed 0
 
-networks: a random network and random options are refused in words, or the graph computes what the network does, the
-fast simulator and the reference send the same spikes, and a saved network, another batch size and another memory budget
-change nothing; with float weights, 512 steps and listening, outputs are within 1 % of the ANN's.
-files: a saved network with flipped bits, cut off, or with an edited field is refused, or is the same network still.
+networks: a random network with random options is refused with a message, or keeps these promises. The graph computes
+the network's outputs. The fast simulator and the reference send the same spikes. Saving, batch size and memory budget
+change nothing. With float weights, 512 steps (or 8192) and listening, outputs are within 1 % of the ANN's.
+files: a saved network with flipped bits, without its end, or with an edited field is refused, or is still the same.
 lines: a command line ends with status 0, or with status 2 and one line.
 
-Every case has a number: `--only networks:17` runs that one again, with its traceback.
+Every case has a number: `--only networks:17` runs one case again, with its traceback.
 """
 
 import argparse
@@ -33,7 +33,7 @@ REFUSALS = (ValueError, NotImplementedError, OSError)
 
 
 class Broken(AssertionError):
-    """A promise that was not kept."""
+    """A promise was not kept."""
 
 
 def promise(kept, words):
@@ -90,7 +90,7 @@ class RandomNet:
         return net.eval(), shape
 
     def randomise(self, module):
-        """BatchNorm statistics and scales as after a training, a dead channel now and then."""
+        """Give a BatchNorm statistics and scales as after a training, and sometimes a dead or negative channel."""
         if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm1d)):
             module.running_mean.normal_(0, 0.3)
             module.running_var.uniform_(0.3, 2)
@@ -148,7 +148,7 @@ class RandomNet:
         return kind(kernel, stride)
 
     def normed(self):
-        """BatchNorm, ReLU, convolution, ReLU, as networks that normalise first."""
+        """BatchNorm, ReLU, convolution, ReLU, as in pre-activation networks."""
         return nn.Sequential(nn.BatchNorm2d(self.channels), nn.ReLU(), self.conv(keeps_size=True))
 
     def upwards(self):
@@ -178,7 +178,7 @@ class RandomNet:
 
 
 def random_options(rng):
-    """Options of quantization and conversion: `weight_granularity, options of trans_ann2snn_weight`."""
+    """`per_channel, options`: scales per channel, and random options of `trans_ann2snn_weight`."""
     T = rng.choice([1, 2, 4, 7, 16, 33])
     per_channel = rng.random() < 0.5
     return per_channel, {
@@ -213,7 +213,8 @@ def network_case(seed):
     with torch.no_grad():
         expected = net(images)
         graph, wanted = copy.deepcopy(dag).double()(images.double()), copy.deepcopy(net).double()(images.double())
-        is_sound = is_near(expected, wanted, 1e-5)  # else large sums nearly cancel, and nothing computes them alike
+        # if float32 and float64 differ, large sums nearly cancel, and any other order of adding differs as much
+        is_sound = is_near(expected, wanted, 1e-5)
         promise(not is_sound or is_near(graph, wanted, 1e-4), "the graph computes something else than the network")
     per_channel, options = random_options(rng)
     loader = [(images, torch.arange(9) % 3)]
@@ -235,7 +236,7 @@ def is_near(actual, expected, share):
 
 @torch.no_grad()
 def check_simulation(snn, images):
-    """The same spikes from both simulators, from a file, at another batch size and in another memory budget."""
+    """Both simulators, a saved file, another batch size and another memory budget give the same spikes."""
     from finetuning.on_spikes import decoded_rates
 
     spikes = snn(images)
@@ -243,14 +244,14 @@ def check_simulation(snn, images):
     for neuron in snn.neurons().values():
         promise((neuron.Vthr > 0).all() and neuron.scale_factor.isfinite().all(), "a threshold or lambda out of range")
     is_float = max(layer.weight_bits for layer in snn.weighted_layers().values()) == 32
-    if not is_float:  # sums of floats depend on their order
+    if not is_float:  # with float weights sums depend on their order, and so may spikes
         rates, reference = decoded_rates(snn, (images,)), copy.deepcopy(snn)
         reference.set_engine("reference")
         promise(equal(decoded_rates(reference, (images,)), rates), "the simulators differ")
         alone = [decoded_rates(snn, (x[None],)) for x in images]
         alone = {name: torch.cat([each[name] for each in alone]) for name in rates}
         promise(equal(alone, rates) or is_tie(snn, alone, rates), "the batch size changes a spike")
-        snn.set_engine("auto", memory_budget=2**14)
+        snn.set_engine("auto", memory_budget=2**14)  # 16 KiB: so small that timesteps and images run in parts
         cut = decoded_rates(snn, (images,))
         promise(equal(cut, rates) or is_tie(snn, cut, rates), "the memory budget changes a spike")
         promise(not equal(cut, rates) or is_near(snn(images), spikes, 1e-5), "the memory budget changes the outputs")
@@ -265,10 +266,10 @@ def equal(rates, others):
 
 
 def is_tie(snn, rates, others):
-    """Whether the first difference is one neuron that reads the image.
+    """Whether the first difference is a single neuron that reads the image.
 
-    Its current is a sum of floats, whose last bit may depend on the batch size: about 1 in 5,000 networks has one that
-    meets its threshold to that bit.
+    Its current is a sum of floats, and the last bit may depend on the batch size. In about 1 of 5,000 networks such a
+    neuron reaches its threshold by exactly this bit.
     """
     name = next(name for name, rate in rates.items() if not torch.equal(others[name], rate))
     neuron = snn.ops[name]["op"].neuron
@@ -288,17 +289,17 @@ def through_a_file(snn):
 
 @torch.no_grad()
 def check_float_network(dag, loader, expected, options):
-    """With float weights and 512 steps the ANN's outputs, within 1 %."""
+    """With float weights and 512 or 8192 steps, outputs are within 1 % of the ANN's."""
     from snn_weight_setter import trans_ann2snn_weight
 
     if options["maxpool"] == "or":
-        return  # any spike of a window passes: another function than the maximum
+        return  # "or" lets every spike of a window pass, which is not the maximum
     choices = {name: options[name] for name in ("maxpool", "signed", "avgpool")}
-    for T in (512, 8192):  # where large sums nearly cancel, it takes longer
+    for T in (512, 8192):  # the long run is for networks in which large sums nearly cancel
         snn = trans_ann2snn_weight(dag, loader, "cpu", T, 32, threshold="max", listen=T, **choices)
         if is_near(snn(loader[0][0]), expected, 0.01):
             return
-    raise Broken("the more timesteps of float weights, the nearer to the ANN: 8192 are over 1 % off")
+    raise Broken("with float weights and 8192 timesteps the outputs are more than 1 % off")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,7 +307,7 @@ def check_float_network(dag, loader, expected, options):
 
 
 def file_case(seed):
-    """A saved network, damaged."""
+    """A damaged file of a network is refused, or gives the same spikes."""
     from spike_dag import load_dag
 
     rng = random.Random(seed)
@@ -324,7 +325,7 @@ def file_case(seed):
 
 
 def saved_network(seed):
-    """`snn, images`: a small converted network of random layers, the same for one seed."""
+    """`snn, images`: a small converted network of random layers; the same seed gives the same network."""
     from ann_parser import parse_ann_model
     from snn_weight_setter import trans_ann2snn_weight
 
@@ -337,11 +338,11 @@ def saved_network(seed):
             dag = parse_ann_model(net, (images[:1],))
             return trans_ann2snn_weight(dag, loader, "cpu", 4, 4, maxpool="gate", signed="pair"), images
         except REFUSALS:
-            seed += 1000
+            seed += 1000  # beyond the 8 seeds of `file_case`, so that no two become the same network
 
 
 def flip_bits(rng, snn, path):
-    """Some bits of the file, the other way."""
+    """Flip some bits of the file."""
     torch.save(snn, path)
     with open(path, "r+b") as file:
         data = bytearray(file.read())
@@ -352,7 +353,7 @@ def flip_bits(rng, snn, path):
 
 
 def cut_off(rng, snn, path):
-    """A file without its end."""
+    """Write only the beginning of the file."""
     torch.save(snn, path)
     os.truncate(path, rng.randrange(os.path.getsize(path)))
 
@@ -380,7 +381,7 @@ EDITS = (
 
 
 class Edited:
-    """Pickles as a network of other data."""
+    """Pickles as a network with edited data."""
 
     def __init__(self, data):
         self.data = data
@@ -392,7 +393,7 @@ class Edited:
 
 
 def edit_field(rng, snn, path):
-    """One entry of the saved data, another value."""
+    """Replace one entry of the saved data by another value."""
     data = copy.deepcopy(snn.to_dict())
     places = list(leaves(data))
     holder, key = rng.choice(places)
@@ -405,7 +406,7 @@ def edit_field(rng, snn, path):
 
 
 def leaves(data):
-    """`holder, key` of every entry of nested dicts and lists; tuples are made lists."""
+    """`holder, key` of every entry of nested dicts and lists; tuples of these become lists."""
     for key, value in list(data.items()) if isinstance(data, dict) else list(enumerate(data)):
         if isinstance(value, tuple) and value and isinstance(value[0], (dict, list, tuple)):
             value = data[key] = list(value)
@@ -439,7 +440,7 @@ VALUES = (
 
 
 def line_case(seed):
-    """A command line of ann2snn.py with random flags."""
+    """A command line of ann2snn.py with random flags ends with status 0, or with status 2 and one line."""
     import ann2snn
     from runtime.cli import run_script
 
@@ -462,7 +463,7 @@ def line_case(seed):
 
 
 def flags_of(script):
-    """The arguments that a script's parser knows."""
+    """The arguments of a script's parser."""
     from runtime.cli import OneLineParser
 
     found = []
@@ -481,7 +482,7 @@ def run_in(folder, work):
     os.chdir(folder)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch, about the number of workers
+            warnings.simplefilter("ignore")  # torch warns about the number of workers
             work()
         status = 0
     except SystemExit as stopped:
@@ -494,22 +495,22 @@ def run_in(folder, work):
 # ---------------------------------------------------------------------------------------------------------------------
 
 KINDS = {"networks": network_case, "files": file_case, "lines": line_case}
-SHARES = {"networks": 0.5, "files": 0.4, "lines": 0.1}
+SHARES = {"networks": 0.5, "files": 0.4, "lines": 0.1}  # of all cases
 
 
 def run_case(kind, seed):
-    """ "kept", "refused: ..." or "BROKEN: ..." of one case."""
+    """The verdict on one case: "kept", "refused: ..." or "BROKEN: ..."."""
     try:
         KINDS[kind](seed)
     except REFUSALS as refusal:
         return f"refused: {refusal}"
-    except Exception as error:  # what no caller expects is a broken promise too
+    except Exception as error:  # an unexpected kind of error is a broken promise too
         return f"BROKEN: {type(error).__name__}: {str(error)[:300]}"
     return "kept"
 
 
 def run_cases(seed, count):
-    """kind -> the verdicts of its share of `count` cases."""
+    """Kind -> seed -> verdict; `count` cases are divided by `SHARES`, and seeds start at `seed`."""
     verdicts = {}
     for kind, share in SHARES.items():
         seeds = range(seed, seed + round(share * count))

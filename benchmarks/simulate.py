@@ -1,11 +1,11 @@
-"""Seconds of a spiking network of T timesteps, against T passes of its ANN, and against SpikingJelly's conversion.
+"""Time a spiking network with T timesteps against T passes of its ANN and against SpikingJelly's conversion.
 
     python3 benchmarks/simulate.py --networks resnet20 vgg9_bn --timesteps 16 32 --save_file simulate.json
 
-All contenders take turns, so that a machine whose speed drifts is the same for all; a ratio is the median over the
-rounds of the ratios within a round. SpikingJelly (single-step and multi-step, each with its IFNode) takes part where it
-is installed. `--special` adds thresholds per channel, `--listen T` and folded poolings, whose fast path differs;
-`--memory` adds the peak memory of a process that only simulates.
+All contenders take turns, so that changes in the machine's speed affect all of them. A ratio is computed within each
+round; the table shows the median over the rounds. SpikingJelly (single-step and multi-step, each with its IFNode) takes
+part if it is installed. `--special` adds thresholds per channel, `--listen T` and folded poolings, whose fast path
+differs; `--memory` adds the peak memory of a process that only simulates.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from runtime.cli import OneLineParser, run_script
 from runtime.flags import whole_number
 
 ANN = "ANN"
+SAME_OUTPUTS = 1e-4  # share of an output: the engines may add the floats of the last layer in another order
 
 
 def parse_args(argv=None):
@@ -73,7 +74,7 @@ def main(args):
     results = {"machine": describe_machine(device), "rows": []}
     cases = [(net, T, B) for net in args.networks for T in args.timesteps for B in args.batch]
     for net, timesteps, batch in cases:
-        rows = measure(net, timesteps, batch, device, args.rounds, args.reference, args.special)
+        rows = time_contenders(net, timesteps, batch, device, args.rounds, args.reference, args.special)
         if args.memory:
             add_memory(rows, net, timesteps, batch, device)
         results["rows"] += rows
@@ -85,7 +86,7 @@ def main(args):
         write_json(args.save_file, results)
 
 
-def measure(net_name, timesteps, batch, device, rounds, with_reference, with_special=False):
+def time_contenders(net_name, timesteps, batch, device, rounds, with_reference, with_special=False):
     """One row for each contender on one network."""
     import torch
 
@@ -94,7 +95,7 @@ def measure(net_name, timesteps, batch, device, rounds, with_reference, with_spe
         contenders |= special_contenders(net_name, timesteps, batch, device)
     seconds = {name: [] for name in contenders}
     with torch.no_grad():
-        for run in contenders.values():  # once untimed: kernels are compiled and chosen
+        for run in contenders.values():  # a first run, not counted, compiles and chooses kernels
             timed(run, device)
         for _ in range(rounds):
             for name, run in contenders.items():
@@ -114,7 +115,7 @@ def timed(run, device):
 
 
 def summarise(name, net_name, timesteps, batch, seconds):
-    """The row of one contender; ratios are medians over the rounds."""
+    """The table row of one contender; ratios are medians over the rounds."""
 
     def ratio(other, factor=1):
         return statistics.median(theirs / (mine * factor) for theirs, mine in zip(seconds[other], seconds[name]))
@@ -135,9 +136,7 @@ def summarise(name, net_name, timesteps, batch, seconds):
 
 
 def build_contenders(net_name, timesteps, batch, device, with_reference):
-    """Name -> a function that computes one batch."""
-    import torch
-
+    """Name -> a function that runs one batch. Raises ValueError where the two engines differ."""
     net, images, snn = build(net_name, timesteps, batch, device)
     contenders = {ANN: lambda: net(images)}
     if device.type == "cuda":
@@ -148,27 +147,31 @@ def build_contenders(net_name, timesteps, batch, device, with_reference):
         reference = build(net_name, timesteps, batch, device)[2]
         reference.set_engine("reference")
         contenders["its reference engine"] = lambda: reference(images)
-        if not torch.allclose(snn(images), reference(images), rtol=1e-4, atol=1e-4):
-            raise ValueError(f"{net_name}: the engines differ, its figures mean nothing")
+        check_same_outputs(snn, reference, images, net_name)
     return contenders | spikingjelly_contenders(net_name, timesteps, images)
 
 
-def special_contenders(net_name, timesteps, batch, device):
-    """The same in the modes in which layers or neurons do something else."""
+def check_same_outputs(snn, reference, images, name):
+    """Raise ValueError unless both engines give the same outputs, to within `SAME_OUTPUTS`."""
     import torch
 
+    if not torch.allclose(snn(images), reference(images), rtol=SAME_OUTPUTS, atol=SAME_OUTPUTS):
+        raise ValueError(f"{name}: the engines differ, its figures mean nothing")
+
+
+def special_contenders(net_name, timesteps, batch, device):
+    """Name -> a function that runs one batch, for the networks of `special_networks`."""
     images, contenders = build(net_name, timesteps, batch, device)[1], {}
     for mode, snn in special_networks(net_name, timesteps, batch, device).items():
         reference = copy.deepcopy(snn)
         reference.set_engine("reference")
-        if not torch.allclose(snn(images), reference(images), rtol=1e-4, atol=1e-4):
-            raise ValueError(f"{net_name}, {mode}: the engines differ, its figures mean nothing")
+        check_same_outputs(snn, reference, images, f"{net_name}, {mode}")
         contenders[f"this toolkit, {mode}"] = lambda snn=snn: snn(images)
     return contenders
 
 
 def special_networks(net_name, timesteps, batch, device):
-    """Mode -> the spiking network, of the modes that change this one."""
+    """Mode -> spiking network, for each mode that changes the computation of this network."""
     modes = {
         "--granularity channel": {"granularity": "channel"},
         "--listen T": {"listen": timesteps},
@@ -181,7 +184,7 @@ def special_networks(net_name, timesteps, batch, device):
 
 
 def build(net_name, timesteps, batch, device, **options):
-    """A network with random weights in eval mode, random images of its size, and its spiking network at 8 bits.
+    """`net, images, snn`: a network with random weights, random images [batch, 3, S, S], and the 8-bit spiking network.
 
     options: of `trans_ann2snn_weight`.
     """
@@ -202,7 +205,7 @@ def build(net_name, timesteps, batch, device, **options):
 
 
 def spikingjelly_contenders(net_name, timesteps, images):
-    """SpikingJelly's rate-coding conversion of the same network, step by step and all steps at a time."""
+    """SpikingJelly's rate-coding conversion of the same network, single-step and multi-step; empty if not installed."""
     import torch
 
     try:
@@ -236,7 +239,7 @@ def spikingjelly_contenders(net_name, timesteps, images):
 
 
 def compiled_spikingjelly(snn, steps, functional):
-    """Its multi-step neurons on each GPU backend that they have here."""
+    """SpikingJelly's multi-step neurons on each GPU backend that runs on this machine."""
     contenders = {}
     for backend in ("cupy", "triton"):
         try:
@@ -257,7 +260,7 @@ def compiled_spikingjelly(snn, steps, functional):
 
 
 def time_conversions(networks, device, rounds):
-    """Rows: seconds of one ANN pass over 1,000 images, and conversions on them in such passes, medians."""
+    """Table rows: seconds of an ANN pass over 1,000 images, and conversions on them in units of this pass, medians."""
     import torch
 
     from ann_parser import parse_ann_model
@@ -284,7 +287,7 @@ def time_conversions(networks, device, rounds):
 
 
 def add_memory(rows, net_name, timesteps, batch, device):
-    """Peak memory in MB of a process of its own, in the row of this toolkit."""
+    """Add the peak memory in MB of a separate process to the row of this toolkit."""
     command = [sys.executable, __file__, "--peak_memory", "--networks", net_name, "--device", str(device)]
     command += ["--timesteps", str(timesteps), "--batch", str(batch)]
     megabytes = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -307,7 +310,7 @@ def simulate_once(net_name, timesteps, batch, device):
 
 
 def describe_machine(device):
-    """What the figures belong to."""
+    """Processor, thread count and versions of this machine, as a dict."""
     import torch
 
     machine = {"CPU": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -320,7 +323,7 @@ def describe_machine(device):
 
 
 def cpu_name():
-    """The processor's name, as far as the system tells."""
+    """The processor's name, as /proc/cpuinfo or Python gives it."""
     if os.path.exists("/proc/cpuinfo"):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,8 +1,8 @@
-"""Boxes: from a detector's maps, its loss, and mean average precision, for ANN and SNN alike.
+"""Boxes from a detector's maps, the detection loss and mean average precision, for ANN and SNN alike.
 
-A detector returns a map for each of its scales, [B, 4 + classes, S / stride, S / stride]: of every cell the distances
-from its centre to the box's left, top, right and bottom side, and a score for each class (Tian et al., FCOS, ICCV
-2019). Boxes are (left, top, right, bottom) in pixels of the square image of side S.
+A detector returns one map per scale, [B, 4 + classes, S / stride, S / stride]. Each cell holds the distances from its
+centre to the left, top, right and bottom side of a box, and a score for each class (Tian et al., FCOS, ICCV 2019).
+Boxes are (left, top, right, bottom) in pixels of the square image of side S.
 """
 
 import contextlib
@@ -12,18 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import batched_nms, generalized_box_iou_loss, sigmoid_focal_loss
-from tqdm import tqdm
 
-from spike_tensor import firing_ratios, record_firing_ratios
-from validate import mean_of, measured_on
+from validate import validate
 
-LARGEST_IN_STRIDES = 5  # boxes with a longer side belong to the next coarser scale
-CENTRE_IN_STRIDES = 1.5  # cells this near to a box's centre, and inside of it, are to find it
-LEAST_SCORE, NMS_OVERLAP, MOST_CANDIDATES, MOST_BOXES = 0.01, 0.6, 300, 100
+# A box with a longer side belongs to the next coarser scale. FCOS uses 8 for its five scales; with yolo_tiny's two, at
+# 96 pixels, 8 would leave the coarse one only boxes above 64 pixels.
+LARGEST_IN_STRIDES = 5
+CENTRE_IN_STRIDES = 1.5  # cells this near to a box's centre learn to find it: FCOS's radius of centre sampling
+LEAST_SCORE = 0.01  # what an untrained head gives every cell (build_network.YoloTiny): less says nothing
+NMS_OVERLAP = 0.6  # IoU above which the lower-scored of two boxes of one class is dropped, as in FCOS
+MOST_BOXES = 100  # per image: COCO's average precision counts no more
+MOST_CANDIDATES = 3 * MOST_BOXES  # per image, before the suppression, which drops most neighbours of a good box
 
 
 def cells(maps, image_size):
-    """Of every cell of all maps, the centre [P, 2] (x, y) and the stride [P], in pixels."""
+    """The centre [P, 2] (x, y) and the stride [P] of every cell of all maps, in pixels."""
     centres, strides = [], []
     for each in maps:
         H, W = each.shape[-2:]
@@ -35,23 +38,23 @@ def cells(maps, image_size):
 
 
 def flatten_maps(maps):
-    """A list of [B, 4 + C, H, W] as `sides [B, P, 4], scores [B, P, C]`, both raw."""
+    """Maps [B, 4 + C, H, W] as `sides [B, P, 4], scores [B, P, C]`, both raw outputs of the network."""
     rows = torch.cat([each.flatten(2) for each in maps], 2).transpose(1, 2)  # [B, P, 4 + C]
     return rows[..., :4], rows[..., 4:]
 
 
 def to_boxes(sides, centres, strides):
-    """Boxes [B, P, 4] of raw sides: softplus keeps the distances positive, two strides are their unit."""
+    """Boxes [B, P, 4] from raw sides: softplus makes them positive distances, in units of two strides."""
     distance = F.softplus(sides) * (2 * strides[:, None])  # [B, P, 4]
     return torch.cat([centres - distance[..., :2], centres + distance[..., 2:]], -1)
 
 
 def assign(targets, centres, strides):
-    """Index of the target that each cell is to find, [B, P], -1 for none. targets: [B, M, 5], class -1 for none.
+    """Index of the target that each cell should find, [B, P], -1 for none. targets: [B, M, 5], class -1 for none.
 
     A box belongs to the finest scale on which its longer side is at most `LARGEST_IN_STRIDES` strides, else to the
-    coarsest one. There the cell that its centre is in, and the cells near it and inside of the box, are to find it; of
-    several boxes a cell finds the smallest.
+    coarsest scale. On this scale, the box is assigned to the cell that contains its centre, and to the nearby cells
+    inside the box. A cell with several boxes gets the smallest.
     """
     boxes = targets[:, None, :, 1:]  # [B, 1, M, 4]
     middle, extent = (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
@@ -66,7 +69,7 @@ def assign(targets, centres, strides):
 
 
 def scale_of(side, strides):
-    """The stride at which a box with this longer side is to be found."""
+    """The stride of the scale to which a box with this longer side belongs."""
     best = torch.full_like(side, strides.max().item())
     for stride in strides.unique().flip(0):
         best = torch.where(side <= LARGEST_IN_STRIDES * stride, stride, best)
@@ -76,7 +79,7 @@ def scale_of(side, strides):
 class DetectionLoss(nn.Module):
     """Focal loss of the scores (Lin et al., ICCV 2017) and GIoU loss of the boxes (Rezatofighi et al., CVPR 2019).
 
-    `loss(maps, targets)`: both summed over the batch and divided by the number of cells that are to find a box.
+    `loss(maps, targets)`: both are summed over the batch and divided by the number of cells with an assigned box.
     """
 
     def __init__(self, image_size):
@@ -111,14 +114,14 @@ def check_detects(net, net_name, images):
 
 @torch.no_grad()
 def find_boxes(maps, image_size):
-    """For each image `boxes [N, 4], scores [N], labels [N]`, without those that overlap better ones, best first."""
+    """`boxes [N, 4], scores [N], labels [N]` of each image, best first, after non-maximum suppression."""
     sides, scores = flatten_maps(maps)
     boxes = to_boxes(sides, *cells(maps, image_size))
     return [best_boxes(*image) for image in zip(boxes, scores.sigmoid())]
 
 
 def best_boxes(boxes, scores):
-    """`boxes [N, 4], scores [N], labels [N]` of one image's cells, [P, 4] and [P, C]."""
+    """`boxes [N, 4], scores [N], labels [N]` from one image's cells, boxes [P, 4] and scores [P, C]."""
     cell, label = (scores > LEAST_SCORE).nonzero(as_tuple=True)
     score = scores[cell, label]
     best = score.argsort(descending=True)[:MOST_CANDIDATES]
@@ -127,41 +130,41 @@ def best_boxes(boxes, scores):
     return boxes[kept], score[kept], label[kept]
 
 
-@torch.no_grad()
 def evaluate_detector(net, loader, device, criterion, timesteps=None, every_step=False):
-    """Measure a detector on all images of `loader`, which must not shuffle; a spiking one where `timesteps` is given.
+    """Mean average precision of a detector on all images of `loader`, which must not shuffle.
 
-    Returns a dict: map (mean average precision over the overlaps 0.50 to 0.95, COCO's first number) and map50 (at
-    0.50), from 0 to 1, loss, samples; for a spiking network also firing_rate, spikes per neuron and step by layer.
-    The precision is that after all timesteps, also with `every_step`. Raises ValueError where the loader is empty.
+    `timesteps` is given for a spiking detector. `every_step` changes nothing: precision is measured after the last
+    timestep. Returns a dict: map (mean average precision over the overlaps 0.50 to 0.95, COCO's first number) and map50
+    (at 0.50), from 0 to 1, loss, samples; for a spiking network also firing_rate, spikes per neuron and step by layer.
+    Raises ValueError where the loader is empty or the loss is not a number.
     """
-    detections, totals, samples = [], {}, 0
-    with measured_on(net, device):
-        for images, targets in tqdm(loader, "validate", leave=False, delay=1):
-            maps, means = run_detector(net, images.to(device), timesteps)
-            means["loss"] = criterion(maps, targets.to(device)).item()
-            for key, mean in means.items():
-                totals[key] = totals.get(key, 0) + torch.as_tensor(mean, dtype=torch.float64) * len(images)
-            detections += describe(loader.dataset, samples, find_boxes(maps, images.shape[-1]))
-            samples += len(images)
-    means = mean_of(totals, samples)
-    result = {"samples": samples, **mean_average_precision(loader.dataset, detections), **means}
-    if timesteps is not None:
-        result["firing_rate"] = dict(zip(net.spiking_layers(), result["firing_rate"], strict=True))
-    return result
+    return validate(net, loader, device, MeanAveragePrecision(loader.dataset, criterion), timesteps)
 
 
-def run_detector(net, images, timesteps):
-    """The maps, and of a spiking network the firing rates."""
-    if timesteps is None:
-        return net(images), {}
-    with record_firing_ratios():
-        maps = net(images, timesteps=timesteps)
-        return maps, {"firing_rate": list(firing_ratios)}
+class MeanAveragePrecision:
+    """The metric of detectors (see `validate.validate`): COCO's mean average precision.
+
+    Batches must come in the order of `dataset`, a CocoImages.
+    """
+
+    every_step = False
+
+    def __init__(self, dataset, criterion):
+        self.dataset, self.criterion, self.results, self.samples = dataset, criterion, [], 0
+
+    def measure_batch(self, inputs, outputs, targets):
+        maps = tuple(x[-1] for x in outputs)
+        found = find_boxes(maps, inputs[0].shape[-1])
+        self.results += describe(self.dataset, self.samples, found)
+        self.samples += len(inputs[0])
+        return {"loss": self.criterion(maps, targets).item()}
+
+    def summary(self):
+        return mean_average_precision(self.dataset, self.results)
 
 
 def describe(dataset, start, found):
-    """What was found in the images from `start` on, as COCO's results: boxes in pixels of the original images."""
+    """Rows in COCO's result format for the images from position `start` on, boxes in pixels of the original images."""
     rows = []
     for position, (boxes, scores, labels) in enumerate(found, start):
         index = dataset.indices[position]
@@ -173,15 +176,15 @@ def describe(dataset, start, found):
     return rows
 
 
-def mean_average_precision(dataset, detections):
-    """`map` and `map50` of results in COCO's form, by pycocotools; 0 where nothing was found."""
+def mean_average_precision(dataset, results):
+    """`map` and `map50` of rows in COCO's result format, computed by pycocotools; 0 where nothing was found."""
     from pycocotools.cocoeval import COCOeval
 
-    if not detections:
+    if not results:
         return {"map": 0.0, "map50": 0.0}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports on stdout
         truth = dataset.split.coco
-        judge = COCOeval(truth, truth.loadRes(detections), "bbox")
+        judge = COCOeval(truth, truth.loadRes(results), "bbox")
         judge.params.imgIds = [dataset.split.ids[index] for index in dataset.indices]
         judge.evaluate()
         judge.accumulate()

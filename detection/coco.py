@@ -1,7 +1,7 @@
 """Data sets in the COCO format: images, boxes and categories for detection.
 
 `coco_loaders(root, args)` returns `test_loader, val_loader, train_loader, train_val_loader`, as `datasets.get_dataset`
-does, of files laid out as downloaded:
+does, from files in COCO's own layout:
 
     root/annotations/instances_train2017.json, instances_val2017.json
     root/train2017/*.jpg, root/val2017/*.jpg         (the validation images are the test set)
@@ -19,21 +19,25 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from runtime.batches import check_some_train, four_loaders
 from runtime.files import check_regular
 from runtime.packages import check_packages
 
 SPLITS = {"train": "train2017", "test": "val2017"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's detectors use them
-GREY = 114  # of the bars beside a letterboxed image, about the mean of natural images
-LARGEST_SET_IN_MEMORY = 2**30  # bytes of uint8 pixels; larger sets are decoded batch by batch
+GREY = 114  # of the bars beside a letterboxed image: ImageNet's mean, 0.449 of 255
+# Bytes of uint8 pixels of one split; a larger one is decoded batch by batch. 1 GiB holds 38,000 images of 96x96 pixels,
+# so a part of COCO's 118,287 training images, but not all.
+LARGEST_SPLIT_IN_MEMORY = 2**30
 NO_OBJECT = -1
+LARGEST_NUMBER = 1e18  # of a box or an area: its square is a finite float32 (up to 3.4e38)
 
 
 @dataclass(frozen=True)
 class Letterbox:
-    """How an image of `width` x `height` pixels is fitted into a square of `size`: scaled, then centred."""
+    """Fits an image of `width` x `height` pixels into a square with side `size`: scaled, then centred."""
 
     width: int
     height: int
@@ -52,18 +56,18 @@ class Letterbox:
         return (self.size - width) // 2, (self.size - height) // 2
 
     def scale_and_shift(self):
-        """[4] each: boxes in the square are `boxes * scale + shift`."""
+        """`scale, shift`, [4] each: boxes in the square are `boxes * scale + shift`."""
         (width, height), (left, top) = self.inner, self.offset
         scale = torch.tensor([width / self.width, height / self.height] * 2)
         return scale, torch.tensor([left, top] * 2, dtype=torch.float32)
 
     def to_square(self, boxes):
-        """Boxes [N, 4] (left, top, right, bottom) of the image, in pixels of the square."""
+        """Boxes [N, 4] (left, top, right, bottom) in pixels of the image, converted to pixels of the square."""
         scale, shift = self.scale_and_shift()
         return boxes * scale + shift
 
     def to_image(self, boxes):
-        """The inverse, cut off at the image's edges."""
+        """The inverse, with boxes clipped to the image."""
         scale, shift = self.scale_and_shift()
         edges = torch.tensor([self.width, self.height] * 2, dtype=torch.float32)
         return ((boxes - shift) / scale).clamp_min(0).minimum(edges)
@@ -78,9 +82,10 @@ class Letterbox:
 
 
 class CocoSplit:
-    """The images of one split: `coco` (pycocotools), `ids` in order, `categories` (COCO's ids, sorted) and `classes`.
+    """The images of one split.
 
-    COCO numbers its 80 categories from 1 to 90; class k of the network is the category `categories[k]`.
+    coco: the annotations, of pycocotools. ids: of the images, sorted. categories: COCO's category ids, sorted; class k
+    of the network is `categories[k]`, since COCO numbers its 80 categories from 1 to 90. classes: their names.
     """
 
     def __init__(self, root, split, image_size):
@@ -100,27 +105,27 @@ class CocoSplit:
         return len(self.ids)
 
     def letterbox(self, index):
-        """How image `index` is fitted into the square."""
+        """The letterbox of image `index`."""
         image = self.coco.imgs[self.ids[index]]
         return Letterbox(image["width"], image["height"], self.image_size)
 
     def read_targets(self, image_id):
-        """float32 [N, 5]: class, left, top, right, bottom in the image's pixels; crowds and empty boxes left out."""
+        """float32 [N, 5]: class, left, top, right, bottom in pixels of the image, without crowds and empty boxes."""
         entries = self.coco.loadAnns(self.coco.getAnnIds(image_id, iscrowd=False))
         rows = [[self.categories.index(entry["category_id"]), *entry["bbox"]] for entry in entries]
         targets = torch.tensor(rows, dtype=torch.float32).view(-1, 5)
         targets = targets[(targets[:, 3:] > 0).all(1)]
-        targets[:, 3:] += targets[:, 1:3]  # COCO's boxes are left, top, width, height
+        targets[:, 3:] += targets[:, 1:3]  # COCO gives left, top, width, height
         return targets
 
     def decode_all(self):
-        """Keep the pixels of all images in memory where there is room."""
-        if len(self) * 3 * self.image_size**2 <= LARGEST_SET_IN_MEMORY:
+        """Keep the pixels of all images in memory, within `LARGEST_SPLIT_IN_MEMORY`."""
+        if len(self) * 3 * self.image_size**2 <= LARGEST_SPLIT_IN_MEMORY:
             with ThreadPoolExecutor() as pool:
-                self.pixels = torch.stack(list(pool.map(self.decode, range(len(self)))))
+                self.pixels = torch.stack(list(pool.map(self.read_pixels, range(len(self)))))
         return self
 
-    def decode(self, index):
+    def read_pixels(self, index):
         """uint8 [3, S, S] of one image."""
         from PIL import Image
 
@@ -129,14 +134,14 @@ class CocoSplit:
             check_regular(file)
             with Image.open(file) as image:
                 return self.letterbox(index).draw(image)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all of them Pillow's
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of these
             raise OSError(
                 f"cannot read the image {file} ({type(error).__name__}), it is missing or damaged, copy it again"
             ) from error
 
 
 def open_split(folder, file):
-    """The annotations of a split as a pycocotools COCO. Raises OSError or ValueError for missing or damaged files."""
+    """The annotations of a split, a COCO of pycocotools. Raises OSError or ValueError for missing or damaged files."""
     check_packages("--dataset COCO", "pycocotools")
     from pycocotools.coco import COCO
 
@@ -152,7 +157,7 @@ def open_split(folder, file):
             coco.dataset = checked_entries(json.load(text))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"the annotations {file} are damaged, or no COCO file ({type(error).__name__}: {error}), copy them again"
+            f"the annotations {file} are damaged, or not a COCO file ({type(error).__name__}: {error}), copy them again"
         ) from error
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports on stdout
         coco.createIndex()
@@ -160,10 +165,10 @@ def open_split(folder, file):
 
 
 def checked_entries(data):
-    """The images, categories and annotations of a file, the latter numbered 1, 2, ...
+    """The images, categories and annotations of a file, after checks; annotations get the ids 1, 2, ...
 
-    pycocotools takes annotations of one id for one, and the id 0 for none. Raises ValueError or LookupError, with the
-    entry, where one lacks what is read of it.
+    New ids are needed because pycocotools merges annotations with the same id and ignores the id 0. Raises ValueError
+    or LookupError that names an entry without a needed field.
     """
     images = {entry["id"] for entry in each_checked(data["images"], "image", check_image)}
     categories = {entry["id"] for entry in each_checked(data["categories"], "category", check_category)}
@@ -179,7 +184,7 @@ def checked_entries(data):
 
 
 def each_checked(entries, kind, check):
-    """The entries, each after its check; an error names the entry by its place in the file."""
+    """The entries, each after its check; an error gives the entry's position in the file."""
     for number, entry in enumerate(entries, 1):
         try:
             check(entry)
@@ -200,7 +205,7 @@ def check_category(entry):
     """Raise an error unless a category has an id and a name."""
     check_id(entry["id"], "category")
     if not isinstance(entry["name"], str):
-        raise ValueError(f"the name of category {entry['id']} is {entry['name']!r}, no text")
+        raise ValueError(f"the name of category {entry['id']} is {entry['name']!r}, not text")
 
 
 def check_annotation(entry, images, categories):
@@ -212,23 +217,23 @@ def check_annotation(entry, images, categories):
     if not {"iscrowd", "area"} <= set(entry):
         raise ValueError(f"annotation {entry['id']} has no iscrowd or no area")
     if entry["iscrowd"] not in (0, 1) or not is_number(entry["area"]):
-        raise ValueError(f"annotation {entry['id']} has an iscrowd that is not 0 or 1, or an area that is no number")
+        raise ValueError(f"annotation {entry['id']} has an iscrowd that is not 0 or 1, or an area that is not a number")
 
 
 def check_id(value, kind):
     """Raise ValueError unless an id of an image or a category is a whole number."""
     if not is_id(value):
-        raise ValueError(f"the {kind} id {value!r} is no whole number")
+        raise ValueError(f"the {kind} id {value!r} is not a whole number")
 
 
 def is_id(value):
-    """Whether a value is a whole number; true and false are none, though Python counts with them."""
+    """Whether a value is a whole number, without true and false, which Python counts as 1 and 0."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63  # as NumPy's int64
 
 
 def is_number(value):
-    """Whether a value is a finite number, of a size that pixels and areas have: float32 holds its square."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e18
+    """Whether a value is a finite number that can be a length or area in pixels."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST_NUMBER
 
 
 def is_size(value):
@@ -237,10 +242,10 @@ def is_size(value):
 
 
 class CocoImages(Dataset):
-    """Normalised images of a split at `indices`, and their boxes; a whole batch is fetched at once.
+    """Normalised images of a split at `indices`, and their boxes; it fetches a whole batch at once.
 
-    `dataset[i]` is `(image [3, S, S], targets [M, 5])`. augment: half of the images are mirrored, and all are shifted
-    by up to an eighth of their side.
+    `dataset[i]` is `(image [3, S, S], targets [M, 5])`. augment: mirror half of the images, and shift all of them by up
+    to an eighth of their side.
     """
 
     def __init__(self, split, indices, augment=False):
@@ -258,7 +263,7 @@ class CocoImages(Dataset):
     def __getitems__(self, indices):
         chosen = [self.indices[i] for i in indices]
         split = self.split
-        pixels = [split.decode(i) if split.pixels is None else split.pixels[i] for i in chosen]
+        pixels = [split.read_pixels(i) if split.pixels is None else split.pixels[i] for i in chosen]
         targets = [in_square(split.letterbox(i), split.targets[i]) for i in chosen]
         if self.augment:
             pixels, targets = zip(*map(mirror_and_shift, pixels, targets))
@@ -271,7 +276,7 @@ def in_square(letterbox, targets):
 
 
 def pad_targets(targets):
-    """A list of [N_i, 5] as one [B, M, 5], at least one row each, with class -1 where there is no object."""
+    """A list of targets [N_i, 5] as one [B, M, 5] with M >= 1; rows without an object have class -1."""
     most = max(1, *map(len, targets))
     padded = torch.full((len(targets), most, 5), float(NO_OBJECT))
     for row, boxes in zip(padded, targets):
@@ -280,7 +285,7 @@ def pad_targets(targets):
 
 
 def mirror_and_shift(pixels, targets):
-    """uint8 [3, S, S] and [N, 5], mirrored in half of all cases, and shifted by a random offset of up to S / 8."""
+    """An image uint8 [3, S, S] and its targets [N, 5], mirrored with probability 1/2 and shifted by up to S / 8."""
     size = pixels.shape[-1]
     if torch.rand(()) < 0.5:
         pixels, targets = pixels.flip(-1), targets.clone()
@@ -289,7 +294,7 @@ def mirror_and_shift(pixels, targets):
 
 
 def shift(pixels, targets, right, down):
-    """An image and its boxes, moved; grey comes in, and boxes that leave for more than half go."""
+    """An image and its boxes, moved; grey fills up, and a box with half of its area outside or more is dropped."""
     size = pixels.shape[-1]
     canvas = torch.full_like(pixels, GREY)
     to = [slice(max(n, 0), size + min(n, 0)) for n in (down, right)]
@@ -302,43 +307,32 @@ def shift(pixels, targets, right, down):
 
 
 def area(boxes):
-    """Pixels of boxes [N, 4]: [N]."""
+    """The area [N] of boxes [N, 4], in pixels."""
     return (boxes[:, 2:] - boxes[:, :2]).prod(1)
-
-
-def as_it_is(batch):
-    """`collate_fn` for a data set whose `__getitems__` returns whole batches."""
-    return batch
 
 
 def coco_loaders(root, args):
     """`test_loader, val_loader, train_loader, train_val_loader` of the COCO files below `root`.
 
-    Of `args` it reads, with defaults, image_size 96, batch_size 128, test_batch_size 100, num_workers 0, val_share 0
-    and seed 0. Raises OSError or ValueError where files are missing or damaged, or the splits differ in categories.
+    Optional in `args`, with defaults: image_size 96 (pixels), batch_size 128, test_batch_size 100, num_workers 0,
+    val_share 0, seed 0. Raises OSError or ValueError where files are missing or damaged, or the splits have different
+    categories.
     """
     size = getattr(args, "image_size", 96)
     train, test = (CocoSplit(root, split, size) for split in ("train", "test"))
     if train.categories != test.categories:
         raise ValueError(f"{train.file} and {test.file} list different categories, use files of the same release")
     train, test = train.decode_all(), test.decode_all()
-    seed = getattr(args, "seed", 0)
+    # the split into train and val is the same for every seed
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
     cut = round(getattr(args, "val_share", 0.0) * len(train))
-    if cut == len(train):
-        raise ValueError(f"--val_share {args.val_share} leaves no image to train on, make it smaller")
-    shuffled = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
-
-    def loader(dataset, batch_size, shuffle=False):
-        workers = getattr(args, "num_workers", 0)
-        generator = torch.Generator().manual_seed(seed)  # of its own: a pass over one leaves the others as they are
-        options = {"num_workers": workers, "persistent_workers": workers > 0, "generator": generator}
-        return DataLoader(dataset, batch_size, shuffle=shuffle, collate_fn=as_it_is, **options)
-
-    batch_size, test_batch_size = getattr(args, "batch_size", 128), getattr(args, "test_batch_size", 100)
-    return (
-        loader(CocoImages(test, range(len(test))), test_batch_size),
-        loader(CocoImages(train, sorted(order[:cut])), test_batch_size),
-        loader(CocoImages(train, sorted(order[cut:]), augment=True), batch_size, shuffle=True),
-        loader(CocoImages(train, shuffled), batch_size),
+    check_some_train(len(train) - cut, args)
+    generator = torch.Generator().manual_seed(getattr(args, "seed", 0))
+    shuffled = torch.randperm(len(train), generator=generator).tolist()
+    return four_loaders(
+        CocoImages(test, range(len(test))),
+        CocoImages(train, sorted(order[:cut])),
+        CocoImages(train, sorted(order[cut:]), augment=True),
+        CocoImages(train, shuffled),
+        args,
     )

@@ -8,11 +8,11 @@ from runtime.torch_files import OtherFile, read_torch_file, unusual_kind
 
 
 def load_weights(net, path):
-    """Load the state dict in `path`, plain or under the key "state_dict" as train_ann.py saves it, into `net`.
+    """Load the state dict in `path` into `net`; the file may contain it under "state_dict", as train_ann.py saves it.
 
-    Raises OSError for a file that is missing or cannot be read, and ValueError for one that is damaged or of another
-    kind, that does not fit the network, or that holds NaN or infinite weights, with the name of the first tensor that
-    is at fault; `net` then stays as it was.
+    Raises OSError for a file that is missing or cannot be read, and ValueError for a file that is damaged, of another
+    kind, does not fit the network, or contains NaN or infinite weights; the message names the first wrong tensor. After
+    an error `net` is unchanged.
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"no checkpoint {path}, train one with train_ann.py or name another file")
@@ -29,7 +29,7 @@ def load_weights(net, path):
 
 
 def check_weights_fit(net, state, path):
-    """Raise ValueError that names the first tensor of `state` that does not fit `net`."""
+    """Raise ValueError, with the name of the first wrong tensor, unless `state` fits `net`."""
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"the checkpoint {path} holds no state dict, save it with torch.save(net.state_dict(), path)")
     expected = net.state_dict()

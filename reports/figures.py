@@ -1,6 +1,6 @@
-"""The figures of a report, one function each from plain results to a matplotlib Figure; no window is opened.
+"""The figures of a report: each function turns plain results into a matplotlib Figure, without opening a window.
 
-Colours are those of seaborn's palette for colour-blind readers; markers, line styles and hatches tell the same in grey.
+Colours come from seaborn's palette for colour-blind readers; markers, line styles and hatches distinguish them in grey.
 """
 
 import io
@@ -18,14 +18,15 @@ from reports.errors import PARTS
 
 COLOURS = sns.color_palette("colorblind")
 HATCHES = ("", "///", "...", "xxx", "---", "ooo", "\\\\\\")
-MOST_PANELS = 12
-PNG_DPI = 110
-RENDERING = {"font.size": 10, "svg.hashsalt": "report", "hatch.linewidth": 0.6}
-BINS = 60
+MOST_PANELS = 12  # four rows of three: about one screen of a figure
+PNG_DPI = 110  # 880 pixels for 8 inches, as wide as the text of the page
+RENDERING = {"font.size": 10, "svg.hashsalt": "report", "hatch.linewidth": 0.6}  # the salt fixes the ids in SVG files
+BINS = 60  # edges of a histogram: bins of about 5 pixels in a panel as wide as a third of the page
+FINE_BINS = 64  # integers up to this size get two bins each (at most 257 edges), larger ones share 128 bins
 
 
 def draw_figures(result, samples):
-    """Name -> (Figure, caption), in the order of the report. result, samples: those of `analysis.Analysis`."""
+    """Name -> (Figure, caption), in the order of the report. result, samples: of `analysis.Analysis`."""
     worst = result["worst_layer"]["name"]
     with matplotlib.rc_context(RENDERING):
         figures = {
@@ -46,30 +47,31 @@ def draw_figures(result, samples):
 
 
 CAPTIONS = {
-    "accuracy": "Top-1 accuracy after every timestep, from one simulation; on the right the same, closer.",
-    "alternatives": "Other flags, each really converted and measured: error of the class scores against the float ANN, "
-    "as RMS in percent of their standard deviation over the images, and top-1.",
+    "accuracy": "Top-1 accuracy after every timestep, from one simulation; on the right the last steps, enlarged.",
+    "alternatives": "Other flags, each converted and measured: RMS error of the class scores against the float ANN, in "
+    "percent of their standard deviation over the images, and top-1.",
     "error_parts": "Mean squared error of every layer of neurons against the float ANN, relative to its mean squared "
-    "activation, split into parts that add up to it (the diamond). A part to the left of zero cancels others.",
-    "firing_rate": "Spikes per neuron and timestep. Fewer spikes cost less energy; more say an activation more finely.",
-    "density": "What the spikes of T steps stand for against the activation of the float ANN; on the dotted line both "
-    "agree, above the dashed one a spike at every step is not enough.",
-    "weights": "Integer weights (bars) and the float weights they stand for (line), in steps of the integers.",
+    "activation, split into parts whose sum is the diamond. A part to the left of zero cancels others.",
+    "firing_rate": "Spikes per neuron and timestep. Fewer spikes cost less energy; more spikes resolve "
+    "activations more finely.",
+    "density": "Decoded spikes of T steps against the activation of the float ANN. On the dotted line both agree; the "
+    "dashed line is a spike at every step, which cannot express larger activations.",
+    "weights": "Integer weights (bars) and the float weights before rounding (line), in integer steps.",
     "neurons": "Membrane potential of two neurons before each reset, and the spikes of up to 24 neurons, for one "
     "test image.",
     "operations": "Operations per image: multiply-accumulates of the ANN, accumulates of the spiking network.",
-    "repaired": "Each layer repaired alone: with float weights in it, how large the error of the class scores stays. "
-    "The further left of the line, the more that layer's rounding costs.",
-    "sweep": "Top-1 accuracy by weight bits and timesteps, each converted, and each bit width finetuned, by itself.",
+    "repaired": "Error of the class scores with float weights in one layer only. The further left of the line, the "
+    "more the rounding of this layer costs.",
+    "sweep": "Top-1 accuracy by weight bits and timesteps; each bit width is finetuned and each cell converted.",
 }
 
 
 def render(figure, file_format):
-    """A figure as the bytes of a PNG or SVG file; the same figure gives the same bytes."""
+    """A figure as the bytes of a PNG or SVG file; the same figure always gives the same bytes."""
     buffer = io.BytesIO()
     metadata = {"Date": None} if file_format == "svg" else {"Software": None}
     with matplotlib.rc_context(RENDERING):
-        if figure.get_layout_engine() is not None:  # once, not for every format
+        if figure.get_layout_engine() is not None:  # only once, not for every format
             figure.get_layout_engine().execute(figure)
             figure.set_layout_engine("none")
         figure.savefig(buffer, format=file_format, dpi=PNG_DPI, metadata=metadata)
@@ -77,7 +79,7 @@ def render(figure, file_format):
 
 
 def new_figure(width, height, rows=1, columns=1, **options):
-    """A Figure and its axes, which seaborn's style applies to."""
+    """A Figure of `width` x `height` inches and its axes [rows, columns], with light grids and no frames."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for axis in axes.flat:
@@ -88,14 +90,14 @@ def new_figure(width, height, rows=1, columns=1, **options):
 
 
 def label(name, path):
-    """A layer as figures name it."""
+    """The name of a layer in figures: op name and module path."""
     text = f"{name} ({path})" if path and path != name else name
-    return text.replace("$", r"\$")  # no mathematics
+    return text.replace("$", r"\$")  # matplotlib would read $...$ as mathematics
 
 
 def rows_height(count):
-    """Inches for a figure with so many horizontal bars."""
-    return 1.5 + 0.32 * count
+    """The height, in inches, of a figure with `count` horizontal bars."""
+    return 1.5 + 0.32 * count  # axis and title, and two lines of text per bar
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,7 +105,7 @@ def rows_height(count):
 
 
 def draw_accuracy(accuracy):
-    """Accuracy over timesteps; accuracy: `analysis.accuracies_of`."""
+    """Accuracy over timesteps. accuracy: of `analysis.accuracies_of`."""
     steps, top1 = zip(*[(int(t), value) for t, value in accuracy["by_timestep"].items()])
     figure, axes = new_figure(8, 3.8, columns=2, width_ratios=[3, 2])
     for axis in axes[0]:
@@ -120,7 +122,7 @@ def draw_accuracy(accuracy):
 
 
 def zoom_in(axis, steps, top1, levels):
-    """Show the second half of the steps and what lies around the last accuracies."""
+    """Show only the second half of the steps, and the range of the accuracies there."""
     first = max(1, steps[-1] // 2)
     values = [value for t, value in zip(steps, top1) if t >= first] + levels
     margin = max(0.5, 0.15 * (max(values) - min(values)))
@@ -132,7 +134,7 @@ def zoom_in(axis, steps, top1, levels):
 
 
 def draw_alternatives(tried):
-    """Error of every alternative conversion, and its top-1 beside it."""
+    """The error of every alternative conversion, with its top-1 and latency in words beside it."""
     figure, axes = new_figure(8, rows_height(len(tried)))
     axis, names = axes[0, 0], list(tried)[::-1]
     draw_lollipops(axis, names, [tried[name]["error"] for name in names], tried["as asked for"]["error"])
@@ -145,7 +147,7 @@ def draw_alternatives(tried):
 
 
 def draw_repairs(repaired, operations):
-    """Error with each layer repaired alone."""
+    """The error with float weights in one layer only, for each layer."""
     figure, axes = new_figure(8, rows_height(len(repaired)))
     axis = axes[0, 0]
     names = [name for name in repaired if name != "as asked for"][::-1]
@@ -162,12 +164,12 @@ def draw_repairs(repaired, operations):
 
 
 def write_beside(axis, x, y, words):
-    """Words to the right of a point."""
+    """Write words to the right of a point."""
     axis.annotate(words, (x, y), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
 
 
 def draw_lollipops(axis, labels, values, reference):
-    """A line from a reference to every value; what is below it has a filled end, what is above an open one."""
+    """A line from the reference to each value; ends below the reference are filled, ends above it open."""
     for y, value in enumerate(values):
         better = value < reference
         axis.plot([reference, value], [y, y], color="0.6", linewidth=2, zorder=1)
@@ -181,7 +183,7 @@ def draw_lollipops(axis, labels, values, reference):
 def draw_sweep(swept, images):
     """Accuracy by weight bits and timesteps as a heat map."""
     bits, steps = list(swept), list(next(iter(swept.values())))
-    values = np.array([[swept[b][t] for t in steps] for b in bits], dtype=float)  # None, not converted: NaN, empty
+    values = np.array([[swept[b][t] for t in steps] for b in bits], dtype=float)  # None (not converted) becomes NaN
     figure, axes = new_figure(1.8 + 0.9 * len(steps), 1.5 + 0.5 * len(bits))
     axis = axes[0, 0]
     axis.grid(False)
@@ -233,7 +235,7 @@ def draw_firing_rates(layers):
 
 
 def chosen(names, important=None):
-    """At most MOST_PANELS names, evenly spaced, with the important one among them."""
+    """At most MOST_PANELS names: evenly spaced ones, and the important one."""
     names = list(names)
     if len(names) <= MOST_PANELS:
         return names
@@ -242,7 +244,7 @@ def chosen(names, important=None):
 
 
 def panels(count, height, **options):
-    """A figure of `count` small panels, three in a row; the axes of those that are not used are off."""
+    """A figure with `count` panels, three in a row, each `height` inches high; unused axes are hidden."""
     columns = min(3, count)
     rows = -(-count // columns)
     figure, axes = new_figure(8, 0.6 + height * rows, rows, columns, **options)
@@ -252,7 +254,7 @@ def panels(count, height, **options):
 
 
 def draw_densities(pairs, layers):
-    """Decoded rate against activation, as a density, for every layer (or some of them)."""
+    """Density of decoded spikes against activations, for at most MOST_PANELS layers."""
     worst = max(layers, key=lambda name: layers[name]["relative_squared_error"])
     names = chosen(pairs, worst)
     figure, axes = panels(len(names), 2.5)
@@ -272,7 +274,7 @@ def draw_densities(pairs, layers):
 
 
 def draw_weights(weights, worst):
-    """Histograms of integer and float weights of every layer (or some of them)."""
+    """Histograms of integer and float weights, for at most MOST_PANELS layers."""
     names = chosen(weights, worst)
     figure, axes = panels(len(names), 2.2)
     for axis, name in zip(axes, names):
@@ -286,13 +288,13 @@ def draw_weights(weights, worst):
 
 
 def draw_weight_histogram(axis, floats, integers):
-    """Shares per integer step: bars at the integers, a line for the floats with two bins a step."""
+    """Shares per integer step: bars for the integers, a line for the floats with two bins per step."""
     if np.array_equal(integers, integers.round()):
         values, counts = np.unique(integers, return_counts=True)
         axis.bar(values, 100 * counts / len(integers), width=0.8, color=COLOURS[0], label="integer")
         reach = np.ceil(max(np.abs(floats).max(), np.abs(integers).max()) + 0.5)
-        edges = np.linspace(-reach, reach, int(4 * reach) + 1 if reach < 64 else 129)
-    else:  # 32 bits: what finetuning left of the weights
+        edges = np.linspace(-reach, reach, int(4 * reach) + 1 if reach < FINE_BINS else 2 * FINE_BINS + 1)
+    else:  # 32 bits: float weights before and after finetuning
         reach = max(np.abs(floats).max(), np.abs(integers).max())
         edges = np.linspace(-reach, reach, BINS)
         axis.hist(integers, edges, weights=np.full(len(integers), 100 / len(integers)), color=COLOURS[0], label="after")
@@ -302,7 +304,7 @@ def draw_weight_histogram(axis, floats, integers):
 
 
 def draw_neurons(neurons, layers):
-    """Membrane potentials of two neurons and the raster of all watched ones, a row for each layer."""
+    """Membrane potentials of two neurons and a spike raster of all recorded ones, one row per layer."""
     figure, axes = new_figure(8, 0.5 + 2.3 * len(neurons), len(neurons), 2, sharex="row", width_ratios=[3, 2])
     for (left, right), (name, (potentials, spikes)) in zip(axes, neurons.items()):
         steps = np.arange(1, len(potentials) + 1)
@@ -321,7 +323,7 @@ def draw_neurons(neurons, layers):
 
 
 def draw_potentials(axis, steps, potentials, spikes):
-    """A moderately and a very active neuron: u before each reset, marked where it fired."""
+    """Membrane potential before each reset, of a moderately and of the most active neuron, with marks at spikes."""
     last = potentials.shape[1] - 1
     styles = {last // 2: ("-", "o", COLOURS[0], "middle"), last: ("--", "s", COLOURS[1], "most active")}
     for neuron, (line, marker, colour, title) in styles.items():
@@ -336,7 +338,7 @@ def draw_potentials(axis, steps, potentials, spikes):
 
 
 def draw_operations(operations):
-    """Operations per image of every layer, as ANN and spiking, on a logarithmic axis."""
+    """Operations per image of every layer, ANN and SNN, on a logarithmic axis."""
     busy = {name: each for name, each in operations.items() if totals(each)[0] or totals(each)[1]}
     figure, axes = new_figure(8, rows_height(len(busy)) + 0.5)
     axis, names = axes[0, 0], list(busy)[::-1]
@@ -354,5 +356,5 @@ def draw_operations(operations):
 
 
 def totals(operations):
-    """All operations of a layer: (as ANN, spiking)."""
+    """`ann, snn`: the sum of a layer's operations as ANN and as SNN."""
     return operations["ann_mac"] + operations["ann_ac"], operations["snn_mac"] + operations["snn_ac"]

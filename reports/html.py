@@ -1,6 +1,6 @@
-"""The report as one HTML page: it opens from disk, needs no network, and fits a phone.
+"""The report as one HTML page that opens from disk, needs no network, and fits a phone.
 
-Everything that a user or a network names is escaped.
+All names that come from a user or a network are escaped.
 """
 
 import base64
@@ -28,15 +28,15 @@ details { margin: 0.8rem 0; }
 
 
 def report_page(result, pictures):
-    """The page as text. result: `analysis.Analysis.result`; pictures: name -> (PNG bytes, caption)."""
+    """The page as text. result: of `analysis.Analysis`. pictures: name -> (PNG bytes, caption)."""
     title = f"{result['net']} on {result['flags']['dataset']}"
     sections = [
         f"<h1>Error analysis: {escape(title)}</h1>",
         f"<p>{escape(what_was_converted(result))}</p>",
         '<div class="verdict">' + "".join(f"<p>{escape(sentence)}</p>" for sentence in result["verdict"]) + "</div>",
-        section("Accuracy", accuracy_table(result), picture(pictures, "accuracy"), picture(pictures, "sweep")),
+        section("Accuracy", top1_table(result), picture(pictures, "accuracy"), picture(pictures, "sweep")),
         section(
-            "What would regain it",
+            "Options that regain accuracy",
             picture(pictures, "alternatives"),
             alternatives_table(result),
             picture(pictures, "repaired_layers"),
@@ -61,12 +61,12 @@ def page(title, body):
 
 
 def section(title, *parts):
-    """A heading and what stands under it."""
+    """A heading and the parts under it."""
     return f"<h2>{escape(title)}</h2>\n" + "\n".join(part for part in parts if part)
 
 
 def picture(pictures, name):
-    """A figure with its caption, the image inside the page; nothing where there is none."""
+    """A figure with its caption, the image embedded in the page; empty for a picture that does not exist."""
     if name not in pictures:
         return ""
     png, caption = pictures[name]
@@ -76,8 +76,8 @@ def picture(pictures, name):
 
 
 def table(rows):
-    """Rows of cells, the first the head; numbers, and what looks like them, stand to the right."""
-    numeric = [all(is_number(row[i]) for row in rows[1:]) for i in range(len(rows[0]))]
+    """A table of rows of cells; the first row is the head, and columns of numbers are right-aligned."""
+    numeric = [all(looks_numeric(row[i]) for row in rows[1:]) for i in range(len(rows[0]))]
 
     def line(row, tag):
         cells = (f"<{tag}{' class=number' * right}>{escape(str(cell))}</{tag}>" for cell, right in zip(row, numeric))
@@ -87,21 +87,21 @@ def table(rows):
     return f'<div class="scroll"><table>\n{line(rows[0], "th")}\n{body}\n</table></div>'
 
 
-def is_number(cell):
-    """Whether a cell is a number, or stands for a missing one."""
+def looks_numeric(cell):
+    """Whether a cell is a number, or a placeholder for one."""
     text = str(cell).replace(",", "").replace("...", "")
     return text in ("", "-", "float") or text.lstrip("+-")[:1].isdigit()
 
 
 def what_was_converted(result):
-    """What was converted, how, in one paragraph."""
+    """The network and its conversion in one paragraph."""
     flags = result["flags"]
     weights = flags["ann_weight"] or "random or built-in weights"
     return (
         f"{result['net']} ({weights}) with {weights_in_words(flags['weight_bitwidth'])}, finetuned for "
         f"{flags['finetune_epochs']} epochs ({flags['spike_epochs']} more on its spikes), converted for "
         f"{flags['timesteps']} timesteps with reset by {flags['reset_mode']}. Accuracies are of {result['samples']} "
-        f"test images; what is said about layers and alternatives is of {result['analysis_images']} of them."
+        f"test images; figures about layers and alternatives use {result['analysis_images']} of them."
     )
 
 
@@ -109,8 +109,8 @@ def what_was_converted(result):
 # tables
 
 
-def accuracy_table(result):
-    """The three accuracies."""
+def top1_table(result):
+    """Top-1 and loss of the three networks."""
     names = {"ann": "float ANN", "qnet": "quantized ANN", "snn": f"SNN, T={result['flags']['timesteps']}"}
     rows = [("network", "top-1 %", "loss")]
     for key, name in names.items():
@@ -119,7 +119,7 @@ def accuracy_table(result):
 
 
 def alternatives_table(result):
-    """Every alternative conversion."""
+    """A row for every alternative conversion."""
     rows = [("flags", "error %", "top-1 %", "loss", "same class as ANN %", "steps between images", "to the answer", "")]
     for flags, each in result["alternatives"].items():
         numbers = (f"{each['error']:.2f}", f"{each['top1']:.2f}", f"{each['loss']:.4f}", f"{each['same_class']:.1f}")
@@ -128,11 +128,12 @@ def alternatives_table(result):
 
 
 def layer_table(result):
-    """Every layer of neurons."""
+    """A row for every layer of neurons."""
     head = ("layer", "module path", "Vthr", "lambda", "spikes per neuron and step", "RMS activation", "RMS error")
     rows = [(*head, *PARTS.values(), "membrane bits seen", "at most")]
     for name, each in result["layers"].items():
-        first = (name, each["path"], span(each["Vthr"]), span(each["lambda"]), f"{each['firing_rate']:.4f}")
+        spans = range_in_words(each["Vthr"]), range_in_words(each["lambda"])
+        first = (name, each["path"], *spans, f"{each['firing_rate']:.4f}")
         errors = (f"{each['rms_activation']:.4f}", f"{each['rms_error']:.4f}")
         parts = (f"{each['rms_of_parts'][part]:.4f}" for part in PARTS)
         rows.append((*first, *errors, *parts, each["bits_observed"] or "float", each["bits_bound"] or "float"))
@@ -140,14 +141,14 @@ def layer_table(result):
 
 
 PARTS_NOTE = (
-    '<p class="note">RMS over all neurons and images, in units of activation. Along the columns one thing changes at a '
-    "time, so the parts add up to the error neuron by neuron (their RMS do not). Membrane bits: of two's complement "
-    "integers that hold every potential seen, and every potential that any input could cause.</p>"
+    '<p class="note">RMS over all neurons and images, in units of activation. From column to column one thing changes, '
+    "so for each neuron the parts add up to the error (their RMS values do not). Membrane bits: width of two's "
+    "complement integers for every potential that occurred, and for every potential that any input could cause.</p>"
 )
 
 
 def energy(result):
-    """Joules per image, the constants, and the steps."""
+    """Joules per image with the constants of the estimate, and the latency."""
     rows = [("arithmetic", "pJ per accumulate", "pJ per MAC", "ANN, J per image", "SNN, J per image", "SNN / ANN")]
     for name, each in result["energy"].items():
         ratio = f"{each['snn'] / each['ann']:.2f}" if each["ann"] else "-"
@@ -157,14 +158,14 @@ def energy(result):
     note = (
         "An estimate of arithmetic alone, without memory, communication and leakage; constants of 45 nm: Horowitz, "
         "Computing's Energy Problem, ISSCC 2014. The SNN accumulates once per spike and synapse, adds biases (and the "
-        "image's current) at every step, and multiplies where it reads the image and where it stays ANN. Latency: "
-        f"{steps['firing']} steps of firing, {steps['interval']} from image to image, {steps['latency']} to the answer."
+        "image's current) at every step, and multiplies in layers that read the image or stay ANN. Timesteps: "
+        f"{steps['firing']} of firing, {steps['interval']} from image to image, {steps['latency']} to the answer."
     )
     return table(rows) + f'<p class="note">{escape(note)}</p>'
 
 
 def operations_table(result):
-    """Operations of every layer per image."""
+    """Operations per image, a row for every layer."""
     keys = ("ann_mac", "ann_ac", "synops", "snn_ac", "snn_mac")
     head = ("ANN MACs", "ANN adds", "synaptic operations", "all SNN accumulates", "SNN MACs")
     rows = [("layer", "module path", *head)]
@@ -177,12 +178,12 @@ def operations_table(result):
 
 
 def hardware(result):
-    """The chip's limits, layer by layer, and the membrane."""
+    """The chip's limits, layer by layer, and the width of the membrane potential."""
     bounds = [each["bits_bound"] for each in result["layers"].values() if each["bits_bound"]]
     seen = [each["bits_observed"] for each in result["layers"].values() if each["bits_observed"]]
     note = f"Hardware {result['hardware']['name']} specifies no width of the membrane potential"
     if bounds:
-        note += f"; this network needs {max(seen)} bits for all potentials that were seen, {max(bounds)} for any input"
+        note += f"; this network needs {max(seen)} bits for all potentials that occurred, {max(bounds)} for any input"
     return table(result["hardware"]["rows"]) + f'<p class="note">{escape(note)}.</p>'
 
 
@@ -194,7 +195,7 @@ def flags_table(result):
     return f"<details><summary>Seed, versions and all flags</summary>{table(rows)}</details>"
 
 
-def span(values):
-    """The least and the largest value, in words."""
+def range_in_words(values):
+    """`least...largest` of a pair, or one number if both are equal."""
     least, most = values
     return f"{least:.4g}" if least == most else f"{least:.4g}...{most:.4g}"

@@ -1,23 +1,26 @@
-"""What a data loader may yield, in one place: inputs with labels, with more beside them, by name, or inputs alone.
+"""Data loaders: the forms of batch that they may yield, and the four loaders of a data set.
 
-inputs, labels = split_batch(batch)         # (tensor, ...), labels or None
-loader = reusable(loader)                   # of a stream that runs once, what it yields
+inputs, labels = split_batch(batch)                             # (tensor, ...), labels or None
+loader = reusable(loader)                                       # a list of its batches, if it can run only once
+test, val, train, train_val = four_loaders(*four_sets, args)    # of data sets that fetch whole batches
 """
 
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch.utils.data import DataLoader
 
 INPUT_KEYS = ("image", "images", "img", "pixel_values", "input", "inputs", "x", "data")
 LABEL_KEYS = ("label", "labels", "target", "targets", "y", "class")
+MOST_NAMED = 6  # keys or types of a batch that a message lists, so that it stays one short line
 FORMS = "(inputs, labels), (inputs, labels, ...), a dict with 'image' and 'label', or inputs alone"
 
 
 def split_batch(batch):
-    """`inputs, labels` of a batch: a tuple of tensors [B, ...], and what stands for labels, None where nothing does.
+    """`inputs, labels` of a batch: a tuple of tensors [B, ...], and the labels as they are, or None.
 
-    batch: a tensor; a tuple or list of inputs, labels and anything else; or a mapping with one of `INPUT_KEYS` and of
-    `LABEL_KEYS`. The inputs of a network with several are a tuple or list. Raises ValueError for another form.
+    batch: a tensor; a tuple or list of inputs, labels and anything else; or a mapping with one of `INPUT_KEYS` and one
+    of `LABEL_KEYS`. Several inputs form a tuple or list. Raises ValueError for another form.
     """
     if isinstance(batch, torch.Tensor):
         inputs, labels = batch, None
@@ -37,23 +40,25 @@ def split_batch(batch):
 
 
 def by_name(batch, keys):
-    """The entry of a mapping under the first of `keys` that it has, else None."""
+    """The entry of a mapping under the first of `keys` that it contains, else None."""
     return next((batch[key] for key in keys if key in batch and batch[key] is not None), None)
 
 
 def in_words(batch):
-    """What a batch is, for messages: its type, and the keys or types inside."""
+    """A batch in words, for messages: its type, and the first keys or types inside."""
     if isinstance(batch, Mapping):
-        return f"a {type(batch).__name__} with {', '.join(map(repr, list(batch)[:6])) or 'nothing in it'}"
+        keys = ", ".join(map(repr, list(batch)[:MOST_NAMED]))
+        return f"a {type(batch).__name__} with {keys or 'nothing in it'}"
     if isinstance(batch, (tuple, list)):
-        return f"a {type(batch).__name__} of {', '.join(type(item).__name__ for item in batch[:6]) or 'nothing'}"
+        types = ", ".join(type(item).__name__ for item in batch[:MOST_NAMED])
+        return f"a {type(batch).__name__} of {types or 'nothing'}"
     return f"a {type(batch).__name__}"
 
 
 def labelled_batch(batch, device, dtype=torch.float32):
     """`inputs, labels` of a batch on a device, the inputs in `dtype`.
 
-    Raises ValueError where it has no labels, or not one for each input.
+    Raises ValueError where it has no labels, or another number of labels than of inputs.
     """
     inputs, labels = split_batch(batch)
     if labels is None:
@@ -70,7 +75,8 @@ def labelled_batch(batch, device, dtype=torch.float32):
 def on_device(inputs, device, most=None, dtype=torch.float32):
     """The first `most` samples of every input on a device, in `dtype`.
 
-    Raises ValueError for whole numbers: how they are scaled, only the network's training knows.
+    Raises ValueError for NaN and infinite values, and for integers: only the user knows the scale that the network was
+    trained with.
     """
     for x in inputs:
         if not x.is_floating_point():
@@ -83,31 +89,32 @@ def on_device(inputs, device, most=None, dtype=torch.float32):
 
 
 def type_of(net):
-    """The type of a network's parameters, float32 of one without."""
+    """The floating point type of a network's parameters; float32 if it has none."""
     return next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
 
 
 def memory_format(inputs):
-    """Channels last where there are channels: the convolutions are faster on it."""
+    """Channels last for [B, C, H, W], on which convolutions are faster; otherwise the order that the inputs have."""
     return torch.channels_last if inputs.dim() == 4 else torch.preserve_format
 
 
 def first_batch(loader):
-    """The first batch, of one sample or more, of a loader. Raises ValueError where there is none."""
+    """The first batch of a loader with at least one sample. Raises ValueError where there is none."""
     for batch in batches_of(loader):
         return batch
     raise ValueError("the data loader is empty, give it at least one batch")
 
 
 def batches_of(loader):
-    """The batches of a loader but empty ones, as a filter leaves them."""
+    """The batches of a loader, without the empty ones that a filter may leave."""
     return (batch for batch in loader if len(split_batch(batch)[0][0]))
 
 
 def reusable(loader, samples=None):
-    """The loader itself, or a list of what one that may run only once yields, of `samples` inputs at least.
+    """The loader itself if it can run again, else a list of its batches.
 
-    Such are iterators, and where `samples` are enough, for which nothing is drawn anew, loaders without a length.
+    An iterator runs only once. With `samples` given, a loader without a length counts as one too, and the list stops at
+    `samples` inputs or slightly more.
     """
     if not isinstance(loader, Iterator) and (samples is None or has_length(loader)):
         return loader
@@ -121,12 +128,12 @@ def reusable(loader, samples=None):
 
 
 def count_batches(loader):
-    """Batches of a pass over a loader, also of one without a length."""
+    """The number of batches of a loader; a loader without a length is run through to count them."""
     return len(loader) if has_length(loader) else sum(1 for _ in loader)
 
 
 def has_length(loader):
-    """Whether a loader knows how many batches it has: one over a stream of data does not."""
+    """Whether a loader knows its number of batches; a loader over a stream of data does not."""
     try:
         return len(loader) >= 0
     except TypeError:
@@ -134,18 +141,19 @@ def has_length(loader):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Labels and what a network returns
+# Labels and outputs
 
 
 def first_output(outputs):
-    """The output that is measured: of several the first."""
+    """The first of several outputs, or the only one."""
     return outputs[0] if isinstance(outputs, (tuple, list)) else outputs
 
 
 def fit_labels(outputs, targets):
-    """The labels in the form that belongs to outputs [B, C]: classes [B], or shares [B, C]; as outputs of one score.
+    """The labels in the form that fits the outputs.
 
-    Raises ValueError that names both shapes where they do not fit.
+    outputs [B, C]: classes [B], or shares [B, C]. One score, [B] or [B, 1]: labels of the same shape and type. Raises
+    ValueError with both shapes where the labels do not fit.
     """
     is_one_score = outputs.dim() == 1 or (outputs.dim() == 2 and outputs.shape[1] == 1)
     if is_one_score and targets.numel() == len(outputs):
@@ -162,19 +170,19 @@ def fit_labels(outputs, targets):
 
 
 def loss_of(criterion, outputs, targets):
-    """The loss, of the labels as they come, or else in the form that belongs to the outputs (`fit_labels`).
+    """The loss for the labels as they are or, if the criterion refuses them, in the form of `fit_labels`.
 
-    Of several outputs the criterion gets all, or the first where it takes no tuple. Raises ValueError that names both
-    shapes where it takes neither.
+    With several outputs the criterion gets the tuple or, if it refuses a tuple, the first output. Raises ValueError
+    with both shapes where the criterion takes neither form of the labels.
     """
     if isinstance(outputs, (tuple, list)):
         try:
             return criterion(outputs, targets)
-        except (TypeError, AttributeError):  # what torch's losses say of a tuple
+        except (TypeError, AttributeError):  # torch's losses raise one of these for a tuple
             outputs = first_output(outputs)
     is_score = isinstance(outputs, torch.Tensor) and (outputs.dim() == 1 or outputs.shape[1:] == (1,))
     if is_score and targets.numel() == outputs.numel():
-        targets = targets.reshape(outputs.shape)  # a squared error of [B, 1] and [B] would be one of [B, B]
+        targets = targets.reshape(outputs.shape)  # [B, 1] minus [B] in a squared error would be [B, B]
     try:
         return criterion(outputs, targets)
     except (RuntimeError, ValueError, IndexError) as error:
@@ -182,10 +190,53 @@ def loss_of(criterion, outputs, targets):
             raise
         fitted = fit_labels(outputs, targets)
         if fitted.dim() == 2 and not fitted.is_floating_point():
-            fitted = fitted.to(outputs.dtype)  # a row of whole numbers that says one class
+            fitted = fitted.to(outputs.dtype)  # one-hot rows of integers
         if fitted.shape == targets.shape and fitted.dtype == targets.dtype:
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"the criterion does not take outputs {list(outputs.shape)} with labels {list(targets.shape)}: {reason}"
             ) from error
     return loss_of(criterion, outputs, fitted)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loaders of a data set
+
+
+def four_loaders(test_set, val_set, train_set, train_val_set, args):
+    """`test_loader, val_loader, train_loader, train_val_loader` of data sets whose `__getitems__` gives whole batches.
+
+    Only the training loader shuffles. Of `args` it reads, with defaults, batch_size 128, test_batch_size 100,
+    num_workers 0 and seed 0.
+    """
+    workers, seed = getattr(args, "num_workers", 0), getattr(args, "seed", 0)
+    batch_size, test_batch_size = getattr(args, "batch_size", 128), getattr(args, "test_batch_size", 100)
+
+    def loader(dataset, size, shuffle=False):
+        return DataLoader(
+            dataset,
+            size,
+            shuffle=shuffle,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            collate_fn=already_a_batch,
+            generator=torch.Generator().manual_seed(seed),  # one each: a pass over one loader does not change another
+        )
+
+    return (
+        loader(test_set, test_batch_size),
+        loader(val_set, test_batch_size),
+        loader(train_set, batch_size, shuffle=True),
+        loader(train_val_set, batch_size),
+    )
+
+
+def already_a_batch(batch):
+    """`collate_fn` for a data set whose `__getitems__` returns whole batches."""
+    return batch
+
+
+def check_some_train(count, args):
+    """Raise ValueError where --val_share leaves no image to train on."""
+    if not count:
+        raise ValueError(f"--val_share {args.val_share} leaves no image to train on, make it smaller")

@@ -1,7 +1,8 @@
-"""Which device to run on, and seeds."""
+"""Which device to run on, seeds, and eval mode for a while."""
 
 import math
 import random
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ import torch
 def choose_device(name):
     """`torch.device` for "auto" (the least loaded GPU by GPUtil, else the CPU), "cpu", "cuda" or "cuda:N".
 
-    Raises ValueError for a name that torch does not know or a device that this machine does not have.
+    Raises ValueError for an unknown name, and for a device that this machine does not have.
     """
     if name == "auto":
         return torch.device(least_loaded_gpu() if torch.cuda.is_available() else "cpu")
@@ -26,10 +27,10 @@ def choose_device(name):
 
 
 def least_loaded_gpu():
-    """The name of the GPU with the lowest load; the first one where nvidia-smi gives no answer."""
+    """The name of the GPU with the lowest load; the first GPU if nvidia-smi does not answer."""
     import GPUtil
 
-    # nvidia-smi numbers all GPUs, torch those that CUDA_VISIBLE_DEVICES leaves, in an order of its own
+    # nvidia-smi numbers all GPUs, torch only those in CUDA_VISIBLE_DEVICES and in another order: compare their UUIDs
     visible = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     index_of = {f"GPU-{each.uuid}": index for index, each in enumerate(visible)}
     loads = {gpu.uuid: gpu.load for gpu in GPUtil.getGPUs() if gpu.uuid in index_of and not math.isnan(gpu.load)}
@@ -37,7 +38,19 @@ def least_loaded_gpu():
 
 
 def seed_everything(seed):
-    """Same seed, same machine, same thread count: same bits."""
+    """Seed all random generators: on one machine, with one thread count, the same seed gives the same bits."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+@contextmanager
+def in_eval_mode(net):
+    """Within it a network and all of its modules are in eval mode; afterwards each has its own mode again."""
+    modes = {module: module.training for module in net.modules()}
+    try:
+        net.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

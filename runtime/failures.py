@@ -1,4 +1,4 @@
-"""What a user reads of an error: one line that says what failed, where, and what to do."""
+"""Turn an error into one line for the user: what failed, where, and what to do."""
 
 import errno
 import re
@@ -6,8 +6,8 @@ import re
 from runtime.packages import PIP_NAMES
 
 LONGEST_WORD = 500  # letters: more than a file name (255) with its folder, far less than a screen
-LONGEST_LINE = 2000  # letters: 25 lines of a terminal
-MEMORY_FLAGS = (  # what a run needs memory for, the largest share first
+LONGEST_LINE = 2000  # letters: 25 lines of a terminal of 80 columns
+MEMORY_FLAGS = (  # flags that determine the memory of a run, the largest share first
     "test_batch_size",
     "batch_size",
     "memory_budget",
@@ -25,7 +25,7 @@ FROM_A_WORKER = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.")
 
 
 def in_one_line(error, args):
-    """What to say of an error, or None where it is a fault of the program, which needs its traceback."""
+    """The message for an error, or None for a fault of the program, whose traceback is needed."""
     if any(map(is_out_of_memory, causes(error))):
         return out_of_memory(error, args)
     if "DataLoader worker" in str(error):
@@ -39,21 +39,21 @@ def in_one_line(error, args):
 
 
 def causes(error):
-    """The error and those that it was raised from."""
+    """The error, and the chain of errors that caused it."""
     while error is not None:
         yield error
         error = error.__cause__
 
 
 def is_out_of_memory(error):
-    """Whether memory ran out, on the CPU or a GPU; torch says so in a RuntimeError of many words."""
+    """Whether memory ran out, on the CPU or a GPU; torch reports this in a RuntimeError."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(NO_MEMORY.search(str(error))))
 
 
 def out_of_memory(error, args):
-    """The size that was asked for, where it is known, and the flags of the script that make it smaller."""
+    """The message: the requested size, if known, and the flags of the script that reduce it."""
     said = " ".join(str(each) for each in causes(error))
     size = re.search(r"tried to allocate ([\d.]+ ?\w+)", said, re.IGNORECASE)
     what = f"out of memory{f', {size[1]} more were needed' if size else ''}"
@@ -64,22 +64,22 @@ def out_of_memory(error, args):
 
 
 def worker_failed(message, args):
-    """What a worker of a data loader raised, or that it died."""
+    """The message for a data loader's worker: the error that it raised, or that it died."""
     workers = f"a worker of --num_workers {getattr(args, 'num_workers', 1)}"
     raised = FROM_A_WORKER.search(message)
     if not raised:
         return f"{workers} ended ({message}), it may lack memory: use fewer workers, or --num_workers 0"
-    # the worker's traceback ends in "builtins.OSError: what happened", of which the reason alone is for the user
+    # the worker's traceback ends in "builtins.OSError: reason"; only the reason is for the user
     reason = re.split(rf"^[\w.]*\b{raised[1]}: ?", message, flags=re.MULTILINE)[-1]
     return f"{reason.strip() or raised[1]}, in {workers}"
 
 
 def shorten(text, most):
-    """The text, without its middle where it is longer than `most` letters."""
+    """The text; beyond `most` letters its middle is left out."""
     half = most // 2
     return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
 
 
 def squeeze(message):
-    """A message as one line; what is too long in it, such as a value of thousands of letters, is cut."""
+    """A message as one line; long words, such as a value of thousands of letters, and long lines are shortened."""
     return shorten(" ".join(shorten(word, LONGEST_WORD) for word in str(message).split()), LONGEST_LINE)

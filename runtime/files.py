@@ -8,15 +8,15 @@ import re
 import shutil
 from errno import EDQUOT, EFBIG, ENOSPC
 
-ADVICE = {ENOSPC: "free some room or ", EDQUOT: "free some room or ", EFBIG: "raise `ulimit -f` or "}
-# torch.save says in a RuntimeError, without a reason, that a disk is full
+WRITE_ADVICE = {ENOSPC: "free some room or ", EDQUOT: "free some room or ", EFBIG: "raise `ulimit -f` or "}
+# On a full disk torch.save raises a RuntimeError without the reason; its message contains one of these.
 TORCH_WRITER = re.compile("PytorchStreamWriter|inline_container|unexpected pos")
 
 
 def check_writable(path):
     """Raise OSError unless a file can be created beside `path`; called before the work that fills it.
 
-    What processes that are gone left half-written beside it is removed.
+    Half-written files that ended processes left beside it are removed.
     """
     if path is None:
         return
@@ -26,7 +26,7 @@ def check_writable(path):
         raise OSError(f"cannot write {path}, it is a device or a pipe, name a file")
     if os.path.isdir(path):
         raise OSError(f"cannot write {path}, it is a folder, name a file")
-    target = os.path.realpath(path) if os.path.islink(path) else path  # the file that a link names is replaced
+    target = os.path.realpath(path) if os.path.islink(path) else path  # a link stays; its file is replaced
     folder = os.path.dirname(target) or "."
     if not os.path.isdir(folder):
         raise OSError(f"cannot write {path}, there is no folder {folder}, create it first")
@@ -40,13 +40,13 @@ def check_writable(path):
 
 
 def check_regular(path):
-    """Raise OSError for a pipe, a socket or a device, which would keep its reader waiting for ever."""
+    """Raise OSError for a pipe, a socket or a device, which a reader might wait for without end."""
     if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(f"{path} is no regular file")
+        raise OSError(f"{path} is not a regular file")
 
 
 def check_room(path, size):
-    """Raise OSError where there is no room for a file of `size` bytes at `path`; called before the work."""
+    """Raise OSError unless a file of `size` bytes fits at `path`; called before the work."""
     folder = os.path.dirname(os.path.realpath(path))
     free, limit = shutil.disk_usage(folder).free, largest_file()
     if size > free:
@@ -56,7 +56,7 @@ def check_room(path, size):
 
 
 def largest_file():
-    """Bytes that a file of this process may have."""
+    """The largest file that this process may write, in bytes."""
     try:
         import resource
     except ImportError:  # Windows
@@ -73,7 +73,7 @@ def check_different(*paths):
 
 
 def check_folder(path):
-    """Raise OSError unless `path` is a folder that takes new files, or one that can be created."""
+    """Raise OSError unless `path` is a folder that accepts new files or can be created."""
     if path is None:
         return
     if not path:
@@ -99,14 +99,14 @@ def temporary_beside(path):
 
 
 def remove_stale(path):
-    """Remove the temporary files and folders of `path` whose processes are gone, killed or without power.
+    """Remove the temporary files and folders of `path` that belong to ended processes, as after a kill or power loss.
 
-    One of this process's own number is as stale: in containers, every run has the same. Where machines share a folder,
-    a process of another machine counts as gone; it then ends with an error, and the file stays whole.
+    A file with this process's own number is stale too, because in containers every run has the same number. If several
+    machines share a folder, a process of another machine counts as ended: it then fails, and the file stays whole.
     """
     folder, name = os.path.split(os.path.abspath(path))
     pattern = re.compile(re.escape(name) + r"\.([1-9][0-9]{0,9})\.tmp")
-    with contextlib.suppress(OSError):  # a folder that cannot be listed is found by what is to be written there
+    with contextlib.suppress(OSError):  # if the folder cannot be listed, the later write reports it
         for entry in os.scandir(folder):
             match = pattern.fullmatch(entry.name)
             if match and not is_running(int(match[1])):
@@ -121,13 +121,13 @@ def is_running(number):
         os.kill(number, 0)
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # of another user; too large for a process, so it is no file of ours
+    except (OSError, OverflowError):  # a process of another user; a number too large for a process: keep the file
         return True
     return True
 
 
 def remove(entry):
-    """Remove a file or a folder with what is in it, links and pipes not, for none of them is ours."""
+    """Remove a file or a folder with its contents; links and pipes stay, because this program writes none."""
     if entry.is_dir(follow_symlinks=False):
         shutil.rmtree(entry.path, ignore_errors=True)
     elif entry.is_file(follow_symlinks=False):
@@ -137,23 +137,23 @@ def remove(entry):
 
 @contextlib.contextmanager
 def naming(path):
-    """Within it a write that fails, as on a full disk, is an OSError that names `path` and says what to do."""
+    """Within it a failed write, as on a full disk, raises an OSError that names `path` and says what to do."""
     try:
         yield
     except OSError as error:
-        reason, advice = error.strerror or str(error), ADVICE.get(error.errno, "")
+        reason, advice = error.strerror or str(error), WRITE_ADVICE.get(error.errno, "")
         raise OSError(f"cannot write {path} ({reason}), {advice}name another place") from error
     except RuntimeError as error:
         if not TORCH_WRITER.search(str(error)):
             raise
         raise OSError(
-            f"cannot write {path} (the disk is full, or failed), {ADVICE[ENOSPC]}name another place"
+            f"cannot write {path} (the disk is full, or failed), {WRITE_ADVICE[ENOSPC]}name another place"
         ) from error
 
 
 @contextlib.contextmanager
 def after_writing(*paths):
-    """Within it what a user can cause says in the end which files were written before."""
+    """Within it the message of an OSError or ValueError also lists the files already written."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -163,12 +163,12 @@ def after_writing(*paths):
 
 
 def write_atomically(path, write):
-    """Call `write(temporary_path)` beside `path`, then rename: `path` is the old file or the whole new one.
+    """Call `write(temporary_path)` beside `path`, then rename: `path` is always the old file or the whole new one.
 
     Raises OSError that names `path` where the disk is full.
     """
     check_writable(path)
-    target = os.path.realpath(path)  # through a link, the file it names is replaced, not the link
+    target = os.path.realpath(path)  # a link stays; its file is replaced
     temporary = temporary_beside(target)
     try:
         with naming(path):
@@ -180,7 +180,10 @@ def write_atomically(path, write):
 
 
 def write_torch(path, value):
-    """`value` as torch.save writes it, through memory: then the reason of a failure is known, and no name is in it."""
+    """Write `value` as torch.save does, but through memory.
+
+    So a failed write has a reason, which torch.save does not give, and the file does not contain its own name.
+    """
     import torch
 
     contents = io.BytesIO()
@@ -194,7 +197,7 @@ def write_torch(path, value):
 
 
 def write_json(path, value):
-    """`value` as indented JSON."""
+    """Write `value` as indented JSON. Raises ValueError for NaN and infinite numbers."""
 
     def write(temporary):
         with open(temporary, "w", encoding="utf-8") as file:
@@ -202,15 +205,15 @@ def write_json(path, value):
 
     try:
         text = json.dumps(value, indent=2, allow_nan=False)
-    except ValueError as error:  # NaN is no JSON: other programs refuse the whole file
+    except ValueError as error:  # JSON has no NaN: other programs would refuse the whole file
         raise ValueError(f"cannot write {path}, one of the results is NaN or infinite ({error})") from error
     write_atomically(path, write)
 
 
 def write_folder(path, files):
-    """Write `files`, name -> bytes, into the folder `path`; what else is in it stays.
+    """Write `files`, name -> bytes, into the folder `path`; its other files stay.
 
-    All are written into a folder inside of it first, then moved up one by one, so that none is ever half-written.
+    Files are first written into a new folder inside it, then moved up one by one, so that none is ever half-written.
     """
     check_folder(path)
     path = os.path.realpath(path)
@@ -233,5 +236,5 @@ def write_folder(path, files):
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if is_new:
-            with contextlib.suppress(OSError):  # it is not empty, as it should be
+            with contextlib.suppress(OSError):  # not empty: the files were written
                 os.rmdir(path)

@@ -2,7 +2,7 @@
 
 with steady_streams() as output:      # a `| head -1` ends what is printed, not what is computed
     work()
-output.failure                        # what stdout refused in the meantime, or None
+output.failure                        # the first error of stdout in the meantime, or None
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import sys
 
 
 class SteadyStream:
-    """A text stream that falls silent at its first failure and keeps it as `failure`."""
+    """A text stream that drops its output after the first failed write and keeps the error as `failure`."""
 
     def __init__(self, stream):
         self.stream, self.failure = stream, None
@@ -24,7 +24,7 @@ class SteadyStream:
         self.attempt(self.stream.flush)
 
     def attempt(self, action):
-        """Do what can fail, unless something has failed before."""
+        """Call `action`, unless an earlier one has failed."""
         if self.failure is not None:
             return
         try:
@@ -38,13 +38,13 @@ class SteadyStream:
 
 
 def printable(text, stream):
-    """The text, with escapes for what the stream's encoding lacks: a file may have a name that is no UTF-8."""
+    """The text, with escapes for letters that the stream cannot encode, as in a file name that is not UTF-8."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def drop_output(stream):
-    """Lead a stream to the null device: Python writes what is left in its buffer at the end, and would complain."""
+    """Redirect a stream to the null device, so that Python does not fail at exit when it flushes the buffer."""
     with contextlib.suppress(OSError, ValueError):  # a stream in memory has no number
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -54,9 +54,9 @@ def drop_output(stream):
 def open_missing_streams():
     """Give a process without stdin, stdout or stderr (`>&-`) the null device in their place.
 
-    Otherwise the next file that it opens gets the number of stdout, and with it what libraries print.
+    Otherwise the next file that is opened gets the descriptor of stdout, and libraries print into it.
     """
-    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest number that is free
+    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:  # os.open takes the lowest free number
         os.set_inheritable(null, True)
     os.close(null)
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
@@ -66,7 +66,7 @@ def open_missing_streams():
 
 @contextlib.contextmanager
 def steady_streams():
-    """Within it stdout and stderr are SteadyStreams; gives that of stdout."""
+    """Within it stdout and stderr are SteadyStreams; yields the one of stdout."""
     open_missing_streams()
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (each if isinstance(each, SteadyStream) else SteadyStream(each) for each in before)

@@ -1,6 +1,6 @@
-"""Reading files of torch.save: checked for damage first, without Python objects, and named where they are others.
+"""Read files of torch.save: checked for damage first, and without running Python code from the file.
 
-state = read_torch_file("weights.pth")     # OtherFile, a ValueError, says what was found instead
+state = read_torch_file("weights.pth")     # for another file, OtherFile (a ValueError) says what was found
 """
 
 import os
@@ -10,13 +10,14 @@ import zipfile
 
 import torch
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # all that PyTorch computes with
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # 8-bit floats can only be stored
 ZIP = b"PK\x03\x04"
-DOS_FOLDER = 0x10  # an attribute in zip files, which torch.save never sets
+DOS_FOLDER = 0x10  # the attribute of a folder in zip files; torch.save writes no folders
+BEGINNING = 64  # bytes of a file that are read to recognise it; the patterns below need at most 23 after blanks
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before PyTorch 1.6
 SAVE_STATE = "save a state dict with torch.save(net.state_dict(), path)"
 OF_PYTORCH = "take the PyTorch network that it was made of, and torch.save(net.state_dict(), path)"
-# Other files that are taken for one of torch.save: what they begin with, what they are, and what to do.
+# Files that users mistake for one of torch.save: the pattern at their beginning, what they are, and what to do.
 BEGINNINGS = (
     (rb"version https://git-lfs", "it is a pointer of Git LFS, not the file itself", "fetch that with git lfs pull"),
     (rb"\s*<(!DOCTYPE|!doctype|html|\?xml)", "it is a web page", "download the file itself"),
@@ -27,7 +28,7 @@ BEGINNINGS = (
     (rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "it is a compressed file", "unpack it"),
     (rb"\x80[\x02-\x05]", "it is a pickle that torch.save did not write", SAVE_STATE),
 )
-# The same for zip files, by the name of a part.
+# The same for zip files, by the name of an entry.
 ENTRIES = (
     (r".*/constants\.pkl", "it is TorchScript", OF_PYTORCH),
     (r".*/archive_format|serialized_exported_program.*", "it is a program of torch.export", OF_PYTORCH),
@@ -36,7 +37,7 @@ ENTRIES = (
 
 
 class OtherFile(ValueError):
-    """A file that is damaged, or of another kind. `found`: what it is; `advice`: what to do, or None."""
+    """A file is damaged or of another kind. found: what it is. advice: what to do, or None."""
 
     def __init__(self, found, advice=None):
         super().__init__(found if advice is None else f"{found}: {advice}")
@@ -44,9 +45,9 @@ class OtherFile(ValueError):
 
 
 def read_torch_file(path, takes_legacy=True):
-    """What torch.save wrote into `path`, on the CPU.
+    """Load what torch.save wrote into `path`, to the CPU.
 
-    takes_legacy: also files of PyTorch before 1.6, which hold no checksums. Raises OSError, with a file name and a
+    takes_legacy: accept files of PyTorch before 1.6 too, which have no checksums. Raises OSError, with the path and a
     reason, where the file is missing or cannot be read, and OtherFile where it is damaged or of another kind.
     """
     start = beginning_of(path)
@@ -56,14 +57,14 @@ def read_torch_file(path, takes_legacy=True):
         raise kind_of(start)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OtherFile:  # of what rebuilds a network
+    except OtherFile:  # raised by the code that rebuilds a network
         raise
-    except Exception as error:  # torch.load raises whatever the bytes lead it to, an OSError without a name too
+    except Exception as error:  # damaged bytes can make torch.load raise anything, even OSError
         raise refused(error) from error
 
 
 def beginning_of(path):
-    """The first bytes of a file. Raises OSError where it is none, or cannot be read."""
+    """The first bytes of a file. Raises OSError for a path that is not a file or cannot be read."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist, name another file")
     if os.path.isdir(path):
@@ -72,25 +73,25 @@ def beginning_of(path):
         raise OSError(f"{path} is a pipe or a device, name a file")
     try:
         with open(path, "rb") as file:
-            return file.read(64)
+            return file.read(BEGINNING)
     except OSError as error:
         raise type(error)(f"{path} cannot be read ({error.strerror}), see its permissions") from error
 
 
 def kind_of(start):
-    """OtherFile for a file that begins with `start` and is none of torch.save."""
+    """The OtherFile error for a file that begins with `start` and that torch.save did not write."""
     if not start:
         return OtherFile("it is empty")
     for beginning, found, advice in BEGINNINGS:
         if re.match(beginning, start, re.DOTALL):
             return OtherFile(found, advice)
-    return OtherFile("it is truncated, or no file of weights or of a network that torch.save wrote")
+    return OtherFile("it is truncated, or not a file of weights or of a network that torch.save wrote")
 
 
 def check_zip(path):
-    """Raise OtherFile unless `path` is a whole zip file of torch.save, every part with the checksum it was saved with.
+    """Raise OtherFile unless `path` is a complete zip file of torch.save and every entry has its saved checksum.
 
-    torch.load does not look at them: a flipped bit would give other weights.
+    torch.load does not check them: a flipped bit would silently change weights.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -99,14 +100,14 @@ def check_zip(path):
             damaged = first_not_stored(parts) or (has_checksums(parts) and archive.testzip())
     except OtherFile:
         raise
-    except Exception as error:  # zipfile raises whatever damaged bytes lead it to
+    except Exception as error:  # damaged bytes can make zipfile raise anything
         raise OtherFile(f"it is truncated or damaged ({type(error).__name__}: {error})") from error
     if damaged:
-        raise OtherFile(f"it is damaged, {damaged!r} in it is not what was saved")
+        raise OtherFile(f"it is damaged, {damaged!r} in it has changed since it was saved")
 
 
 def check_kind(names):
-    """Raise OtherFile where a zip file with these entries is none of torch.save."""
+    """Raise OtherFile where torch.save did not write a zip file with these entries."""
     for pattern, found, advice in ENTRIES:
         if any(re.fullmatch(pattern, name) for name in names):
             raise OtherFile(found, advice)
@@ -115,19 +116,19 @@ def check_kind(names):
 
 
 def first_not_stored(parts):
-    """The first part that is compressed, has two sizes or counts as a folder, or None: torch.save writes no such."""
+    """The first entry that torch.save would not write: compressed, with two sizes, or a folder; else None."""
     odd = (part for part in parts if part.compress_type or part.compress_size != part.file_size)
     folders = (part for part in parts if part.external_attr & DOS_FOLDER)
     return next((part.filename for part in (*odd, *folders)), None)
 
 
 def has_checksums(parts):
-    """Whether there are any: after torch.serialization.set_crc32_options(False) all of them are 0."""
+    """Whether the entries have checksums; torch.serialization.set_crc32_options(False) sets all of them to 0."""
     return any(part.CRC for part in parts)
 
 
 def refused(error):
-    """OtherFile for what torch.load raised, with the name of the class or function that it does not unpickle."""
+    """The OtherFile error for an error of torch.load, with the class or function that it refused to unpickle."""
     name = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
     if name is None:
         return OtherFile(f"it is damaged, or holds what torch.load does not take ({type(error).__name__})", SAVE_STATE)
@@ -139,7 +140,7 @@ def refused(error):
 
 
 def unusual_kind(tensor):
-    """What keeps a network from taking a tensor as a weight, in words, or None where it is a plain one."""
+    """Words for a tensor that cannot be a weight of a network; None for a plain tensor."""
     if tensor.is_meta:
         return "meta (without values)"
     if tensor.is_quantized:

@@ -504,7 +504,7 @@ def refused(capsys, *argv):
     [
         ("nonet", ["unknown network 'nonet'"]),
         ("example_net --load {dir}/missing.pth", ["{dir}/missing.pth"]),
-        ("example_net --ann_weight {dir}/file", ["{dir}/file", "no file of weights"]),
+        ("example_net --ann_weight {dir}/file", ["{dir}/file", "not a file of weights"]),
         ("example_net --out {dir}/file", ["cannot write into {dir}/file", "is a file"]),
         ("example_net --out {dir}/file/below", ["{dir}/file is a file"]),
         ("example_net --out /proc/none", ["/proc/none"]),

@@ -299,7 +299,7 @@ def refused(capsys, *argv):
         ("example_net --ann_weight {dir}/missing.pth", ["{dir}/missing.pth"]),
         ("example_net --ann_weight {dir}", ["{dir}"]),
         ("example_net --ann_weight {dir}/truncated.pth", ["{dir}/truncated.pth", "truncated"]),
-        ("example_net --ann_weight {dir}/text.pth", ["{dir}/text.pth", "no file of weights"]),
+        ("example_net --ann_weight {dir}/text.pth", ["{dir}/text.pth", "not a file of weights"]),
         ("example_net --ann_weight {dir}/list.pth", ["{dir}/list.pth", "no state dict"]),
         ("example_net --ann_weight {dir}/rgb.pth", ["{dir}/rgb.pth", "conv1.weight", "[8, 3, 5, 5]", "[8, 1, 5, 5]"]),
         ("example_net --ann_weight {dir}/lacks.pth", ["{dir}/lacks.pth", "lacks", "fc.weight", "[10, 512]"]),

@@ -165,7 +165,7 @@ def test_loaders_split_and_shuffle(small):
 
 def test_a_large_set_stays_on_disk(small, monkeypatch):
     expected = next(iter(loaders(small)[TEST]))
-    monkeypatch.setattr(coco, "LARGEST_SET_IN_MEMORY", 0)
+    monkeypatch.setattr(coco, "LARGEST_SPLIT_IN_MEMORY", 0)
     loader = loaders(small)[TEST]
     assert loader.dataset.split.pixels is None
     assert all(torch.equal(a, b) for a, b in zip(next(iter(loader)), expected))
@@ -242,26 +242,26 @@ def test_missing_files_are_named(small, tmp_path):
         (lambda d: d["annotations"][1].update(bbox=[1, 2, 3, float("inf")]), "annotation 2 has no box of 4 numbers"),
         (lambda d: d["images"][0].update(file_name=5), "image 10 has no file name or no size"),
         (lambda d: d["images"][0].update(width=float("inf")), "image 10 has no file name or no size"),
-        (lambda d: d["images"].append({**d["images"][0], "id": 1.5}), "the image id 1.5 is no whole number"),
-        (lambda d: d["categories"].append({"id": 1.5, "name": "x"}), "the category id 1.5 is no whole number"),
-        (lambda d: d["images"][0].update(id=True), "the image id True is no whole number"),
-        (lambda d: d["images"][0].update(id="10"), "the image id '10' is no whole number"),
-        (lambda d: d["images"][0].update(id=[10]), "the image id [10] is no whole number"),
-        (lambda d: d["images"][0].update(id=10.0), "the image id 10.0 is no whole number"),
-        (lambda d: d["images"][0].update(id=10**400), "is no whole number"),
+        (lambda d: d["images"].append({**d["images"][0], "id": 1.5}), "the image id 1.5 is not a whole number"),
+        (lambda d: d["categories"].append({"id": 1.5, "name": "x"}), "the category id 1.5 is not a whole number"),
+        (lambda d: d["images"][0].update(id=True), "the image id True is not a whole number"),
+        (lambda d: d["images"][0].update(id="10"), "the image id '10' is not a whole number"),
+        (lambda d: d["images"][0].update(id=[10]), "the image id [10] is not a whole number"),
+        (lambda d: d["images"][0].update(id=10.0), "the image id 10.0 is not a whole number"),
+        (lambda d: d["images"][0].update(id=10**400), "is not a whole number"),
         (lambda d: d["images"][2].pop("id"), "image number 3 of the file: KeyError: 'id'"),
         (lambda d: d["images"].insert(1, [1]), "image number 2 of the file: TypeError"),
         (lambda d: d["images"][0].update(width=10**400), "image 10 has no file name or no size"),
         (lambda d: d["images"][0].update(width=True), "image 10 has no file name or no size"),
-        (lambda d: d["categories"][0].update(id=True), "the category id True is no whole number"),
-        (lambda d: d["categories"][0].update(name=5), "the name of category 90 is 5, no text"),
+        (lambda d: d["categories"][0].update(id=True), "the category id True is not a whole number"),
+        (lambda d: d["categories"][0].update(name=5), "the name of category 90 is 5, not text"),
         (lambda d: d["annotations"][1].update(category_id=True), "annotation 2 has no box of 4 numbers, no known"),
         (lambda d: d["annotations"][1].update(category_id=[7]), "annotation 2 has no box of 4 numbers, no known"),
         (lambda d: d["annotations"][1].update(image_id={"a": 1}), "no known image"),
         (lambda d: d["annotations"][1].update(bbox=[1, 2, 3, 10**400]), "annotation 2 has no box of 4 numbers"),
         (lambda d: d["annotations"][1].update(bbox=[1, 2, 3, True]), "annotation 2 has no box of 4 numbers"),
         (lambda d: d["annotations"][1].update(bbox=None), "annotation number 2 of the file: TypeError"),
-        (lambda d: d["annotations"][1].update(area=1e300), "or an area that is no number"),
+        (lambda d: d["annotations"][1].update(area=1e300), "or an area that is not a number"),
         (lambda d: d["annotations"][2].update(bbox=[]) or d["annotations"][2].pop("id"), "annotation number 3 of"),
         (lambda d: d.update(annotations=None), "TypeError"),
     ],
@@ -280,7 +280,7 @@ def test_other_unusable_annotations(small):
     whole = path.read_text()
     for text in (whole[:200], "[1, 2]", "", "\0"):
         path.write_text(text)
-        assert error_of(small).startswith(f"the annotations {path} are damaged, or no COCO file")
+        assert error_of(small).startswith(f"the annotations {path} are damaged, or not a COCO file")
     path.write_text(whole)
     change_json(small, "val2017", lambda d: d["categories"].append({"id": 91, "name": "red"}))
     assert "list different categories, use files of the same release" in error_of(small)
@@ -294,7 +294,7 @@ def test_other_unusable_annotations(small):
 def test_annotations_that_are_nested_too_deep_are_named(small, text):
     path = small / "annotations" / "instances_train2017.json"
     path.write_text(text)
-    assert error_of(small).startswith(f"the annotations {path} are damaged, or no COCO file (RecursionError")
+    assert error_of(small).startswith(f"the annotations {path} are damaged, or not a COCO file (RecursionError")
 
 
 def test_an_image_that_is_a_pipe_does_not_hang(small):

@@ -462,7 +462,7 @@ def test_an_image_that_is_gone_or_turns_into_a_pipe_is_named(random_folder, monk
         loaders(random_folder, image_size=8)
     gone.unlink()
     os.mkfifo(gone)
-    with pytest.raises(OSError, match=f"cannot read the image {gone} .*no regular file"):
+    with pytest.raises(OSError, match=f"cannot read the image {gone} .*not a regular file"):
         datasets.read_image(str(gone), 8)
 
 

@@ -167,7 +167,7 @@ KINDS = {
     "gzip": (writes(b"\x1f\x8b\x08" + bytes(50)), "it is a compressed file: unpack it"),
     "HDF5": (writes(b"\x89HDF\r\n\x1a\n"), "it is an HDF5 file"),
     "empty": (writes(b""), "it is empty"),
-    "text": (writes(b"no weights"), "it is truncated, or no file of weights"),
+    "text": (writes(b"no weights"), "it is truncated, or not a file of weights"),
     "truncated zip": (writes(saved_bytes({"a": torch.zeros(3)})[:500]), "it is truncated or damaged"),
     "truncated, old": (
         writes(saved_bytes({"a": torch.zeros(3)}, _use_new_zipfile_serialization=False)[:-8]),

@@ -21,6 +21,7 @@ from runtime.cli import run_script
 from snn_transformer import SNNTransformer
 from spike_dag import SpikeDAGModule
 from transformer import saved as saved_snn
+from transformer import status as status_module
 from transformer.saved import load_saved_snn, make_vectors, read_manifest
 
 ROOT = Path(__file__).parents[1]
@@ -171,13 +172,16 @@ def test_modules_and_names_mean_the_same(resnet):
 @pytest.mark.parametrize(
     "layers, message",
     [
-        (["3", "5"], "the layers 3, 5 are no contiguous stretch: 4 lies between them, name it too"),
-        (["0", "3", "6"], "the layers 0, 3, 6 are no contiguous stretch: 1, 2, 4, 5 lie between them, name them too"),
+        (["3", "5"], "the layers 3, 5 are not a contiguous stretch: 4 lies between them, name it too"),
+        (
+            ["0", "3", "6"],
+            "the layers 0, 3, 6 are not a contiguous stretch: 1, 2, 4, 5 lie between them, name them too",
+        ),
         (["3.conv1", "3.conv2"], "3.relu1 lies between them"),
         (["3.conv1.0", "3.relu1"], "3.conv1.1 lies between them"),
         (["layer9"], "the network has no layer layer9, it has 0, 1, 2, 3"),
         ([], "the list of layers to transfer is empty"),
-        ([nn.ReLU()], "the layer ReLU is no module of the network"),
+        ([nn.ReLU()], "the layer ReLU is not a module of the network"),
         (["3.conv1"], "nothing can spike"),
         (["4.shortcut"], "4.shortcut computes nothing that can be converted"),
     ],
@@ -222,7 +226,7 @@ class Odd(nn.Module):
     [
         ("towers", ["a", "b"], "a.0 and b.0 are not connected"),
         ("towers", ["a", "c"], "the layer c does not run in the network's forward"),
-        ("early", ["a", "b", "c"], "torch.Tensor.square in the forward of the network reads what a.1 sends before"),
+        ("early", ["a", "b", "c"], "torch.Tensor.square in the forward of the network reads the output of a.1 before"),
         ("changed", ["inplace"], "relu in inplace.0 changes the stretch's input in place"),
         ("sinus", ["a", "b"], "torch.sin in the network's forward cannot be converted"),
     ],
@@ -614,8 +618,8 @@ def test_calibration_sees_the_newest_inputs_in_eval_mode():
 
 
 def test_memory_of_the_status_is_bounded(monkeypatch):
-    monkeypatch.setattr(snn_transformer, "MOST_STATUS_BYTES", 3000)
-    status = snn_transformer.Status(1000)
+    monkeypatch.setattr(status_module, "MOST_STATUS_BYTES", 3000)
+    status = status_module.Status(1000)
     for value in range(5):
         status.keep((torch.full((2, 100), float(value)),), {})  # 800 bytes
     assert [args[0][0, 0].item() for args, _ in status.calls] == [2.0, 3.0, 4.0]
@@ -814,7 +818,7 @@ DAMAGES = {
         lambda f: (f / "manifest.json").write_text((f / "manifest.json").read_text().replace('steps": 5', 'steps": 6')),
         "manifest.json is damaged, its sha256 is another",
     ),
-    "other format": (lambda f: change_manifest(f, lambda m: m.update(format="x")), "is no manifest of format"),
+    "other format": (lambda f: change_manifest(f, lambda m: m.update(format="x")), "is not a manifest of format"),
     "lacks": (lambda f: change_manifest(f, lambda m: m.pop("ops")), "is damaged (KeyError: 'ops')"),
     "timesteps x": (lambda f: change_manifest(f, lambda m: m.update(timesteps="x")), "is damaged ("),
     "timesteps 0": (lambda f: change_manifest(f, lambda m: m.update(timesteps=0)), "is damaged ("),

@@ -3,7 +3,8 @@
     python3 tools/draw_shapes.py data/shapes --train 600 --val 200
     python3 train_ann.py yolo_tiny --dataset COCO --dataset_root data/shapes
 
-Its category ids have gaps, some images have no object, and some a crowd, as COCO's do. Same seed, same images.
+As in COCO, category ids have gaps, some images have no object, and some have a crowd. The same seed draws the same
+images.
 """
 
 import argparse
@@ -16,7 +17,9 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 from runtime.cli import OneLineParser, run_script
 from runtime.flags import whole_number
 
-CATEGORIES = {"circle": 1, "square": 3, "triangle": 7}
+CATEGORIES = {"circle": 1, "square": 3, "triangle": 7}  # name -> id
+CROWDED = 0.04  # share of images with a crowd
+NUMBERS = {0: 0.05, 1: 0.3, 2: 0.3, 3: 0.2, 4: 0.15}  # objects per image -> probability
 
 
 def parse_args(argv=None):
@@ -61,7 +64,7 @@ def draw_split(folder, split, ids, rng):
 
 
 def draw_image(rng):
-    """A PIL image and the annotations of its objects: none to four, in rare cases a crowd of small circles."""
+    """A PIL image and the annotations of its objects: none to four, and rarely a crowd of small circles."""
     import numpy as np
     from PIL import Image, ImageDraw
 
@@ -69,10 +72,10 @@ def draw_image(rng):
     noise = rng.integers(0, 256, (height, width, 3)) * 0.2 + rng.integers(40, 160, 3) * 0.8
     picture = Image.fromarray(noise.astype(np.uint8))
     draw, boxes, objects = ImageDraw.Draw(picture), [], []
-    if rng.random() < 0.04:
+    if rng.random() < CROWDED:
         box = place(rng, width, height, 40, boxes)
         objects.append(draw_crowd(draw, rng, box, width, height))
-    for _ in range(rng.choice([0, 1, 2, 3, 4], p=[0.05, 0.3, 0.3, 0.2, 0.15])):
+    for _ in range(rng.choice(list(NUMBERS), p=list(NUMBERS.values()))):
         box = place(rng, width, height, int(rng.integers(20, 61)), boxes)
         if box is not None:
             objects.append(draw_shape(draw, rng, box))
@@ -80,7 +83,7 @@ def draw_image(rng):
 
 
 def place(rng, width, height, side, boxes):
-    """A free square (left, top, side), added to `boxes`; None where 20 tries find none."""
+    """A free square (left, top, side), which is added to `boxes`; None if 20 random places overlap others."""
     for _ in range(20):
         left, top = int(rng.integers(0, width - side)), int(rng.integers(0, height - side))
         apart = (left + side < x or x + s < left or top + side < y or y + s < top for x, y, s in boxes)
@@ -91,7 +94,7 @@ def place(rng, width, height, side, boxes):
 
 
 def draw_shape(draw, rng, box):
-    """One shape in a colour of its own; its annotation."""
+    """Draw a shape in a random dark or light colour; returns its annotation."""
     left, top, side = box
     name = str(rng.choice(list(CATEGORIES)))
     colour = tuple(int(c) for c in rng.choice([rng.integers(0, 60, 3), rng.integers(190, 256, 3)]))
@@ -109,7 +112,7 @@ def draw_shape(draw, rng, box):
 
 
 def draw_crowd(draw, rng, box, width, height):
-    """A square full of small circles; COCO marks such with iscrowd and a run-length mask, column by column."""
+    """Draw a square full of small circles; returns its annotation: a crowd, with COCO's run-length mask by columns."""
     left, top, side = box
     for _ in range(12):
         x, y = left + int(rng.integers(0, side - 8)), top + int(rng.integers(0, side - 8))
@@ -122,7 +125,7 @@ def draw_crowd(draw, rng, box, width, height):
 
 
 def annotation(category, box, segmentation, iscrowd):
-    """An object in COCO's form; the box is left, top, width, height."""
+    """An object in COCO's format; the box is left, top, width, height."""
     area = float(box[2] * box[3])
     return {"category_id": category, "bbox": box, "area": area, "segmentation": segmentation, "iscrowd": iscrowd}
 

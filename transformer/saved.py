@@ -3,17 +3,18 @@
     write_saved_snn(folder, snn, inputs, details)      # manifest.json and .npy files
     replay(folder)                                     # simulates the vectors again, bit for bit
 
-manifest.json names every op with its shapes, integer weights, Vthr and scales; tensors of more than one element lie in
-.npy files beside it, each with its sha256. The vectors are the inputs, what is known before the first spike (the
-constant currents of the first layers, float32), every layer's spikes, and the outputs. Everything behind the constant
-currents is integer arithmetic, or one float32 operation an element, and the same on every machine; the currents
-themselves are sums of floats, which a replay compares to within `CURRENT_TOLERANCE` of the largest.
+manifest.json describes every op with its shapes, integer weights, Vthr and scales. Tensors with more than one element
+are .npy files beside it, each with its sha256. The vectors are the inputs, the constant currents of the first layers
+(float32), every layer's spikes, and the outputs. Behind the constant currents every operation is integer arithmetic or
+a single float32 operation per element, with the same result on every machine. The currents themselves are sums of
+floats; a replay compares them to within `CURRENT_TOLERANCE` of the largest.
 """
 
 import hashlib
 import json
 import math
 import os
+import platform
 import shutil
 from contextlib import contextmanager
 
@@ -30,15 +31,17 @@ from spike_tensor import Current, Memory, SpikeTensor
 FORMAT = "ann2snn-stretch-1"
 MANIFEST = "manifest.json"
 ARRAY_FOLDERS = ("weights", "vectors")
-CURRENT_TOLERANCE = 1e-5  # of float32 sums in another order
+# Of the largest value. Another machine adds the products of a convolution in another order; over a few thousand terms
+# float32 (epsilon 1.2e-7) then differs by a few 1e-6 at most.
+CURRENT_TOLERANCE = 1e-5
 
 
 class Damaged(ValueError):
-    """What a folder holds is not what was saved in it; the message names the file."""
+    """A file in a folder differs from the one that was saved there; the message names it."""
 
 
 class Mismatch(Exception):
-    """A replay that gives other spikes or outputs than the vectors."""
+    """A replay gives other spikes or outputs than the vectors."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,7 +50,7 @@ class Mismatch(Exception):
 
 @torch.no_grad()
 def simulate_nodes(snn, known):
-    """Node -> its value over all timesteps, from `known`: those values are not computed."""
+    """Node -> its value over all timesteps. known: the same for some nodes, whose values are not computed."""
     values = dict(known)
     entries = [entry for entry in snn.ops.values() if entry.out not in known]
     with one_thread_per_operator:
@@ -56,10 +59,10 @@ def simulate_nodes(snn, known):
 
 
 def make_vectors(snn, inputs):
-    """The test vectors of inputs [B, ...], as arrays: {"constants", "spikes", "outputs"}: node -> array.
+    """The test vectors for inputs [B, ...], a dict of "constants", "spikes" and "outputs", each node -> array.
 
-    constants: float32 [B, ...], the inputs and all that they cause before the first spike. spikes: uint8 [T, B, ...] of
-    every layer that fires. outputs: float32 [B, ...].
+    constants: float32 [B, ...], the inputs and every value computed from them before the first spike. spikes: uint8
+    [T, B, ...] of every layer that fires. outputs: float32 [B, ...].
     """
     values, nodes = simulate_nodes(snn, dict(zip(snn.inputs_nodes, inputs))), nodes_of_vectors(snn)
     return {
@@ -70,7 +73,7 @@ def make_vectors(snn, inputs):
 
 
 def nodes_of_vectors(snn):
-    """The nodes of each kind of test vectors (`make_vectors`), in the order in which they are computed."""
+    """The nodes of each kind of test vector (`make_vectors`), in the order of computation."""
     nodes = [*snn.inputs_nodes, *(entry.out for entry in snn.ops.values())]
     firing = {entry.out for entry in snn.ops.values() if entry.op.neuron is not None}
     behind = set(snn.outputs_nodes) | nodes_from_spikes(snn)
@@ -82,7 +85,7 @@ def nodes_of_vectors(snn):
 
 
 def nodes_from_spikes(snn):
-    """Nodes that depend on spikes, and those of spikes themselves."""
+    """Nodes of spikes and nodes that depend on spikes."""
     nodes = set()
     for entry in snn.ops.values():
         if entry.op.neuron is not None or not nodes.isdisjoint(entry.inputs):
@@ -91,7 +94,7 @@ def nodes_from_spikes(snn):
 
 
 def nodes_of_reals(snn):
-    """Nodes of images and of activations, also of layers that stay ANN behind spikes, and of what they cause."""
+    """Nodes of real values: inputs, outputs of layers that stay ANN, and currents computed from either."""
     nodes = set(snn.inputs_nodes)
     for entry in snn.ops.values():
         op = entry.op
@@ -101,7 +104,7 @@ def nodes_of_reals(snn):
 
 
 def tensor_of(value):
-    """An activation, or a current that is the same at every step: [B, ...]."""
+    """The tensor [B, ...] of an activation, or of a current that is the same at every step."""
     return value.data if isinstance(value, Current) else value
 
 
@@ -111,7 +114,7 @@ def steps_of(spikes, timesteps):
 
 
 def activation_of(value):
-    """[B, ...]: what spikes stand for, or the activation itself."""
+    """The activation [B, ...]: spikes are decoded."""
     return value.to_float() if isinstance(value, SpikeTensor) else value
 
 
@@ -120,13 +123,13 @@ def activation_of(value):
 
 
 def write_saved_snn(folder, snn, inputs, details):
-    """Write `folder` whole, or leave it as it was; an earlier result in it is replaced.
+    """Write the whole `folder`, or leave it as it was; an earlier result in it is replaced.
 
     inputs: a tuple of tensors [B, ...], one for each input of the stretch. details: further entries of the manifest, as
-    plain data. Raises OSError where the folder cannot be written, or holds something else.
+    plain data. Raises OSError where the folder cannot be written, or holds other files.
     """
     check_target(folder)
-    folder = os.path.realpath(folder)  # a link stays, the folder that it names is replaced
+    folder = os.path.realpath(folder)  # replaces the folder behind a link, not the link
     snn = snn.cpu()
     inputs = tuple(x.detach().cpu().float() for x in inputs)
     remove_stale(folder)
@@ -156,9 +159,9 @@ def check_target(folder):
 
 
 def is_earlier_result(folder):
-    """Whether a folder has a manifest of this format, and nothing beside it but .npy files as `FileWriter` names them.
+    """Whether a folder contains a manifest of this format and otherwise only .npy files in the folders of `FileWriter`.
 
-    Its contents are deleted when it is replaced, so a folder that merely looks like one is left alone.
+    The check is strict because the contents of an earlier result are deleted.
     """
     if not set(os.listdir(folder)) <= {MANIFEST, *ARRAY_FOLDERS}:
         return False
@@ -174,7 +177,7 @@ def is_earlier_result(folder):
 
 
 def put_in_place(temporary, folder):
-    """Rename the whole new folder to `folder`; the old one goes last."""
+    """Rename the finished new folder to `folder`, then delete the old one."""
     old = f"{temporary}.old"
     if os.path.isdir(folder):
         os.rename(folder, old)
@@ -188,7 +191,7 @@ def put_in_place(temporary, folder):
 
 
 def write_contents(folder, snn, inputs, details):
-    """The .npy files, then the manifest."""
+    """Write the .npy files, then the manifest."""
     files = FileWriter(folder)
     shapes = node_shapes(snn, *(x[:1] for x in inputs))
     vectors = make_vectors(snn, inputs)
@@ -196,6 +199,8 @@ def write_contents(folder, snn, inputs, details):
         "format": FORMAT,
         "timesteps": snn.timesteps,
         **details,
+        "duration": snn.duration(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "inputs": [{"node": node, "shape": list(shapes[node])} for node in snn.inputs_nodes],
         "outputs": [{"node": node, "shape": list(shapes[node])} for node in snn.outputs_nodes],
         "ops": [describe_op(op, shapes, files) for op in hardware_dict(snn)["ops"]],
@@ -212,10 +217,10 @@ def write_contents(folder, snn, inputs, details):
 
 
 def hardware_dict(snn):
-    """`SpikeDAGModule.to_dict()` without the float weights of layers that read spikes: theirs are integers alone."""
+    """`SpikeDAGModule.to_dict()`, without the float weights of layers that read spikes: these use integers only."""
     data, reals = snn.to_dict(), nodes_of_reals(snn)
     for op in data["ops"]:
-        del op["frozen"], op["weight_back"]  # only a training needs them
+        del op["frozen"], op["weight_back"]  # needed only for training
         if op["spiking"] and op["in_nodes"][0] not in reals and "weight_q" in op["tensors"]:
             unused = ("weight", "bias", "weight_scale")
             op["tensors"] = {name: tensor for name, tensor in op["tensors"].items() if name not in unused}
@@ -225,30 +230,30 @@ def hardware_dict(snn):
 
 
 def describe_op(op, shapes, files):
-    """An op's entry in the manifest, its tensors in files."""
+    """An op's entry in the manifest; its tensors are written to files."""
     shape = {"in_shapes": [list(shapes[n]) for n in op["in_nodes"]], "out_shape": list(shapes[op["out_nodes"][0]])}
-    return {key: files.encode(value, f"weights/{op['name']}") for key, value in op.items()} | shape
+    return {key: files.to_json(value, f"weights/{op['name']}") for key, value in op.items()} | shape
 
 
 class FileWriter:
-    """Turns values into plain data; tensors of more than one element become .npy files below `folder`."""
+    """Turns values into plain data for JSON; tensors with more than one element become .npy files below `folder`."""
 
     def __init__(self, folder):
         self.folder = folder
 
-    def encode(self, value, name):
-        """Nested plain data for JSON."""
+    def to_json(self, value, name):
+        """A value as nested plain data; `from_json` is the inverse. name: of its files."""
         if isinstance(value, dict):
-            return {key: self.encode(item, f"{name}.{key}") for key, item in value.items()}
+            return {key: self.to_json(item, f"{name}.{key}") for key, item in value.items()}
         if isinstance(value, (list, tuple)):
-            return [self.encode(item, f"{name}.{i}") for i, item in enumerate(value)]
+            return [self.to_json(item, f"{name}.{i}") for i, item in enumerate(value)]
         if not isinstance(value, torch.Tensor):
             return value
         array = value.detach().cpu().numpy()
         return {"dtype": str(array.dtype), "value": array.item()} if not array.ndim else self.add(name, array)
 
     def add(self, name, array, packed=False):
-        """Write an array, spikes as bits (numpy.packbits); returns its entry in the manifest."""
+        """Write an array, with `packed` as bits (numpy.packbits); returns its entry in the manifest."""
         path = os.path.join(self.folder, f"{name}.npy")
         os.makedirs(os.path.dirname(path), exist_ok=True)
         np.save(path, np.packbits(array) if packed else np.ascontiguousarray(array), allow_pickle=False)
@@ -263,7 +268,7 @@ def file_hash(path):
 
 
 def hash_of(manifest):
-    """sha256 of a manifest without its own."""
+    """sha256 of a manifest without its entry "sha256"."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -273,7 +278,7 @@ def hash_of(manifest):
 
 
 def read_manifest(folder):
-    """The manifest of a folder. Raises OSError or ValueError where it is missing, damaged, or of another kind."""
+    """The manifest of a folder. Raises OSError or ValueError where it is missing, damaged, or of another format."""
     path = os.path.join(folder, MANIFEST)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no {path}, name a folder that SNNTransformer.save_snn has written")
@@ -283,7 +288,7 @@ def read_manifest(folder):
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path} is damaged ({error}), save the network again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise Damaged(f"{path} is no manifest of format {FORMAT}, save the network again")
+        raise Damaged(f"{path} is not a manifest of format {FORMAT}, save the network again")
     if manifest.get("sha256") != hash_of(manifest):
         raise Damaged(f"{path} is damaged, its sha256 is another, save the network again")
     return manifest
@@ -310,40 +315,40 @@ def read_array(folder, entry):
 
 
 def load_npy(path):
-    """The array in a .npy file. Raises Damaged, without NumPy's advice to allow pickles, where there is none."""
+    """The array in a .npy file. Raises Damaged for another file (NumPy's error would advise to allow pickles)."""
     try:
-        # mapped first: an array that is declared larger than its file takes no memory before it is refused
+        # mapped first, so that a header with a huge shape is refused before memory is allocated
         return np.array(np.lib.format.open_memmap(path, mode="r"))
     except (ValueError, TypeError, OverflowError, EOFError) as error:
         raise Damaged(f"{path} is damaged, it holds no array of numbers, save the network again") from error
 
 
 def unpack(array, path, shape):
-    """Spikes [T, B, ...] of their bits (numpy.packbits)."""
+    """Spikes [T, B, ...] from their bits (numpy.packbits)."""
     count = math.prod(shape)
     if array.dtype != np.uint8 or array.shape != (-(-count // 8),):
         raise Damaged(f"{path} has the wrong size for spikes of the shape {shape}, save the network again")
     return np.unpackbits(array, count=count).reshape(shape)
 
 
-def decode(value, folder):
-    """The inverse of `FileWriter.encode`: lists become tuples."""
+def from_json(value, folder):
+    """The inverse of `FileWriter.to_json`; lists become tuples."""
     if isinstance(value, list):
-        return tuple(decode(item, folder) for item in value)
+        return tuple(from_json(item, folder) for item in value)
     if not isinstance(value, dict):
         return value
     if "sha256" in value:
         return torch.from_numpy(read_array(folder, value))
     if set(value) == {"dtype", "value"}:
         return torch.tensor(value["value"], dtype=getattr(torch, value["dtype"]))
-    return {key: decode(item, folder) for key, item in value.items()}
+    return {key: from_json(item, folder) for key, item in value.items()}
 
 
 def load_saved_snn(folder, manifest=None):
-    """The spiking network in a folder, as a SpikeDAGModule. Raises OSError or ValueError as `read_manifest`."""
+    """The spiking network in a folder, a SpikeDAGModule. Raises OSError or ValueError, as `read_manifest` does."""
     manifest = read_manifest(folder) if manifest is None else manifest
     with damage_named(folder):
-        ops = [with_float_weights(decode(op, folder)) for op in manifest["ops"]]
+        ops = [with_float_weights(from_json(op, folder)) for op in manifest["ops"]]
         return from_dict(
             {
                 "format": DAG_FORMAT,
@@ -358,12 +363,12 @@ def load_saved_snn(folder, manifest=None):
 
 @contextmanager
 def damage_named(folder):
-    """Within it, whatever entries of a manifest lead to that are no such thing becomes Damaged."""
+    """Within it every error that wrong entries of a manifest cause becomes Damaged."""
     try:
         yield
     except (Mismatch, Damaged, OSError):
         raise
-    except Exception as error:  # in NumPy and PyTorch too
+    except Exception as error:  # wrong entries can raise any error of NumPy and PyTorch
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if isinstance(error, OtherFile):
             reason = error.found.removeprefix("damaged network data: ")
@@ -371,9 +376,9 @@ def damage_named(folder):
 
 
 def with_float_weights(op):
-    """An op with the parameters that its module has; a layer that reads spikes does not use them."""
+    """An op with float parameters: its module has them, but a layer that reads spikes does not use them."""
     tensors = op["tensors"]
-    names = ("weight", "bias") if op["config"].get("bias", True) else ("weight",)  # a correction alone can have a bias
+    names = ("weight", "bias") if op["config"].get("bias", True) else ("weight",)  # bias_q alone may be of a correction
     for name in names:
         if f"{name}_q" in tensors and name not in tensors and op["type"] != "SpikeAvgPool2d":
             integers = tensors[f"{name}_q"].float()
@@ -388,9 +393,9 @@ def with_float_weights(op):
 
 
 def replay(folder):
-    """Simulate the test vectors of a folder again; a line of what was compared.
+    """Simulate the test vectors of a folder again; returns a line that counts the compared values.
 
-    Raises Mismatch where a spike or an output is another, OSError or ValueError where the folder is damaged.
+    Raises Mismatch where a spike or an output differs, OSError or ValueError where the folder is damaged.
     """
     manifest = read_manifest(folder)
     with damage_named(folder):
@@ -406,7 +411,7 @@ def read_vectors(folder, manifest):
 
 
 def check_vectors(snn, vectors):
-    """Raise ValueError unless there is something to compare for all that is computed, in its types and shapes."""
+    """Raise ValueError unless the vectors cover every node of `nodes_of_vectors`, in the right types and shapes."""
     for kind, nodes in nodes_of_vectors(snn).items():
         if set(nodes) != set(vectors[kind]):
             raise ValueError(f"the vectors hold {kind} of {list(vectors[kind])}, not of {nodes}")
@@ -420,7 +425,7 @@ def check_vectors(snn, vectors):
 
 
 def check_shapes(snn, vectors):
-    """Raise ValueError unless the vectors are of one number of inputs, and of the shapes that the network gives."""
+    """Raise ValueError unless all vectors have the same batch size, and the shapes that the network computes."""
     inputs = [torch.from_numpy(vectors["constants"][node]) for node in snn.inputs_nodes]
     snn.largest_sample(inputs)  # raises Misfit where an op cannot take its inputs
     shapes, batch = node_shapes(snn, *(x[:1] for x in inputs)), len(inputs[0])
@@ -433,7 +438,7 @@ def check_shapes(snn, vectors):
 
 
 def replay_vectors(snn, vectors):
-    """Simulate once more and compare; a line of what was compared. Raises Mismatch."""
+    """Simulate again and compare; returns the line of `replay`. Raises Mismatch."""
     compare_currents(snn, vectors["constants"])
     values = simulate_nodes(snn, known_values(snn, vectors["constants"]))
     for node, expected in vectors["spikes"].items():
@@ -449,14 +454,14 @@ def replay_vectors(snn, vectors):
 
 
 def known_values(snn, constants):
-    """The constants as the simulator holds them: activations, and currents of spiking ops."""
+    """The constants in the simulator's types: activations as tensors, currents of spiking ops as Current."""
     spiking = {entry.out for entry in snn.ops.values() if entry.op.spiking}
     tensors = {node: torch.from_numpy(array) for node, array in constants.items()}
     return {n: Current(x, snn.timesteps, constant=True) if n in spiking else x for n, x in tensors.items()}
 
 
 def compare_currents(snn, constants):
-    """Raise Mismatch where the constants do not follow from the inputs, but for rounding."""
+    """Raise Mismatch unless the inputs cause the constants, within `CURRENT_TOLERANCE`."""
     inputs = {node: torch.from_numpy(constants[node]) for node in snn.inputs_nodes}
     values = dict(inputs)
     with torch.no_grad(), one_thread_per_operator:
@@ -471,7 +476,7 @@ def compare_currents(snn, constants):
 
 
 def compare_output(node, value, expected):
-    """Raise Mismatch unless an output is the same: decoded spikes bit for bit, what stays ANN but for rounding."""
+    """Raise Mismatch unless an output is the same: decoded spikes bit for bit, ANN outputs within CURRENT_TOLERANCE."""
     actual = activation_of(value).numpy()
     is_float = not isinstance(value, SpikeTensor) and actual.shape == expected.shape
     if is_float and np.abs(actual - expected).max(initial=0) <= CURRENT_TOLERANCE * np.abs(expected).max(initial=1):
@@ -480,7 +485,7 @@ def compare_output(node, value, expected):
 
 
 def compare(node, actual, expected):
-    """Raise Mismatch unless two arrays are the same, bit for bit."""
+    """Raise Mismatch unless two arrays are equal."""
     if actual.shape != expected.shape:
         raise Mismatch(f"{node} has the shape {list(actual.shape)}, the vectors {list(expected.shape)}")
     different = actual != expected

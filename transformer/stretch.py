@@ -1,10 +1,9 @@
-"""A stretch of a network: found by the names of its layers, traced, and replaced while the rest runs as it is.
+"""A stretch of a network: found by the names of its layers, and traced while the rest runs as it is.
 
     stretch, dag = cut_out(net, ["layer1", "layer2.0"], (inputs,), {})
-    outputs = SplicedNet(net, stretch, dag)(inputs)     # net(inputs), with `dag` computing the stretch
 
-Only the stretch has to be traceable; what stands before, beside and behind it may be any Python code. A call of a torch
-function is known again by the module that makes it and by how many calls that module has made before.
+Only the stretch has to be traceable; the code before, beside and behind it may be any Python code. A call of a torch
+function is recognised in another run by the module that makes it and by how many such calls the module made before.
 """
 
 from collections import Counter, defaultdict
@@ -21,22 +20,19 @@ from ann_parser import (
     SHAPE_QUESTIONS,
     Trace,
     as_float32,
-    as_tuple,
-    autocast_off,
     check_finite_weights,
     check_same_output,
     refuse_compiled,
 )
 from conversion.lambdas import Groups
 from dag_rewrites import fold_batch_norms
-from quantization import QuantSGD
 from spike_layers import SpikeReLU
 
 RELUS = (SpikeReLU.traced, SpikeReLU.traced_in_place)
 RELU_NAMES = {resolve_name(f) for recorder in RELUS for f in RECORDING_FUNCTIONS[recorder]} | {
     f"torch.nn.functional.{name}" for name in ("relu", "relu6", "hardtanh")
 }
-# of Python's operators, those that change their operand; `__rsub__` and `__getitem__`, say, do not
+# Python's operators that change their operand; others, such as `__rsub__` and `__getitem__`, do not
 IN_PLACE_OPERATORS = {
     *("__iadd__", "__isub__", "__imul__", "__imatmul__", "__itruediv__", "__idiv__", "__ifloordiv__", "__imod__"),
     *("__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__", "__setitem__", "__set__"),
@@ -47,7 +43,7 @@ IN_PLACE_OPERATORS = {
 class StretchCall:
     """A call of a torch function that belongs to the stretch.
 
-    inputs: position among the call's arguments, nested ones counted -> number of the stretch's input that stands there.
+    inputs: position among the call's arguments, nested ones counted -> number of the stretch's input at this position.
     output: number of the stretch's output that the call returns, None for a value that only the stretch reads.
     """
 
@@ -57,7 +53,7 @@ class StretchCall:
 
 @dataclass
 class Stretch:
-    """calls: key of a call (`CallCounter`) -> StretchCall. layers: the module paths that were asked for."""
+    """layers: the module paths that the user named. calls: key of a call (`CallCounter`) -> StretchCall."""
 
     layers: tuple
     calls: dict = field(default_factory=dict)
@@ -69,7 +65,7 @@ class Stretch:
 
 
 def layers_in_words(layers):
-    """The first and the last name of a list."""
+    """The first and the last layer of a list, for messages."""
     first, last = layers[0] or "the whole network", layers[-1] or "the whole network"
     return first if first == last else f"{first} to {last}"
 
@@ -77,10 +73,10 @@ def layers_in_words(layers):
 def cut_out(net, layers, args, kwargs):
     """`Stretch, SpikeDAGModule` of the layers at the module paths `layers`, from one run of `net(*args, **kwargs)`.
 
-    net: in eval mode; it is run, but not changed. What belongs to the stretch: everything that runs inside of a named
-    module; operations that the forward of a module around them makes between them (an add, a concatenation, a
-    functional ReLU), and its ReLUs directly behind. Raises ValueError where the layers do not run, or are no contiguous
-    stretch, with the names in the gap, and NotImplementedError for a function in it that cannot be traced.
+    net: in eval mode; it runs, but does not change. The stretch contains everything that runs inside the named modules,
+    the operations between them in a surrounding forward (an add, a concatenation, a functional ReLU), and the ReLUs of
+    that forward directly behind. Raises ValueError where the layers do not run or are not one contiguous stretch, with
+    the names in the gap, and NotImplementedError for a function in the stretch that cannot be traced.
     """
     for layer in layers:
         refuse_compiled(net.get_submodule(layer))
@@ -89,15 +85,15 @@ def cut_out(net, layers, args, kwargs):
     record = Record(net, layers)
     record.run(args, kwargs)
     members = find_members(record)
-    stretch = describe(record, members)
+    stretch = number_ends(record, members)
     trace, again = StretchTrace(net, stretch), StretchTrace(net, stretch)
     trace.run(args, kwargs)
-    again.run(args, kwargs)  # what draws random numbers, or changes, computes something else now
+    again.run(args, kwargs)  # a second run shows random numbers and state that changes
     return stretch, trace.finish(again)
 
 
 def check_float32(net, layers):
-    """Raise ValueError where a layer has weights of another type: thresholds and vectors are made for float32."""
+    """Raise ValueError where a layer has weights of another type: thresholds and test vectors are float32."""
     for layer in layers:
         for name, tensor in net.get_submodule(layer).state_dict().items():
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float32:
@@ -109,7 +105,7 @@ def check_float32(net, layers):
 
 
 def module_paths(net, layers):
-    """The module path of every layer, a name or a module of `net`. Raises ValueError for what the network lacks."""
+    """The module paths of `layers`, names or modules of `net`. Raises ValueError for a layer that the network lacks."""
     layers = [layers] if isinstance(layers, (str, nn.Module)) else list(layers)
     if not layers:
         raise ValueError("the list of layers to transfer is empty, name at least one module of the network")
@@ -123,7 +119,7 @@ def module_path(layer, paths, by_name):
     if isinstance(layer, nn.Module) and layer in paths:
         return paths[layer]
     if isinstance(layer, nn.Module):
-        raise ValueError(f"the layer {type(layer).__name__} is no module of the network, pass one of its own")
+        raise ValueError(f"the layer {type(layer).__name__} is not a module of the network, pass one of its own")
     if layer not in by_name:
         known = ", ".join(list(by_name)[:12]) + (", ..." if len(by_name) > 12 else "")
         raise ValueError(f"the network has no layer {layer}, it has {known}")
@@ -131,7 +127,7 @@ def module_path(layer, paths, by_name):
 
 
 def is_inside(path, layer):
-    """Whether a module path is that of `layer`, or lies in it."""
+    """Whether a module path is `layer` itself or lies inside it."""
     return not layer or path == layer or path.startswith(layer + ".")
 
 
@@ -141,7 +137,7 @@ def tensors_in(value):
 
 
 class CallCounter:
-    """Gives every call of a torch function its key: (the running module's path, its name, how many it made before)."""
+    """Gives every call of a torch function a key: (path of the running module, name, number of such calls before)."""
 
     def __init__(self):
         self.paths, self.made, self.entered = [""], Counter(), set()
@@ -154,7 +150,7 @@ class CallCounter:
 
     @contextmanager
     def follow(self, net):
-        """Within it, `self.paths` is the stack of running modules, and `self.entered` all that ran."""
+        """Within it `self.paths` is the stack of running modules, and `self.entered` the set of all that ran."""
 
         def enter(path):
             def hook(*_):
@@ -193,9 +189,10 @@ def is_in_place(name):
 
 @dataclass
 class Call:
-    """One call that reads activations. reads: position among its arguments -> (id of the tensor, index of its writer).
+    """One call that reads activations.
 
-    changed: the writers of the tensors that it changes in place. A writer is None for what came from elsewhere.
+    reads: position among its arguments -> (id of the tensor, index of the call that wrote it). changed: the writers of
+    the tensors that the call changes in place. The writer is None for a tensor that no recorded call wrote.
     """
 
     key: tuple
@@ -206,14 +203,14 @@ class Call:
         return f"{self.key[1]} in {self.key[0] or 'the forward of the network'}"
 
     def writers(self):
-        """Indices of the calls that wrote what it reads."""
+        """Indices of the calls that wrote its inputs."""
         return {writer for _, writer in self.reads.values()}
 
 
 class Record(TorchFunctionMode):
-    """One run of a network, as the list of calls that read activations, and who wrote what they read.
+    """One run of a network, as the list of calls that read activations, each with the writers of its inputs.
 
-    An activation is what is not computed from the network's parameters and buffers alone.
+    An activation is a tensor that depends on more than the network's parameters and buffers.
     """
 
     def __init__(self, net, layers):
@@ -242,7 +239,7 @@ class Record(TorchFunctionMode):
         written = tensors_in(result)
         if is_in_place(key[1]) and args and isinstance(args[0], torch.Tensor):
             written.append(args[0])
-        self.kept += [*reads.values(), *written]  # alive, so that no id is used twice
+        self.kept += [*reads.values(), *written]  # kept alive, so that no id is used twice
         if active:
             ids = {id(x) for x in written}
             changed = {writer for seen, writer in active.values() if seen in ids}
@@ -253,11 +250,11 @@ class Record(TorchFunctionMode):
         return result
 
     def is_selected(self, key):
-        """Whether a call is made inside of a named module."""
+        """Whether a call is made inside a named module."""
         return any(is_inside(key[0], layer) for layer in self.layers)
 
     def is_around(self, path):
-        """Whether a module has a named one inside."""
+        """Whether a module contains a named one."""
         return any(path != layer and is_inside(layer, path) for layer in self.layers)
 
     def readers(self):
@@ -280,7 +277,7 @@ def find_members(record):
     gap = [name for name in dict.fromkeys(gap) if name is not None]
     if gap:
         raise ValueError(
-            f"the layers {', '.join(record.layers)} are no contiguous stretch: {', '.join(gap)} "
+            f"the layers {', '.join(record.layers)} are not a contiguous stretch: {', '.join(gap)} "
             f"{'lies' if len(gap) == 1 else 'lie'} between them, name {'it' if len(gap) == 1 else 'them'} too"
         )
     members |= relus_behind(record, members)
@@ -289,7 +286,7 @@ def find_members(record):
 
 
 def between(record, named):
-    """Calls that read, directly or not, what a named call wrote, and that a named call reads, directly or not."""
+    """Calls that depend on a named call, directly or not, and on which a named call depends."""
     behind, before, readers = set(), set(), record.readers()
     for index, call in enumerate(record.calls):
         if call.writers() & (named | behind):
@@ -301,7 +298,7 @@ def between(record, named):
 
 
 def gap_name(record, path):
-    """The outermost module at `path` that is not asked for; None inside of the named ones, and around them."""
+    """The outermost module at `path` that the user did not name; None inside the named modules and around them."""
     if any(is_inside(path, layer) for layer in record.layers) or record.is_around(path):
         return None
     parts = path.split(".")
@@ -310,7 +307,7 @@ def gap_name(record, path):
 
 
 def relus_behind(record, members):
-    """ReLUs that a forward around the named layers calls, and that alone read what the stretch sends."""
+    """ReLUs in a forward around the named layers that are the only readers of an output of the stretch."""
     readers, found = record.readers(), set()
     for index in members:
         behind = readers[index]
@@ -323,7 +320,7 @@ def relus_behind(record, members):
 
 
 def check_connected(record, members):
-    """Raise ValueError where a part of the stretch neither reads nor writes what the rest of it does."""
+    """Raise ValueError where the stretch falls into parts with no tensor in common."""
     groups = Groups()
     for index in members:
         for tensor, writer in record.calls[index].reads.values():
@@ -334,8 +331,8 @@ def check_connected(record, members):
         raise ValueError(f"{ends[0]} and {ends[1]} are not connected, convert them with a transformer each")
 
 
-def describe(record, members):
-    """The Stretch of the calls `members`, with numbers for its inputs and outputs."""
+def number_ends(record, members):
+    """The Stretch of the calls `members`, with its inputs and outputs numbered."""
     stretch, numbers, readers, last_input = Stretch(record.layers), {}, record.readers(), 0
     for index in members:
         call, inputs = record.calls[index], {}
@@ -352,7 +349,7 @@ def describe(record, members):
             stretch.calls[record.calls[index].key].output = stretch.num_outputs
             stretch.num_outputs += 1
     if not stretch.num_outputs:
-        raise ValueError(f"nothing behind {stretch} reads what it computes, name other layers")
+        raise ValueError(f"nothing behind {stretch} reads its outputs, name other layers")
     return stretch
 
 
@@ -362,10 +359,10 @@ def check_output(record, members, index, outside, last_input):
     if outside and outside[0] < last_input:
         reader = record.calls[outside[0]]
         raise ValueError(
-            f"{reader} reads what {call.key[0]} sends before the stretch has all of its inputs: end the stretch there, "
-            "or begin it behind"
+            f"{reader} reads the output of {call.key[0]} before the stretch has all of its inputs: end the stretch "
+            "there, or begin it behind"
         )
-    if not call.changed <= set(members):  # whoever holds the input would see the output in it
+    if not call.changed <= set(members):  # code outside that holds the input would see the output in it
         raise ValueError(f"{call} changes the stretch's input in place, use inplace=False there")
 
 
@@ -374,9 +371,9 @@ def check_output(record, members, index, outside, last_input):
 
 
 class StretchTrace(Trace):
-    """A run of a network in which only the calls of a stretch are recorded.
+    """A run of a network that records only the calls of a stretch.
 
-    The stretch runs in float32 without autocast, whatever the rest runs in.
+    The stretch runs in float32 without autocast, whatever the type of the rest.
     """
 
     def __init__(self, net, stretch):
@@ -405,11 +402,11 @@ class StretchTrace(Trace):
         return result
 
     def is_image(self, operands):
-        """What the stretch reads is no image that a data set could normalise."""
+        """False: no data set could normalise the inputs of a stretch, so that advice is not given."""
         return False
 
     def add_input(self, number, tensor):
-        """The stretch reads `tensor` from outside; returns what it reads, in float32."""
+        """Record that the stretch reads `tensor` from outside; returns the float32 tensor that it reads."""
         if number not in self.inputs:
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{self.stretch} reads NaN or infinite values, look at the inputs of the network")
@@ -420,7 +417,7 @@ class StretchTrace(Trace):
         return self.inputs[number][2]
 
     def finish(self, again):
-        """The graph. Raises ValueError unless it computes what the stretch did in this run, and in the run `again`."""
+        """The graph. Raises ValueError unless it computes the outputs of the stretch in this run and in `again`."""
         for run in (self, again):
             run.dag.outputs_nodes = tuple(node for node, _ in values_in_order(run.outputs))
             run.dag.lint()
@@ -436,124 +433,3 @@ class StretchTrace(Trace):
 def values_in_order(by_number):
     """The values of a dict with the keys 0, 1, 2, ..."""
     return [by_number[number] for number in range(len(by_number))]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The network with another stretch
-
-
-class SplicedNet(nn.Module):
-    """`net`, whose stretch `part` computes: arguments and outputs are those of `net`, whatever they are.
-
-    The layers of `net` that are replaced are in eval mode, whatever mode the rest is in.
-    """
-
-    def __init__(self, net, stretch, part):
-        super().__init__()
-        self.net, self.stretch, self.part = net, stretch, part
-        self.freeze_replaced()
-
-    def freeze_replaced(self):
-        """BatchNorms that are replaced count no batches."""
-        for layer in self.stretch.layers:
-            self.net.get_submodule(layer).eval()
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.freeze_replaced()
-        return self
-
-    def forward(self, *args, **kwargs):
-        return run_spliced(self.net, self.stretch, self.part, args, kwargs)
-
-
-def run_spliced(net, stretch, part, args, kwargs):
-    """`net(*args, **kwargs)`, with `part(*inputs)` computing the outputs of the stretch."""
-    splice = Splice(stretch, part)
-    with splice.counter.follow(net), splice:
-        output = net(*args, **kwargs)
-    if splice.outputs is None:
-        raise ValueError(f"the network did not run {stretch}, which it ran when it was traced")
-    return output
-
-
-class Splice(TorchFunctionMode):
-    """Replaces the calls of a stretch in a run of the network.
-
-    The last call that brings an input makes `part` compute all outputs. What only the stretch reads is a tensor on the
-    meta device: it has a shape but no values, so that nothing outside can read it unnoticed.
-    """
-
-    def __init__(self, stretch, part):
-        super().__init__()
-        self.stretch, self.part, self.counter = stretch, part, CallCounter()
-        self.inputs, self.outputs, self.early = {}, None, {}
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function in SHAPE_QUESTIONS:
-            return function(*args, **kwargs)
-        key = self.counter.key(function)
-        leaves, spec = tree_flatten((args, kwargs))
-        call = self.stretch.calls.get(key)
-        if call is None:
-            self.check_outside(key, leaves)
-            return function(*args, **kwargs)
-        self.inputs.update({number: leaves[position] for position, number in call.inputs.items()})
-        shape = shape_of_result(function, leaves, spec)
-        if self.outputs is None and len(self.inputs) == self.stretch.num_inputs:
-            self.compute()
-        return shape if call.output is None else self.output(call.output, shape)
-
-    def check_outside(self, key, leaves):
-        """Raise ValueError where a call that was outside of the stretch now reads from its inside."""
-        if any(isinstance(x, torch.Tensor) and x.device.type == "meta" for x in leaves):
-            raise ValueError(
-                f"{key[1]} in {key[0] or 'the forward of the network'} reads a value from inside of {self.stretch}, "
-                "which it did not when the network was traced: the path must not change, or name this layer too"
-            )
-
-    def compute(self):
-        """All outputs, from all inputs."""
-        with autocast_off():  # in bfloat16, the currents of spikes would no longer be whole numbers
-            outputs = as_tuple(self.part(*map(as_float32, values_in_order(self.inputs))))
-        for number, placeholder in self.early.items():
-            placeholder.copy_(outputs[number])  # the network holds the placeholder
-        self.outputs = [self.early.get(number, value) for number, value in enumerate(outputs)]
-
-    def output(self, number, shape):
-        """An output, or the tensor that will hold it once all inputs are there."""
-        if self.outputs is not None:
-            return self.outputs[number]
-        self.early[number] = torch.empty_like(shape, device=self.inputs[0].device)
-        return self.early[number]
-
-
-@torch.no_grad()
-def shape_of_result(function, leaves, spec):
-    """What a call would return, as a tensor without values."""
-    leaves = [as_float32(x.to("meta")) if isinstance(x, torch.Tensor) else x for x in leaves]
-    args, kwargs = tree_unflatten(leaves, spec)
-    return args[0] if function in RECORDING_FUNCTIONS[Trace.record_nothing] else function(*args, **kwargs)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training it
-
-
-class StretchSGD(QuantSGD):
-    """QuantSGD that calls `before()` and `after()` around a step.
-
-    They are no hooks of torch.optim: those run a second time, around the plain SGD step inside of `QuantSGD.step`, once
-    a torch.optim.SGD was made anywhere in the process.
-    """
-
-    def __init__(self, parameters, before, after, **options):
-        super().__init__(parameters, **options)
-        self.before, self.after = before, after
-
-    def step(self, closure=None):
-        self.before()
-        loss = super().step(closure)
-        self.after()
-        return loss
