@@ -1,0 +1,121 @@
+"""The steps from a trained network to a spiking one: as one call in Python, and as the scripts make them."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import ann2snn
+from build_network import get_net_by_name
+from networks.checkpoint import load_weights
+from pipeline import convert_network
+from spike_dag import load_dag
+
+CHECKPOINT = Path(__file__).parents[1] / "checkpoint/example_net_ann.pth"
+FAST = {"finetune_epochs": 0, "calibration_samples": 200, "device": "cpu"}
+
+
+def digits_net():
+    return load_weights(get_net_by_name("example_net"), str(CHECKPOINT))
+
+
+def small_net():
+    """A network of the user's own, and its images, labels and one batch as a loader."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    images, labels = torch.rand(24, 1, 8, 8), torch.arange(24) % 3
+    return net, [(images, labels)]
+
+
+def test_one_call_measures_what_ann2snn_measures(digits_loaders, tmp_path):
+    """Without finetuning both see the same calibration images."""
+    test_loader, _, _, calibration_loader = digits_loaders
+    result = convert_network(digits_net(), calibration_loader, test_loader, weight_bitwidth=4, timesteps=4, **FAST)
+    results = tmp_path / "results.json"
+    flags = f"example_net -e 0 --weight_bitwidth 4 --timesteps 4 --calibration_samples 200 --ann_weight {CHECKPOINT}"
+    argv = [*flags.split(), "--results", str(results), "--save_file", str(tmp_path / "snn.pth"), "--device", "cpu"]
+    ann2snn.main(ann2snn.parse_args(argv))
+    wanted, saved = json.loads(results.read_text()), load_dag(tmp_path / "snn.pth")
+    assert (result.ann_top1, result.qnet_top1, result.snn_top1) == (
+        wanted["ann_top1"],
+        wanted["qnet_top1"],
+        wanted["snn_top1"],
+    )
+    assert list(result.snn_top1_by_timestep) == list(wanted["snn_top1_by_timestep"].values())
+    images = next(iter(test_loader))[0]
+    with torch.no_grad():
+        assert torch.equal(result.snn(images), saved(images))
+    assert {key: value.shape for key, value in result.snn.state_dict().items()} == {
+        key: value.shape for key, value in saved.state_dict().items()
+    }
+
+
+def test_one_call_leaves_the_network_as_it_was_and_returns_all_three():
+    net, loader = small_net()
+    before = copy.deepcopy(net.state_dict())
+    result = convert_network(net, loader, loader, timesteps=3, finetune_epochs=1, device="cpu")
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    images = loader[0][0]
+    with torch.no_grad():
+        assert torch.allclose(result.ann.eval()(images), net.eval()(images), atol=1e-5)
+    assert result.qnet.ops["conv1"].op.weight_bits == 4 and result.snn.timesteps == 3 and result.snn.neurons()
+    assert len(result.snn_top1_by_timestep) == 3 and result.snn_top1_by_timestep[-1] == result.snn_top1
+    assert result.seconds and all(seconds >= 0 for seconds in result.seconds.values())
+
+
+def test_one_call_without_images_to_measure_on():
+    net, loader = small_net()
+    result = convert_network(net, loader, timesteps=3, **FAST)
+    assert result.accuracies == {} and result.snn(loader[0][0]).shape == (24, 3)
+
+
+def test_the_exact_preset_gives_the_result_of_the_quantized_network():
+    """A T per image twice as long; then the SNN's answers are those of the ANN of the same integers, lambda aside."""
+    net, loader = small_net()
+    result = convert_network(net, loader, loader, preset="exact", timesteps=16, device="cpu")
+    assert {neuron.listen for neuron in result.snn.neurons().values()} == {16}
+    assert {layer.weight_bits for layer in result.qnet.weighted_layers().values()} == {8}
+    assert result.snn_top1 == result.qnet_top1
+
+
+@pytest.mark.parametrize("levels", [None, 4])
+def test_options_reach_every_step(levels):
+    net, loader = small_net()
+    options = {"activation_levels": levels} if levels else {}
+    options |= {"finetune_epochs": 1, "finetune_optimizer": "adam", "per_channel": "both", "equalize": True}
+    options |= {"spike_epochs": 1, "spike_epochs_unlabelled": 1, "calibration_samples": 8, "weight_bitwidth": (5, 6)}
+    options |= {"engine": "reference", "device": "cpu", "seed": 3, "timesteps": 2}
+    result = convert_network(net, loader, loader, **options)
+    assert [layer.weight_bits for layer in result.snn.weighted_layers().values()] == [5, 6]
+    assert result.qnet.ops["conv1"].op.weight_scale.numel() == 4  # per channel
+    assert result.snn.neurons()["relu1"].Vthr.numel() == 4
+    assert (result.qnet.ops["relu1"].op.levels is not None) == bool(levels)
+
+
+def test_the_same_seed_gives_the_same_network():
+    net, loader = small_net()
+    options = {"timesteps": 2, "finetune_epochs": 2, "spike_epochs": 1, "device": "cpu"}
+    first, again = (convert_network(net, loader, **options).snn.state_dict() for _ in range(2))
+    assert all(torch.equal(value, again[key]) for key, value in first.items())
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"bits": 4}, TypeError, "has no option bits, it has .*weight_bitwidth.*timesteps"),
+        ({"timesteps": 0}, ValueError, "timesteps 0: use a whole number, 1 to 65536"),
+        ({"timesteps": 2, "listen": 3}, ValueError, "listen 3: use 0 to 2, the timesteps"),
+        ({"finetune_lr": -1}, ValueError, "finetune_lr -1: use a number of at least 0"),
+        ({"spike_epochs": 0.5}, ValueError, "spike_epochs 0.5: use a whole number, 0 or more"),
+        ({"weight_bitwidth": 9}, ValueError, "weight bit width 9: use 1 to 8"),
+        ({"preset": "best"}, ValueError, "unknown preset 'best', use one of specification"),
+        ({"device": "gpu"}, ValueError, "'gpu'"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_the_work(options, error, message):
+    net, loader = small_net()
+    with pytest.raises(error, match=message):
+        convert_network(net, loader, loader, **options)
