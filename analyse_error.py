@@ -17,8 +17,9 @@ from runtime.cli import OneLineParser, run_script
 def parse_args(argv=None):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("net_name", help="network name to analyse")
-    parser.add_argument("--load", dest="ann_weight", metavar="FILE", help="the location of the trained weights")
-    parser.add_argument("--out", metavar="DIR", help="the folder to write into (analysis/<network>)")
+    load = parser.add_argument("--load", dest="ann_weight", metavar="FILE", help="as --ann_weight")
+    out = parser.add_argument("--out", metavar="DIR", help="the folder to write into (analysis/<network>)")
+    parser.main_actions.update({action: action.help for action in (load, out)})
     add_conversion_flags(parser, AnalysisOptions)
     return parse_conversion(parser, argv)
 

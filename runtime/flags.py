@@ -114,7 +114,7 @@ def add_options(parser, *classes, groups=(), **defaults):
     by_title = {title: parser.add_argument_group(title) for title in groups}
     for cls in classes:
         for each in fields(cls):
-            if each.name not in {action.dest for action in parser._actions}:
+            if f"--{each.name}" not in parser._option_string_actions:  # the base of two dataclasses has its flags once
                 group = by_title.get(each.metadata["group"], parser)
                 add_option(parser, group, each, defaults.get(each.name, each.default))
 
