@@ -110,10 +110,8 @@ def convert_network(net, train_loader, test_loader=None, *, criterion=None, pres
     graph = prepare_conversion(as_dag(net, train_loader), args.maxpool, args.signed, args.avgpool)
     args.weight_bitwidth = choose_bitwidths(graph, args.weight_bitwidth, HARDWARE["v1.0"], args.ann_layers)
 
-    def measure(network, *arguments, **details):
-        if test_loader is None:
-            return None
-        return evaluate(network, test_loader, device, criterion, *arguments, **details)
+    def measure(network, **details):
+        return None if test_loader is None else evaluate(network, test_loader, device, criterion, **details)
 
     return make(args, graph, (train_loader, train_loader), criterion, device, measure)
 
@@ -151,7 +149,7 @@ def make(args, net, loaders, criterion, device, measure):
     networks = made.snn, made.qnet, made.ann
     made.snn = finetune_on_spikes(*networks, train_loader, calibration_loader, criterion, device, args)
     clock.lap("finetune_on_spikes")
-    made.accuracies["snn"] = measure(made.snn, args.timesteps, every_step=True)
+    made.accuracies["snn"] = measure(made.snn, timesteps=args.timesteps, every_step=True)
     clock.lap("validate_snn")
     made.seconds = clock.seconds
     made.accuracies = {name: result for name, result in made.accuracies.items() if result is not None}
