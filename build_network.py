@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from networks.checkpoint import load_weights
+from runtime.cli import did_you_mean
 
 TORCHVISION = "torchvision:"  # prefix of the names of torchvision's networks
 TORCHVISION_IMAGE_SIZE = 224  # pixels: torchvision's classifiers were trained at 224x224, most of them
@@ -41,7 +42,7 @@ def check_net_name(name):
     elif name not in NETWORKS:
         raise ValueError(
             f"unknown network '{name}', choose one of {', '.join(NETWORKS)}, torchvision:NAME, or add it to "
-            "build_network.py"
+            f"build_network.py{did_you_mean(name, NETWORKS)}"
         )
 
 

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from runtime.batches import check_some_train, four_loaders
+from runtime.cli import did_you_mean
 from runtime.files import check_regular
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
@@ -240,7 +241,8 @@ def check_dataset_name(name):
     known = (*DATASETS, *DETECTION_DATASETS)
     if name not in known and not os.path.isdir(name):
         raise ValueError(
-            f"unknown data set '{name}', choose one of {', '.join(known)}, or give the path of an image folder"
+            f"unknown data set '{name}', choose one of {', '.join(known)}, or give the path of an image "
+            f"folder{did_you_mean(name, known)}"
         )
 
 
