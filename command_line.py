@@ -26,8 +26,8 @@ def add_conversion_flags(parser, *more):
         choices=PRESETS,
         default="specification",
         help="specification (the defaults below), calibrated (a few images, no labels, minutes), finetuned (labels, "
-        "best at few timesteps and bits), exact (the quantized ANN's result bit for bit, for T more steps an image). "
-        "Any flag overrides it (%(default)s)",
+        "best at few timesteps and bits), exact (no spike is early or late, for T more steps an image). Any flag "
+        "overrides it (%(default)s)",
     )
     parser.main_actions[action] = action.help
     add_help_all(parser)
@@ -71,10 +71,20 @@ def settle_former_flags(args, given):
             given.add("threshold")
     args.threshold = check_threshold(args.threshold)
     if args.granularity or args.weight_granularity:
-        args.per_channel = joined_per_channel(args.weight_granularity or "layer", args.granularity or "layer")
+        args.per_channel = settle_granularity(args, given)
         given.add("per_channel")
     del args.pretrained, args.quantile, args.granularity, args.weight_granularity
     return unused
+
+
+def settle_granularity(args, given):
+    """`per_channel` where --granularity or --weight_granularity says half of it; else the preset, or its own flag."""
+    chosen = args.per_channel
+    if "per_channel" not in given:
+        chosen = preset_options(args.preset, args.timesteps).get("per_channel", chosen)
+    halves = {"weights": args.weight_granularity, "spikes": args.granularity}
+    said = [halves[half] or ("channel" if chosen in (half, "both") else "layer") for half in halves]
+    return joined_per_channel(*said)
 
 
 def fill_in_preset(args, given, speaks):
@@ -100,12 +110,16 @@ def without_effect(args, given):
 
     if not args.finetune_epochs:
         note("--finetune_epochs is 0", *WITH_EPOCHS)
+        if not args.spike_epochs:
+            note("nothing is trained on labels", "val_share")
     if args.finetune_optimizer == "adam":
         note("--finetune_optimizer adam does not use it", *WITH_SGD_ALONE)
     if args.correction == "none":
         note("--correction is none", "hold_back")
     if args.reset_mode == "zero":
         note("it needs --reset_mode subtraction", "hold_back")
+    if args.listen == args.timesteps:
+        note("no spike is premature with --listen T", "hold_back")
     if args.activation_levels is not None:
         note("--activation_levels learns lambda", "threshold")
     if not (args.spike_epochs or args.spike_epochs_unlabelled):

@@ -55,7 +55,7 @@ class Options:
                 if hasattr(namespace, name):
                     known[each.name] = getattr(namespace, name)
                     break
-        return cls(**with_former_names(cls, vars(namespace), known), **changes)
+        return cls(**{**with_former_names(cls, vars(namespace), known), **changes})
 
 
 def with_former_names(cls, given, known):
@@ -241,8 +241,9 @@ class ConversionOptions(WeightOptions):
     )
     listen: int = option(
         0,
-        "steps of input that every layer integrates before it fires for T steps. At D = T the SNN equals its quantized "
-        "ANN exactly. The price: T + D steps from image to image, D more per layer until the answer",
+        "steps of input that every layer integrates before it fires for T steps. At D = T no spike is early or late: "
+        "the SNN is exactly the ANN of its integers with T activation levels. The price: T + D steps from image to "
+        "image, D more per layer until the answer",
         "conversion",
         span=Whole(0, TIMESTEPS.most),
         metavar="D",
@@ -529,7 +530,7 @@ FIELDS = {each.name: each for cls in (*CONVERSION, OutputOptions) for each in fi
 # ---------------------------------------------------------------------------------------------------------------------
 # Presets
 
-LONG = 64  # timesteps from which a scale per channel and epochs on spikes gain nothing more, with 8 bits
+MAX_FEW_STEPS = 32  # timesteps; with more, a scale per channel and epochs on spikes gain next to nothing at 8 bits
 
 
 def calibrated(timesteps):
@@ -537,7 +538,7 @@ def calibrated(timesteps):
     few_steps = {"per_channel": "both", "spike_epochs_unlabelled": 10}
     return {
         **{"weight_bitwidth": 8, "finetune_epochs": 0, "threshold": "mse"},
-        **(few_steps if timesteps < LONG else {"hold_back": 0.0}),
+        **(few_steps if timesteps <= MAX_FEW_STEPS else {"hold_back": 0.0}),
     }
 
 
@@ -550,7 +551,7 @@ def finetuned(timesteps):
 
 
 def exact(timesteps):
-    """No labels; T more steps an image give the quantized ANN's result bit for bit."""
+    """No labels; no spike is early or late, for T more steps an image. T steps still round what qnet says."""
     return {
         **{"weight_bitwidth": 8, "finetune_epochs": 0, "threshold": "mse", "per_channel": "both"},
         **{"listen": timesteps},

