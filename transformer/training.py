@@ -13,7 +13,7 @@ from quantization import (
 )
 
 
-class StretchTraining:
+class StretchTrainer:
     """The optimizer of a SplicedNet, and its steps before and after: the stretch's weights stay quantized.
 
     bits, per_channel: of the stretch's weights. damping: pull of these weights towards integers (`dampen`).
