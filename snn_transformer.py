@@ -76,7 +76,7 @@ class SNNTransformer:
         self.layers, self.net = module_paths(full_net, layers), copy_of(full_net)
         self.training_options = {"damping": damping, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         self.status = Status(self.options.calibration_samples)
-        self.stretch = self.model = self.training = self.snn = None
+        self.stretch = self.model = self.trainer = self.snn = None
         if not self.net.training:  # as after a validation; in a training network, modules in eval mode stay frozen
             self.net.train()
         if example_inputs is not None:
@@ -87,12 +87,12 @@ class SNNTransformer:
     @property
     def optimizer(self):
         """A QuantSGD of all parameters, which quantizes the stretch's weights again after each step."""
-        if self.training is None:
+        if self.trainer is None:
             raise ValueError(
                 "the optimizer exists once the network is traced: call inference_get_status first, or pass "
                 "example_inputs=(inputs,) to SNNTransformer"
             )
-        return self.training.optimizer
+        return self.trainer.optimizer
 
     def inference_get_status(self, *inputs, **named_inputs):
         """The network's output in training mode, with b-bit weights in the stretch; keeps the inputs for calibration.
@@ -110,7 +110,7 @@ class SNNTransformer:
 
         if self.stretch is None:
             self.trace(inputs, named_inputs)
-        self.training.clear_used_gradients()
+        self.trainer.clear_used_gradients()
         self.status.keep(inputs, named_inputs)
         self.forget_snn()
         with contextlib.nullcontext() if torch.is_grad_enabled() else in_eval_mode(self.net):
@@ -123,14 +123,14 @@ class SNNTransformer:
         from runtime.device import in_eval_mode
         from transformer.splice import SplicedNet
         from transformer.stretch import cut_out
-        from transformer.training import StretchTraining
+        from transformer.training import StretchTrainer
 
         with in_eval_mode(self.net):
             stretch, dag = cut_out(self.net, self.layers, args, kwargs)
         dag = prepare_conversion(dag, self.options.maxpool, self.options.signed, self.options.avgpool)
         plan_conversion(dag, self.options.ann_layers)
         self.model = SplicedNet(self.net, stretch, dag)
-        self.training = StretchTraining(self.model, self.options, self.forget_snn, **self.training_options)
+        self.trainer = StretchTrainer(self.model, self.options, self.forget_snn, **self.training_options)
         self.stretch = stretch
 
     @property

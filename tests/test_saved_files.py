@@ -88,7 +88,7 @@ def test_a_flipped_bit_of_a_part_is_named(tmp_path, part):
         contents, data = archive.read(entry), bytearray(path.read_bytes())
     data[data.index(contents, entry.header_offset + 30)] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=rf"net\.pth cannot be read: it is damaged, 'net/{part}' in it is not what"):
+    with pytest.raises(ValueError, match=rf"net\.pth cannot be read: it is damaged, 'net/{part}' in it has changed"):
         load_debug_net(path)
 
 

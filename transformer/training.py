@@ -13,7 +13,7 @@ from quantization import (
 )
 
 
-class StretchTraining:
+class StretchTrainer:
     """The optimizer of a SplicedNet, and its steps before and after: the stretch's weights stay quantized.
 
     options: a `ConversionOptions`, of which bits and scales of the weights are used. damping: pull of these weights
