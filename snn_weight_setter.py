@@ -18,12 +18,11 @@ import copy
 from conversion.correction import correct_spikes
 from conversion.integers import SpikeSetter
 from conversion.plan import plan_conversion
-from conversion.statistics import calibrate, least_error_scales, positive_tops, use_learnt_scales
+from conversion.statistics import calibrate, use_learnt_scales
 from dag_rewrites import prepare_conversion
 from options import ConversionOptions
 from quantization import as_dag, set_bitwidths
-from runtime.batches import first_batch, on_device, reusable, split_batch
-from spike_simulator import node_shapes
+from runtime.batches import reusable
 
 
 def trans_ann2snn_weight(qnet, loader, device, timesteps, weight_bitwidth, **options):
@@ -57,7 +56,8 @@ def convert(qnet, loader, device, options):
     plan = plan_conversion(qnet, options.ann_layers)
     snn = copy.deepcopy(qnet)
     set_bitwidths(snn, options.weight_bitwidth)
-    set_integers(snn, plan, loader, device, options)
+    shapes = set_integers(snn, plan, loader, device, options)
+    qnet.note_sizes(shapes)
     if options.correction != "none":
         with_bias = options.correction == "bias"
         correct_spikes(snn, qnet, loader, device, options.calibration_samples, with_bias, options.hold_back)
@@ -66,21 +66,15 @@ def convert(qnet, loader, device, options):
 
 def set_integers(snn, plan, loader, device, options):
     """Turn the layers of a planned network into spiking ones: statistics, then integers, Vthr and scales."""
-
-    def choose_scales(values, channels, count, largest):
-        if options.threshold == "mse":
-            return least_error_scales(values, channels, count, options.timesteps)
-        return largest if options.threshold == "max" else positive_tops(values, channels, count, options.threshold)
-
-    per_channel = options.spikes_per_channel
-    statistics = calibrate(snn, loader, device, options.calibration_samples, choose_scales, per_channel)
+    known = options.calibration_samples, options.threshold, options.timesteps, options.spikes_per_channel
+    statistics, shapes = calibrate(snn, loader, device, *known)
     learnt = use_learnt_scales(snn, statistics)
     for entry in snn.ops.values():
         entry.op.levels = None  # spikes need none
-    shapes = node_shapes(snn, *on_device(split_batch(first_batch(loader))[0], device, 1))
     snn.cpu()  # integers are chosen there
     SpikeSetter(snn, plan, statistics, shapes, options, learnt).convert()
     snn.to(device)
     snn.timesteps = options.timesteps
     for neuron in snn.neurons().values():
         neuron.listen = options.listen
+    return shapes

@@ -38,7 +38,7 @@ def plan_conversion(dag, ann_layers=()):
         else:
             kind = entry.op.plan(Place(view, entry, reads))
         plan.kinds[entry.out] = kind
-        if kind == SPIKES and entry.op.fires(reads):
+        if kind == SPIKES and (entry.op.fires or (entry.op.rectifies and CURRENT in reads)):
             plan.firing.append(entry.name)
     plan.folded = folded_poolings(dag, plan.kinds)
     plan.firing = [name for name in plan.firing if name not in plan.folded]
@@ -69,13 +69,18 @@ class LookAhead:
 
 
 class Place:
-    """Where an op stands in a network that is planned. reads: the kinds of its inputs; where: its name in messages."""
+    """Where an op stands in a network that is planned. reads: the kinds of its inputs."""
 
     def __init__(self, view, entry, reads):
-        self.dag, self.entry, self.reads, self.where = view.dag, entry, reads, entry.where
+        self.dag, self.entry, self.reads = view.dag, entry, reads
         self.feeds_neuron = view.feeds_neuron[entry.out]
         self.before_neuron = view.before_neuron[entry.out]
         self.needs_spikes = view.needs_spikes[entry.out]
+
+    @property
+    def where(self):
+        """The op as messages name it."""
+        return self.entry.where
 
     def passes_on(self):
         """The kind of its first input; spikes without a neuron behind them are decoded."""

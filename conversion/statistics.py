@@ -25,41 +25,52 @@ class LayerStatistics:
     square_o: float
 
 
-def calibrate(dag, loader, device, samples, choose_scales, per_channel=False):
-    """Op name -> LayerStatistics, from the first `samples` images of `loader`.
+def calibrate(dag, loader, device, samples, threshold, timesteps, per_channel=False):
+    """`statistics, shapes` of an ANN on the first `samples` images of `loader`.
 
-    choose_scales(values [N], channels [N], C, largest [C]) gives the scale of every channel, [C]; largest: of all
-    activations, of which the values are a sample.
+    statistics: op name -> LayerStatistics, with scales that `threshold` chooses for T timesteps (`choose_scales`), one
+    a layer or one a channel. shapes: node -> shape of one sample. Raises ValueError for no images and for NaN.
     """
-    pools = pool_activations(dag, loader, device, samples, per_channel)
-    return {name: statistics_of(dag.where(name), pool, choose_scales, per_channel) for name, pool in pools.items()}
+    pools, shapes = pool_activations(dag, loader, device, samples, per_channel)
+    statistics = {}
+    for name, pool in pools.items():
+        outputs, largest = pool.values(), pool.largest
+        if not torch.isfinite(outputs).all():
+            raise ValueError(f"{dag.where(name)} has NaN or infinite activations, train the network again")
+        channels = torch.zeros_like(outputs, dtype=torch.long)
+        max_o = choose_scales(outputs, channels, 1, largest.max().reshape(1), threshold, timesteps).squeeze()
+        scales = max_o
+        if per_channel:
+            scales = choose_scales(outputs, pool.channels(), pool.count, largest, threshold, timesteps)
+            scales = torch.where(scales > 0, scales, max_o).clamp_min(LEAST_SHARE * max_o)
+            scales = scales.view(-1, *[1] * (pool.dim - 2))
+        statistics[name] = LayerStatistics(max_o.item(), scales.cpu(), outputs.double().square().mean().item())
+    return statistics, shapes
 
 
-def statistics_of(where, pool, choose_scales, per_channel):
-    """The LayerStatistics of one layer's pool. Raises ValueError, with the layer, for activations that are NaN."""
-    outputs = pool.values()
-    if not torch.isfinite(outputs).all():
-        raise ValueError(f"{where} has NaN or infinite activations, train the network again")
-    channels, largest = torch.zeros_like(outputs, dtype=torch.long), pool.largest
-    max_o = choose_scales(outputs, channels, 1, largest.max().reshape(1)).squeeze()
-    scales = max_o
-    if per_channel:
-        scales = choose_scales(outputs, pool.channels(), pool.count, largest)
-        scales = torch.where(scales > 0, scales, max_o).clamp_min(LEAST_SHARE * max_o)
-        scales = scales.view(-1, *[1] * (pool.dim - 2))
-    return LayerStatistics(max_o.item(), scales.cpu(), outputs.double().square().mean().item())
+def choose_scales(values, channels, count, largest, threshold, timesteps):
+    """The lambda of every channel, [C]: the "max" of its activations, a quantile, or that of least error ("mse").
+
+    values, channels: [N], a sample of the activations. largest: of all of them, [C].
+    """
+    if threshold == "mse":
+        return least_error_scales(values, channels, count, timesteps)
+    return largest if threshold == "max" else positive_tops(values, channels, count, threshold)
 
 
 @torch.no_grad()
 def pool_activations(dag, loader, device, samples, with_channels=False):
-    """Op name -> Pool of what its layer returns for the first `samples` images. Raises ValueError for no images."""
-    pools = {n: Pool(MOST_SAMPLES, samples, with_channels) for n, e in dag.ops.items() if e.op.is_measured}
+    """`pools, shapes`: op name -> Pool of what its layer returns for the first `samples` images; node -> its shape."""
+    pools, shapes, done = {}, {}, 0
 
     def watch(name, current, activation):
-        if name in pools:
+        entry = dag.ops[name]
+        shapes[entry.out] = tuple(activation.shape[1:])
+        if entry.op.is_measured:
+            if name not in pools:
+                pools[name] = Pool(MOST_SAMPLES, samples, with_channels)
             pools[name].add(activation)
 
-    done = 0
     for batch in batches_of(tqdm(loader, "calibrate", leave=False, delay=1)):
         inputs = on_device(split_batch(batch)[0], device, samples - done)
         dag.forward_ann(inputs, watch)
@@ -68,7 +79,8 @@ def pool_activations(dag, loader, device, samples, with_channels=False):
             break
     if not done:
         raise ValueError("no images to calibrate on, the data loader is empty")
-    return pools
+    shapes.update((node, tuple(x.shape[1:])) for node, x in zip(dag.inputs_nodes, inputs))
+    return pools, shapes
 
 
 def use_learnt_scales(snn, statistics):

@@ -17,13 +17,12 @@ import copy
 import torch
 
 from conversion.plan import plan_conversion
-from conversion.statistics import calibrate, least_error_scales, use_learnt_scales
+from conversion.statistics import calibrate, use_learnt_scales
 from conversion.units import Units
 from options import check_option
 from quantization import as_dag
-from runtime.batches import first_batch, on_device, reusable, split_batch
+from runtime.batches import reusable
 from spike_neurons import ClipFloorShift
-from spike_simulator import node_shapes
 
 
 def quantize_activations(net, loader, device, levels, ann_layers=(), calibration_samples=1000, granularity="layer"):
@@ -38,16 +37,13 @@ def quantize_activations(net, loader, device, levels, ann_layers=(), calibration
     loader = reusable(loader, calibration_samples)
     net = as_dag(net, loader).to(device).eval()
 
-    def choose_scales(values, channels, count, largest):
-        return least_error_scales(values, channels, count, levels)
-
-    statistics = calibrate(net, loader, device, calibration_samples, choose_scales, granularity == "channel")
+    per_channel = granularity == "channel"
+    statistics, shapes = calibrate(net, loader, device, calibration_samples, "mse", levels, per_channel)
     plan = plan_conversion(net, ann_layers)
     for name in plan.firing:
         op, scale = net.ops[name].op, statistics[name].scales
         if scale.max() > 0:  # a layer that is never active stays as it is
             op.levels = ClipFloorShift(levels, scale.clamp_max(op.ceiling or float("inf"))).to(device)
-    shapes = node_shapes(net, *on_device(split_batch(first_batch(loader))[0], device, 1))
     net.scales_of_conversion = ScalesOfConversion(plan, statistics, shapes, levels)
     return net
 

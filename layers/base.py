@@ -24,7 +24,8 @@ class SpikeLayer(nn.Module):
     arity: the least and the most inputs.
     has_weights: whether it weighs what it reads. is_trained: whether finetuning moves these weights.
     is_linear: it is a weighted sum, which a current may pass on its way to a neuron.
-    rectifies: a neuron stands here where a current comes in. adds: the currents that it joins share one unit.
+    rectifies: a neuron stands here where a current comes in. fires: one stands here wherever spikes are sent.
+    adds: the currents that it joins share one unit.
     passes_spikes: spikes stay spikes where no neuron stands here. passes_sums: so do sums of them, of a folded pooling.
     hands_on: layers behind it that need spikes need them before it, too.
     selects: it lets some of the spikes pass, by what it has seen before.
@@ -42,7 +43,7 @@ class SpikeLayer(nn.Module):
 
     fields = {}  # noqa: RUF012  every class has its own
     arity = (1, 1)
-    has_weights = is_trained = is_linear = rectifies = adds = False
+    has_weights = is_trained = is_linear = rectifies = fires = adds = False
     passes_spikes = passes_sums = passes_scale = passes_shift = False
     hands_on = False
     is_measured = True
@@ -94,10 +95,6 @@ class SpikeLayer(nn.Module):
         Raises ValueError where it cannot be converted there.
         """
         return place.passes_on()
-
-    def fires(self, reads):
-        """Whether a neuron stands here, where the output is spikes and the inputs are of the kinds `reads`."""
-        return self.rectifies and CURRENT in reads
 
     def convert(self, setter, entry):
         """Take integers, a unit and a neuron (`conversion.integers.SpikeSetter`); mostly values pass as they are."""

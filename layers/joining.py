@@ -19,7 +19,7 @@ class SpikeAdd(SpikeLayer):
 
     fields = {"branch_weights": several(either(NONE, POTENTIALS), 2, 2)}  # noqa: RUF012
     arity = (2, 2)
-    is_linear = hands_on = adds = True
+    is_linear = hands_on = adds = fires = True
 
     def __init__(self, branch_weights=(None, None)):
         super().__init__()
@@ -88,9 +88,6 @@ class SpikeAdd(SpikeLayer):
             return CURRENT
         place.check_analog()
         return ANALOG
-
-    def fires(self, reads):
-        return True
 
     def convert(self, setter, entry):
         """Integer weights for the inputs that have another unit; a neuron where no ReLU follows."""

@@ -29,7 +29,7 @@ class SpikeAvgPool2d(SpikeConv2d):
         "input_size": either(NONE, several(whole(1, 65536), 2, 2)),
     }
     is_trained = carries_bias = False
-    is_linear = hands_on = passes_scale = True
+    is_linear = hands_on = passes_scale = fires = True
 
     def __init__(self, channels, kernel_size, stride, padding=0, folded=False, input_size=None):
         super().__init__(channels, channels, kernel_size, stride, padding, groups=channels, bias=False)
@@ -134,10 +134,7 @@ class SpikeAvgPool2d(SpikeConv2d):
         return largest_read[0] * self.window
 
     def plan(self, place):
-        return place.passes_on()
-
-    def fires(self, reads):
-        return True
+        return place.passes_on()  # not as a layer with trained weights
 
     def convert(self, setter, entry):
         """Ones, s_w = k*k. Spikes get a neuron with a threshold of its own, currents are summed.

@@ -266,7 +266,7 @@ def test_thresholds_follow_the_formula(digits_images):
 @torch.no_grad()
 def activations_of(dag, name, images):
     """The outputs of one op of an ANN, [N]."""
-    return pool_activations(dag, [(images, None)], "cpu", len(images))[name].values()
+    return pool_activations(dag, [(images, None)], "cpu", len(images))[0][name].values()
 
 
 def test_pools_are_bounded_and_meet_every_position():
