@@ -87,10 +87,9 @@ def checked(each, value):
         return check_number(each.name, value, facts["span"], facts.get("hint", ""))
     choices = facts.get("choices")
     if choices is not None and value not in choices:
-        raise ValueError(
-            f"unknown {facts.get('word', each.name)} '{value}'{facts.get('hint', '')}, use "
-            f"{'one of ' if len(choices) > 2 or 'word' in facts else ''}{facts.get('separator', ', ').join(choices)}"
-        )
+        known = f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
+        known = facts["separator"].join(choices) if "separator" in facts else known
+        raise ValueError(f"unknown {facts.get('word', each.name)} '{value}'{facts.get('hint', '')}, use {known}")
     return value
 
 
@@ -437,9 +436,7 @@ class DataOptions(Options):
 class RunOptions(Options):
     """How to run."""
 
-    seed: int = option(
-        0, "same seed, same machine, same thread count: same bits", "run", span=Whole(0, 2**32 - 1), main=True
-    )
+    seed: int = option(0, "same seed, same machine, same thread count: same bits", "run", span=Whole(0), main=True)
     device: str = option("auto", "auto (the least loaded GPU, else the CPU), cpu, cuda, cuda:N", "run", main=True)
     debug: bool = option(False, "show the traceback of an error", "run")
 

@@ -41,11 +41,21 @@ def number_in(span):
             number = span.accepts(int(text) if isinstance(span, Whole) else float(text))
         except (ValueError, OverflowError):
             number = None
+        if number is None and isinstance(span, Whole) and span.most == LARGEST and is_over(text, LARGEST):
+            raise argparse.ArgumentTypeError(f"{text} is over {LARGEST}")
         if number is None:
             raise argparse.ArgumentTypeError(f"{text} is not {span}")
         return number
 
     return convert
+
+
+def is_over(text, most):
+    """Whether a text is a whole number above `most`."""
+    try:
+        return int(text) > most
+    except ValueError:
+        return False
 
 
 def bitwidths(text):

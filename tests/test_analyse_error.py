@@ -32,7 +32,7 @@ from conversion import integers
 from conversion.correction import bias_beyond, correct_spikes
 from dag_rewrites import prepare_conversion
 from networks.checkpoint import load_weights
-from pipeline import convert as convert_by_flags
+from pipeline import convert_by_options as convert_by_flags
 from quantization import quantize_finetune, quantize_layer
 from reports.alternatives import alternatives, measure, repair_layers, try_alternatives
 from reports.analysis import choose_images, choose_layers, spread, verdict
@@ -281,8 +281,8 @@ def test_alternatives_are_what_their_flags_give(digits_loaders):
     for flags in (
         "as asked for",
         "--weight_bitwidth 8",
-        "--weight_granularity channel",
-        "--granularity channel",
+        "--per_channel weights",
+        "--per_channel spikes",
         "--listen 8",
     ):
         again = digits_conversion(digits_loaders, *([] if flags == "as asked for" else flags.split()))[0]
@@ -294,10 +294,10 @@ def test_alternatives_are_what_their_flags_give(digits_loaders):
 @pytest.mark.parametrize(
     "flags, missing",
     [
-        ("--weight_bitwidth 32", ["--weight_bitwidth 32", "--weight_bitwidth 8", "--weight_granularity channel"]),
+        ("--weight_bitwidth 32", ["--weight_bitwidth 32", "--weight_bitwidth 8", "--per_channel weights"]),
         ("--threshold mse --listen 8", ["--threshold mse", "--listen 8"]),
-        ("--weight_bitwidth 8 --weight_granularity channel", ["--weight_bitwidth 8", "--weight_granularity channel"]),
-        ("--activation_levels 4", ["--threshold mse", "--granularity channel"]),  # lambda is learnt
+        ("--weight_bitwidth 8 --weight_granularity channel", ["--weight_bitwidth 8", "--per_channel weights"]),
+        ("--activation_levels 4", ["--threshold mse", "--per_channel spikes"]),  # lambda is learnt
     ],
 )
 def test_what_was_asked_for_is_no_alternative(digits_loaders, flags, missing):

@@ -12,15 +12,16 @@ from torch import nn
 from ann_parser import parse_ann_model
 from finetuning.levels import quantize_activations
 from finetuning.on_spikes import finetune_spikes
-from options import check_option
+from options import FIELDS, check_option
 from quantization import quantize_finetune, quantize_layers
-from runtime.ranges import RANGES, Whole
+from runtime.ranges import Whole
 from snn_weight_setter import trans_ann2snn_weight
 from spike_layers import SpikeConv2d
 
 IMAGES = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(32) % 3
 LOADER = [(IMAGES, LABELS)]
+RANGES = {name: each.metadata["span"] for name, each in FIELDS.items() if "span" in each.metadata}
 
 
 def flags(**changes):
@@ -211,6 +212,9 @@ def test_values_out_of_range_are_refused_by_name(name, value):
 def test_no_range_takes_what_is_no_number_of_its_kind(name, value):
     if value == 2**31 and not isinstance(RANGES[name], Whole) and RANGES[name].most == math.inf:
         assert check_option(name, value) == 2**31  # a learning rate may be as large
+        return
+    if value is None and FIELDS[name].default is None:
+        assert check_option(name, value) is None  # chosen by other options
         return
     with pytest.raises(ValueError, match=f"{name} .*: use a "):
         check_option(name, value)
