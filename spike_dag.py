@@ -115,7 +115,7 @@ class SpikeDAGModule(nn.Module):
         if not self.is_spiking():
             return one_or_all(self.forward_ann(inputs))
         timesteps = self.timesteps if timesteps is None else check_option("timesteps", timesteps)
-        inputs = self.check_inputs(inputs)
+        inputs = check_inputs(self, inputs)
         with torch.autocast(inputs[0].device.type, enabled=False):  # integers are not exact in narrower types
             return one_or_all(simulate(self, inputs, timesteps, every_step))
 
@@ -127,15 +127,6 @@ class SpikeDAGModule(nn.Module):
             return [self.nodes[node] for node in self.outputs_nodes]
         finally:
             self.nodes.update(dict.fromkeys(self.nodes))
-
-    def check_inputs(self, inputs):
-        """The images as float32. Raises ValueError for none, and for NaN, which neurons would take for silence."""
-        if not len(inputs[0]):
-            raise ValueError("the batch is empty, give at least one image to simulate")
-        for node, x in zip(self.inputs_nodes, inputs):
-            if not torch.isfinite(x).all():
-                raise ValueError(f"{node} has NaN or infinite values, look at how the images are read and normalised")
-        return tuple([x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in inputs])
 
     def note_sizes(self, shapes):
         """Tell what `largest_sample` would find out. shapes: node -> shape of a sample, of every node."""
@@ -249,6 +240,16 @@ class SpikeDAGModule(nn.Module):
             if hasattr(weight, "weight_back"):  # a Parameter does not copy its attributes
                 copied.ops[name].op.weight.weight_back = weight.weight_back.clone()
         return copied
+
+
+def check_inputs(dag, inputs):
+    """The images as float32. Raises ValueError for none, and for NaN, which neurons would take for silence."""
+    if not len(inputs[0]):
+        raise ValueError("the batch is empty, give at least one image to simulate")
+    for node, x in zip(dag.inputs_nodes, inputs):
+        if not torch.isfinite(x).all():
+            raise ValueError(f"{node} has NaN or infinite values, look at how the images are read and normalised")
+    return tuple([x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in inputs])
 
 
 def op_to_dict(entry):

@@ -64,23 +64,17 @@ def finetune_spikes(
 ):
     """A copy of a converted network whose weights and biases are finetuned for `epochs` passes over `loader`.
 
-    loader: batches as `batches.split_batch` takes them; an iterator that runs once is kept as a list. Parameters that
-    the traced network has frozen are not moved.
-
+    loader: batches as `batches.split_batch` takes them. Frozen parameters are not moved.
     criterion: loss of the outputs against the labels of `loader`, or None. teacher: the ANN, on `device`, whose outputs
-    and (times `features`) activations are learnt, without labels. lr: how far a step moves the weights and biases of a
-    layer, as a share of the root mean square of its weights (`default_lr`). It falls to 0 along a cosine.
+    and (times `features`) activations are learnt, without labels.
+    lr: how far a step moves the weights and biases of a layer, relative to the RMS of its weights; falls to 0 along a
+    cosine. gradient: "time" or "tandem" (above); by default "time" up to `MOST_THROUGH_TIME` timesteps.
+    qnet: the quantized network that was converted. Its weights in full precision (`weight_back`) are moved, so that
+    those near the edge of their rounding interval take another integer first (as in AdaRound; Nagel et al., ICML 2020).
+    Without it weights start in the middle of their intervals. The copy has such weights, and can be the next `qnet`.
 
-    qnet: the quantized network that was converted, whose weights in full precision (`weight_back`) are then moved, so
-    that those near the edge of their rounding interval take another integer first (as in AdaRound; Nagel et al., Up or
-    Down?, ICML 2020); without it the weights start in the middle of their intervals. The copy has such weights too, and
-    can be the next call's `qnet`.
-
-    gradient: "time" or "tandem" (above); by default "time" up to `MOST_THROUGH_TIME` timesteps.
-
-    Raises ValueError where neither criterion nor teacher is given, for values out of range (`runtime.ranges`), for
-    another gradient, for a network that is not converted, for a qnet with other layers, and where the loss is not
-    finite.
+    Raises ValueError for values out of range, where neither criterion nor teacher is given, for a network that is not
+    converted, for a qnet with other layers, and where the loss is not finite.
     """
     epochs, lr = check_option("spike_epochs", epochs), check_option("spike_lr", lr)
     if not snn.neurons():
