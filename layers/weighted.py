@@ -39,6 +39,7 @@ class WeightedLayer(SpikeLayer, abstract=True):
 
     has_weights = is_trained = carries_bias = True
     spatial = 0  # dimensions of a sample behind the channels
+    currents = None  # the SpikeCurrents that computes them, from the first spikes on
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -97,6 +98,8 @@ class WeightedLayer(SpikeLayer, abstract=True):
         if self.learns:
             bias_q = None if self.bias_q is None else self.whole(self.bias / self.per_output_unit())
             return self.operate(spikes, self.whole(self.weight * self.weight_scale), bias_q)
+        if self.currents is None:
+            self.currents = SpikeCurrents()
         return self.currents(self, spikes)
 
     def whole(self, values):
@@ -136,7 +139,6 @@ class WeightedLayer(SpikeLayer, abstract=True):
         self.register_buffer("weight_q", weight_q)
         self.register_buffer("bias_q", bias_q)
         self.register_buffer("unit", torch.as_tensor(unit))
-        self.currents = SpikeCurrents()
 
     @torch.no_grad()
     def scale_output(self, factor, shift=None):
