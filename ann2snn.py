@@ -24,7 +24,7 @@ def main(args):
     # imported here, so that --help and a wrong command line answer at once
     from build_network import input_size
     from datasets import get_dataset
-    from pipeline import check_command_line, choose_measure, load_network, make
+    from pipeline import Stopwatch, check_command_line, choose_measure, load_network, make
     from runtime.device import choose_device, seed_everything
     from runtime.files import check_room
 
@@ -34,13 +34,15 @@ def main(args):
     device = choose_device(args.device)
     seed_everything(args.seed)
     args.image_size = input_size(args.net_name)
+    clock = Stopwatch()
 
     test_loader, _, train_loader, train_val_loader = get_dataset(args)
     net, args = load_network(args, train_loader.dataset)
     check_room(args.save_file, weight_bytes(net))
+    clock.lap("data")
     criterion, evaluate = choose_measure(args)
     measure = partial(evaluate, loader=test_loader, device=device, criterion=criterion)
-    made = make(args, net, (train_loader, train_val_loader), criterion, device, measure)
+    made = make(args, net, (train_loader, train_val_loader), criterion, device, measure, clock)
 
     # hours of work are saved before anything is printed, for stdout may be closed by now
     save(args, made)

@@ -130,14 +130,15 @@ def options_by_name(preset, options):
     return args
 
 
-def make(args, net, loaders, criterion, device, measure):
+def make(args, net, loaders, criterion, device, measure, clock=None):
     """The Networks of a traced network `net` that is ready to be quantized (`load_network`).
 
     loaders: of the training images, and of those that calibrate. measure: called as `validate.evaluate` without loader,
-    device and criterion, for each of the three networks; it may return None.
+    device and criterion, for each of the three networks; it may return None. clock: a Stopwatch that is
+    running, or None to start one.
     """
     train_loader, calibration_loader = loaders
-    clock, made = Stopwatch(), Networks(net)
+    clock, made = clock or Stopwatch(), Networks(net)
     made.accuracies["ann"] = measure(net)
     clock.lap("validate_ann")
     quantize(args, made, loaders, criterion, device)

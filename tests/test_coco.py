@@ -476,7 +476,7 @@ def test_a_detector_is_trained_and_converted_by_command(shapes, tmp_path, capsys
         ),
         ("yolo_tiny", "yolo_tiny returns (1, 14, 12, 12), (1, 14, 6, 6) for one image, it has to return [B, 10]"),
         ("yolo_tiny --dataset COCO --dataset_root {tmp}", "no annotations {tmp}/annotations/instances_train2017.json"),
-        ("yolo_tiny --dataset COCO --dataset_root {tmp} --finetune_snn 1", "--finetune_snn is for classifiers"),
+        ("yolo_tiny --dataset COCO --dataset_root {tmp} --finetune_snn 1", "--spike_epochs is for classifiers"),
         ("yolo_tiny --dataset COCO --dataset_root {tmp} --finetune_distill 1", "--finetune_distill is for classifiers"),
     ],
 )

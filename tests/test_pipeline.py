@@ -44,6 +44,7 @@ def test_one_call_measures_what_ann2snn_measures(digits_loaders, tmp_path):
         wanted["qnet_top1"],
         wanted["snn_top1"],
     )
+    assert list(wanted["seconds"]) == ["data", *result.seconds]
     assert list(result.snn_top1_by_timestep) == list(wanted["snn_top1_by_timestep"].values())
     images = next(iter(test_loader))[0]
     with torch.no_grad():
