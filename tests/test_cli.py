@@ -5,15 +5,13 @@ The runs that succeed, and some that fail, are processes of their own; the other
 
 import json
 import os
-import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, errors_of, python
 from PIL import Image
 
 import ann2snn
@@ -25,7 +23,6 @@ from runtime.device import choose_device
 from runtime.files import check_writable, write_atomically, write_json
 from spike_dag import load_dag
 
-ROOT = Path(__file__).parents[1]
 CHECKPOINT = "checkpoint/example_net_ann.pth"
 TRAINED = "example_net -e 1 --weight_bitwidth 4 --timesteps 3 --reset_mode zero"
 DEBUG_NETS = {"debug_net0": "debug0", "debug_net1": "debug0", "debug_net2": "debug1", "debug_net3": "debug2"}
@@ -84,20 +81,6 @@ loader = get_dataset(SimpleNamespace(dataset="debug2"))[0]
 result = evaluate(dag, loader, "cpu", nn.CrossEntropyLoss(), dag.timesteps, every_step=True)
 print(json.dumps({"timesteps": dag.timesteps, **result}))
 """
-
-
-def python(*arguments):
-    """A Python process in the repository's root, with one thread."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-
-
-def errors_of(stderr):
-    """The lines of stderr but for progress bars and warnings."""
-    lines = [re.sub(r"\x1b\[\w", "", line).split("\r")[-1].strip() for line in stderr.split("\n")]
-    return [line for line in lines if line and "%|" not in line and "warning" not in line.lower()]
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import assert_reference_agrees, with_random_norms, with_status
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_snn_transformer import assert_reference_agrees, with_statistics, with_status
 
 import ann2snn
 import train_ann
@@ -429,7 +429,7 @@ def test_map_by_hand(small):
 
 def test_every_spike_of_yolo_tiny():
     torch.manual_seed(0)
-    net, images = with_statistics(get_net_by_name("yolo_tiny", 3, 3)), torch.randn(2, 3, 32, 32)
+    net, images = with_random_norms(get_net_by_name("yolo_tiny", 3, 3)), torch.randn(2, 3, 32, 32)
     transformer = with_status(net, ["backbone"], images, timesteps=3)
     ann_snn = transformer.generate_ann_snn()
     assert transformer.stretch.num_outputs == 2 and len(transformer.snn.neurons()) == 9
