@@ -274,44 +274,44 @@ def refused(capsys, *argv):
     return line, stdout
 
 
-@pytest.mark.parametrize(
-    "command, words",
-    [
-        ("nonet", ["unknown network 'nonet'", "example_net", "debug_net3"]),
-        ("example_net --dataset nodata", ["unknown data set 'nodata'", "digits", "folder"]),
-        ("example_net --ann_weight {dir}/missing.pth", ["{dir}/missing.pth"]),
-        ("example_net --ann_weight {dir}", ["{dir}"]),
-        ("example_net --ann_weight {dir}/truncated.pth", ["{dir}/truncated.pth", "truncated"]),
-        ("example_net --ann_weight {dir}/text.pth", ["{dir}/text.pth", "no file of weights"]),
-        ("example_net --ann_weight {dir}/list.pth", ["{dir}/list.pth", "no state dict"]),
-        ("example_net --ann_weight {dir}/rgb.pth", ["{dir}/rgb.pth", "conv1.weight", "[8, 3, 5, 5]", "[8, 1, 5, 5]"]),
-        ("example_net --ann_weight {dir}/lacks.pth", ["{dir}/lacks.pth", "lacks", "fc.weight", "[10, 512]"]),
-        ("example_net --ann_weight {dir}/more.pth", ["{dir}/more.pth", "fc.bias"]),
-        ("example_net --ann_weight {dir}/nan.pth", ["{dir}/nan.pth", "NaN", "conv2.weight"]),
-        ("example_net --weight_bitwidth 0", ["--weight_bitwidth", "0", "1 to 8"]),
-        ("example_net --weight_bitwidth 9", ["--weight_bitwidth", "9", "1 to 8"]),
-        ("example_net --weight_bitwidth 4.5", ["--weight_bitwidth", "4.5", "1 to 8"]),
-        ("example_net --timesteps 0", ["--timesteps", "0", "1 to 65536"]),
-        ("example_net --batch_size 99999999999999999999", ["--batch_size", "is over 2147483647"]),
-        ("example_net --activation_levels 4", ["--activation_levels", "--finetune_epochs"]),
-        ("example_net --finetune_lr nan", ["--finetune_lr", "nan"]),
-        ("example_net --seed -1", ["--seed", "-1"]),
-        ("example_net --reset_mode soft", ["--reset_mode", "soft", "subtraction"]),
-        ("example_net --hardware v9", ["--hardware", "v9", "v1.0"]),
-        ("example_net --no_such_flag", ["--no_such_flag", "--help"]),
-        ("example_net --dataset {dir}/empty", ["{dir}/empty", "train"]),
-        ("example_net --dataset folder --dataset_root {dir}/nowhere", ["{dir}/nowhere"]),
-        (
-            "example_net --dataset {dir}/three --ann_weight {dir}/rgb.pth",
-            ["{dir}/rgb.pth", "fc.weight", "[10, 512]", "[3, 512]"],
-        ),
-        ("debug_net0 --dataset debug1", ["cannot run on an input of", "2, 4, 4]", "2 channels"]),
-        ("debug_net0 --dataset debug0 --device gpu", ["--device", "'gpu'", "cuda:N"]),
-        ("debug_net0 --dataset debug0 --device cuda:99", ["--device", "cuda:99", "cpu"]),
-        ("debug_net0 --dataset debug0 --results {dir}/nowhere/r.json", ["{dir}/nowhere/r.json", "no folder"]),
-        ("debug_net0 --dataset debug0 --results {dir}", ["{dir}", "is a folder"]),
-    ],
-)
+BAD_INPUTS = [
+    ("nonet", ["unknown network 'nonet'", "example_net", "debug_net3"]),
+    ("example_net --dataset nodata", ["unknown data set 'nodata'", "digits", "folder"]),
+    ("example_net --ann_weight {dir}/missing.pth", ["{dir}/missing.pth"]),
+    ("example_net --ann_weight {dir}", ["{dir}"]),
+    ("example_net --ann_weight {dir}/truncated.pth", ["{dir}/truncated.pth", "truncated"]),
+    ("example_net --ann_weight {dir}/text.pth", ["{dir}/text.pth", "no file of weights"]),
+    ("example_net --ann_weight {dir}/list.pth", ["{dir}/list.pth", "no state dict"]),
+    ("example_net --ann_weight {dir}/rgb.pth", ["{dir}/rgb.pth", "conv1.weight", "[8, 3, 5, 5]", "[8, 1, 5, 5]"]),
+    ("example_net --ann_weight {dir}/lacks.pth", ["{dir}/lacks.pth", "lacks", "fc.weight", "[10, 512]"]),
+    ("example_net --ann_weight {dir}/more.pth", ["{dir}/more.pth", "fc.bias"]),
+    ("example_net --ann_weight {dir}/nan.pth", ["{dir}/nan.pth", "NaN", "conv2.weight"]),
+    ("example_net --weight_bitwidth 0", ["--weight_bitwidth", "0", "1 to 8"]),
+    ("example_net --weight_bitwidth 9", ["--weight_bitwidth", "9", "1 to 8"]),
+    ("example_net --weight_bitwidth 4.5", ["--weight_bitwidth", "4.5", "1 to 8"]),
+    ("example_net --timesteps 0", ["--timesteps", "0", "1 to 65536"]),
+    ("example_net --batch_size 99999999999999999999", ["--batch_size", "is over 2147483647"]),
+    ("example_net --activation_levels 4", ["--activation_levels", "--finetune_epochs"]),
+    ("example_net --finetune_lr nan", ["--finetune_lr", "nan"]),
+    ("example_net --seed -1", ["--seed", "-1"]),
+    ("example_net --reset_mode soft", ["--reset_mode", "soft", "subtraction"]),
+    ("example_net --hardware v9", ["--hardware", "v9", "v1.0"]),
+    ("example_net --no_such_flag", ["--no_such_flag", "--help"]),
+    ("example_net --dataset {dir}/empty", ["{dir}/empty", "train"]),
+    ("example_net --dataset folder --dataset_root {dir}/nowhere", ["{dir}/nowhere"]),
+    (
+        "example_net --dataset {dir}/three --ann_weight {dir}/rgb.pth",
+        ["{dir}/rgb.pth", "fc.weight", "[10, 512]", "[3, 512]"],
+    ),
+    ("debug_net0 --dataset debug1", ["cannot run on an input of", "2, 4, 4]", "2 channels"]),
+    ("debug_net0 --dataset debug0 --device gpu", ["--device", "'gpu'", "cuda:N"]),
+    ("debug_net0 --dataset debug0 --device cuda:99", ["--device", "cuda:99", "cpu"]),
+    ("debug_net0 --dataset debug0 --results {dir}/nowhere/r.json", ["{dir}/nowhere/r.json", "no folder"]),
+    ("debug_net0 --dataset debug0 --results {dir}", ["{dir}", "is a folder"]),
+]
+
+
+@pytest.mark.parametrize("command, words", BAD_INPUTS)
 def test_bad_input_ends_in_one_line_that_says_what_and_where(files, tmp_path, capsys, command, words):
     save = tmp_path / "snn.pth"
     save.write_bytes(b"old")
