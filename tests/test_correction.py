@@ -136,6 +136,7 @@ def test_either_branch_of_an_add_can_carry_the_bias(join):
     assert_every_spike_is_reproduced(snn, images, 8)
 
 
+@pytest.mark.slow
 def test_a_deep_network_comes_nearer_to_its_ann():
     """The trained resnet20 on real digits, as large and as colourful as its own images."""
     net = build_trained_net("resnet20", 3, 10, ROOT / "checkpoint" / "resnet20_cifar10_ann.pth").eval()

@@ -43,6 +43,7 @@ def test_eight_bits_follow_the_ann(name):
         assert torch.corrcoef(torch.stack([snn(images).flatten(), net(images).flatten()]))[0, 1] >= 0.99
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_every_spike_of_random_layers(data):

@@ -208,6 +208,7 @@ def test_no_epochs_only_quantize(digits_loaders):
     assert all(torch.equal(net.state_dict()[key], value) for key, value in before.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_finetuning_wins_back_what_two_bits_lose(digits_loaders, optimizer):
     test_loader, _, train_loader, _ = digits_loaders
@@ -236,6 +237,7 @@ def test_learning_rate_falls_at_half_and_three_quarters(digits_loaders, monkeypa
     assert rates == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
 
 
+@pytest.mark.slow
 def test_adam_learns_every_layer_by_its_size_along_a_cosine(digits_loaders, monkeypatch):
     groups, step = [], QuantAdam.step
 
