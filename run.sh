@@ -26,7 +26,8 @@ test)
     install requirements-test.txt
     .venv/bin/ruff check .
     .venv/bin/ruff format --check .
-    .venv/bin/python -m pytest
+    .venv/bin/python -m pytest -m "not slow"
+    .venv/bin/python -m pytest -m slow
     ;;
 *)
     echo "error: say what to do, sh run.sh demo or sh run.sh test" >&2

@@ -1,11 +1,29 @@
+"""The fixtures of several test files.
+
+How the shared parts relate: reference.py computes spikes and operations on its own, in NumPy integers, and imports
+nothing of the toolkit. helpers.py builds and converts small networks, and asserts their spikes against the reference;
+tracing.py does so for the tracer's tests. Both are imported by name. Fixtures are here where several files use them,
+else in the file that does. No test file imports another one.
+"""
+
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from build_network import get_net_by_name
 from datasets import get_dataset
 
+pytest.register_assert_rewrite("helpers", "tracing")  # so that their failures show values, as those of the tests do
+from helpers import with_random_norms  # noqa: E402
+
 torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test draws the same numbers, alone or behind others."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +37,10 @@ def digits_images(digits_loaders):
     """200 calibration images, [200, 1, 32, 32]."""
     batches = [images for images, _ in digits_loaders[3]]
     return torch.cat(batches)[:200]
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    """resnet20 with statistics, and 3 images of 8x8."""
+    torch.manual_seed(0)
+    return with_random_norms(get_net_by_name("resnet20", 3, 10)), torch.randn(3, 3, 8, 8)

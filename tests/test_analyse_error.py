@@ -15,12 +15,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import MODELS, convert, errors_of, python, small_model, spikes_and_first_currents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import quantized_ann, simulate
-from test_cli import errors_of, python
-from test_layers import MODELS, small_model
-from test_spikes import convert, spikes_and_first_currents
 
 import analyse_error
 import ann2snn

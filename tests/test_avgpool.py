@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_every_spike_is_reproduced, convert, count_reached, spikes_and_first_currents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import quantized_ann, simulate
-from test_energy import count_reached
-from test_spikes import assert_every_spike_is_reproduced, convert, spikes_and_first_currents
 from torch import nn
 
 import ann2snn

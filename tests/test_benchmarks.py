@@ -34,6 +34,7 @@ def test_accuracy_is_that_of_ann2snn(tmp_path, capsys):
     assert run["spikes"] > 0 and run["synops"] > run["spikes"]
 
 
+@pytest.mark.slow
 def test_rows_that_share_their_finetuning_are_those_of_each_alone():
     """One finetuning serves both T, and the second row draws the random numbers that it would have drawn alone."""
     args = accuracy.parse_args(["--networks", NETWORK])
@@ -62,6 +63,7 @@ def test_several_seeds_give_mean_and_spread():
     assert points == f"-2.00 +- {math.sqrt(((88 - 88) ** 2 + 1 + 1) / 2):.2f}"
 
 
+@pytest.mark.slow
 def test_speed_has_a_row_for_every_mode(tmp_path):
     table = tmp_path / "table.json"
     argv = f"--networks example_net --timesteps 3 --batch 2 --rounds 1 --special --save_file {table}".split()

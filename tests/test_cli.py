@@ -5,15 +5,13 @@ The runs that succeed, and some that fail, are processes of their own; the other
 
 import json
 import os
-import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, errors_of, python
 from PIL import Image
 
 import ann2snn
@@ -25,7 +23,6 @@ from runtime.device import choose_device
 from runtime.files import check_writable, write_atomically, write_json
 from spike_dag import load_dag
 
-ROOT = Path(__file__).parents[1]
 CHECKPOINT = "checkpoint/example_net_ann.pth"
 TRAINED = "example_net -e 1 --weight_bitwidth 4 --timesteps 3 --reset_mode zero"
 DEBUG_NETS = {"debug_net0": "debug0", "debug_net1": "debug0", "debug_net2": "debug1", "debug_net3": "debug2"}
@@ -84,20 +81,6 @@ loader = get_dataset(SimpleNamespace(dataset="debug2"))[0]
 result = evaluate(dag, loader, "cpu", nn.CrossEntropyLoss(), dag.timesteps, every_step=True)
 print(json.dumps({"timesteps": dag.timesteps, **result}))
 """
-
-
-def python(*arguments):
-    """A Python process in the repository's root, with one thread."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-
-
-def errors_of(stderr):
-    """The lines of stderr but for progress bars and warnings."""
-    lines = [re.sub(r"\x1b\[\w", "", line).split("\r")[-1].strip() for line in stderr.split("\n")]
-    return [line for line in lines if line and "%|" not in line and "warning" not in line.lower()]
 
 
 @pytest.fixture(scope="module")
@@ -291,44 +274,44 @@ def refused(capsys, *argv):
     return line, stdout
 
 
-@pytest.mark.parametrize(
-    "command, words",
-    [
-        ("nonet", ["unknown network 'nonet'", "example_net", "debug_net3"]),
-        ("example_net --dataset nodata", ["unknown data set 'nodata'", "digits", "folder"]),
-        ("example_net --ann_weight {dir}/missing.pth", ["{dir}/missing.pth"]),
-        ("example_net --ann_weight {dir}", ["{dir}"]),
-        ("example_net --ann_weight {dir}/truncated.pth", ["{dir}/truncated.pth", "truncated"]),
-        ("example_net --ann_weight {dir}/text.pth", ["{dir}/text.pth", "not a file of weights"]),
-        ("example_net --ann_weight {dir}/list.pth", ["{dir}/list.pth", "no state dict"]),
-        ("example_net --ann_weight {dir}/rgb.pth", ["{dir}/rgb.pth", "conv1.weight", "[8, 3, 5, 5]", "[8, 1, 5, 5]"]),
-        ("example_net --ann_weight {dir}/lacks.pth", ["{dir}/lacks.pth", "lacks", "fc.weight", "[10, 512]"]),
-        ("example_net --ann_weight {dir}/more.pth", ["{dir}/more.pth", "fc.bias"]),
-        ("example_net --ann_weight {dir}/nan.pth", ["{dir}/nan.pth", "NaN", "conv2.weight"]),
-        ("example_net --weight_bitwidth 0", ["--weight_bitwidth", "0", "1 to 8"]),
-        ("example_net --weight_bitwidth 9", ["--weight_bitwidth", "9", "1 to 8"]),
-        ("example_net --weight_bitwidth 4.5", ["--weight_bitwidth", "4.5", "1 to 8"]),
-        ("example_net --timesteps 0", ["--timesteps", "0", "1 to 65536"]),
-        ("example_net --batch_size 99999999999999999999", ["--batch_size", "is over 2147483647"]),
-        ("example_net --activation_levels 4", ["--activation_levels", "--finetune_epochs"]),
-        ("example_net --finetune_lr nan", ["--finetune_lr", "nan"]),
-        ("example_net --seed -1", ["--seed", "-1"]),
-        ("example_net --reset_mode soft", ["--reset_mode", "soft", "subtraction"]),
-        ("example_net --hardware v9", ["--hardware", "v9", "v1.0"]),
-        ("example_net --no_such_flag", ["--no_such_flag", "--help"]),
-        ("example_net --dataset {dir}/empty", ["{dir}/empty", "train"]),
-        ("example_net --dataset folder --dataset_root {dir}/nowhere", ["{dir}/nowhere"]),
-        (
-            "example_net --dataset {dir}/three --ann_weight {dir}/rgb.pth",
-            ["{dir}/rgb.pth", "fc.weight", "[10, 512]", "[3, 512]"],
-        ),
-        ("debug_net0 --dataset debug1", ["cannot run on an input of", "2, 4, 4]", "2 channels"]),
-        ("debug_net0 --dataset debug0 --device gpu", ["--device", "'gpu'", "cuda:N"]),
-        ("debug_net0 --dataset debug0 --device cuda:99", ["--device", "cuda:99", "cpu"]),
-        ("debug_net0 --dataset debug0 --results {dir}/nowhere/r.json", ["{dir}/nowhere/r.json", "no folder"]),
-        ("debug_net0 --dataset debug0 --results {dir}", ["{dir}", "is a folder"]),
-    ],
-)
+BAD_INPUTS = [
+    ("nonet", ["unknown network 'nonet'", "example_net", "debug_net3"]),
+    ("example_net --dataset nodata", ["unknown data set 'nodata'", "digits", "folder"]),
+    ("example_net --ann_weight {dir}/missing.pth", ["{dir}/missing.pth"]),
+    ("example_net --ann_weight {dir}", ["{dir}"]),
+    ("example_net --ann_weight {dir}/truncated.pth", ["{dir}/truncated.pth", "truncated"]),
+    ("example_net --ann_weight {dir}/text.pth", ["{dir}/text.pth", "not a file of weights"]),
+    ("example_net --ann_weight {dir}/list.pth", ["{dir}/list.pth", "no state dict"]),
+    ("example_net --ann_weight {dir}/rgb.pth", ["{dir}/rgb.pth", "conv1.weight", "[8, 3, 5, 5]", "[8, 1, 5, 5]"]),
+    ("example_net --ann_weight {dir}/lacks.pth", ["{dir}/lacks.pth", "lacks", "fc.weight", "[10, 512]"]),
+    ("example_net --ann_weight {dir}/more.pth", ["{dir}/more.pth", "fc.bias"]),
+    ("example_net --ann_weight {dir}/nan.pth", ["{dir}/nan.pth", "NaN", "conv2.weight"]),
+    ("example_net --weight_bitwidth 0", ["--weight_bitwidth", "0", "1 to 8"]),
+    ("example_net --weight_bitwidth 9", ["--weight_bitwidth", "9", "1 to 8"]),
+    ("example_net --weight_bitwidth 4.5", ["--weight_bitwidth", "4.5", "1 to 8"]),
+    ("example_net --timesteps 0", ["--timesteps", "0", "1 to 65536"]),
+    ("example_net --batch_size 99999999999999999999", ["--batch_size", "is over 2147483647"]),
+    ("example_net --activation_levels 4", ["--activation_levels", "--finetune_epochs"]),
+    ("example_net --finetune_lr nan", ["--finetune_lr", "nan"]),
+    ("example_net --seed -1", ["--seed", "-1"]),
+    ("example_net --reset_mode soft", ["--reset_mode", "soft", "subtraction"]),
+    ("example_net --hardware v9", ["--hardware", "v9", "v1.0"]),
+    ("example_net --no_such_flag", ["--no_such_flag", "--help"]),
+    ("example_net --dataset {dir}/empty", ["{dir}/empty", "train"]),
+    ("example_net --dataset folder --dataset_root {dir}/nowhere", ["{dir}/nowhere"]),
+    (
+        "example_net --dataset {dir}/three --ann_weight {dir}/rgb.pth",
+        ["{dir}/rgb.pth", "fc.weight", "[10, 512]", "[3, 512]"],
+    ),
+    ("debug_net0 --dataset debug1", ["cannot run on an input of", "2, 4, 4]", "2 channels"]),
+    ("debug_net0 --dataset debug0 --device gpu", ["--device", "'gpu'", "cuda:N"]),
+    ("debug_net0 --dataset debug0 --device cuda:99", ["--device", "cuda:99", "cpu"]),
+    ("debug_net0 --dataset debug0 --results {dir}/nowhere/r.json", ["{dir}/nowhere/r.json", "no folder"]),
+    ("debug_net0 --dataset debug0 --results {dir}", ["{dir}", "is a folder"]),
+]
+
+
+@pytest.mark.parametrize("command, words", BAD_INPUTS)
 def test_bad_input_ends_in_one_line_that_says_what_and_where(files, tmp_path, capsys, command, words):
     save = tmp_path / "snn.pth"
     save.write_bytes(b"old")

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import assert_reference_agrees, with_random_norms, with_status
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_snn_transformer import assert_reference_agrees, with_statistics, with_status
 
 import ann2snn
 import train_ann
@@ -223,49 +223,49 @@ def test_missing_files_are_named(small, tmp_path):
     assert error_of(small).startswith(f"no image folder {small}/val2017")
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda d: d.pop("images"), "KeyError: 'images'"),
-        (lambda d: d.pop("annotations"), "KeyError: 'annotations'"),
-        (lambda d: d["images"][0].pop("width"), "KeyError: 'width'"),
-        (lambda d: d["images"][0].update(height=0), "image 10 has no file name or no size"),
-        (lambda d: d["annotations"][1].update(bbox=[1, 2, 3]), "annotation 2 has no box of 4 numbers"),
-        (lambda d: d["annotations"][1].update(bbox=[1, 2, 3, "4"]), "annotation 2 has no box of 4 numbers"),
-        (
-            lambda d: d["annotations"][1].update(category_id=8),
-            "annotation 2 has no box of 4 numbers, no known category",
-        ),
-        (lambda d: d["annotations"][1].update(image_id=11), "no known image"),
-        (lambda d: d["annotations"][1].pop("iscrowd"), "annotation 2 has no iscrowd"),
-        (lambda d: d["annotations"][1].update(area=None), "annotation 2 has an iscrowd that is not 0 or 1, or an area"),
-        (lambda d: d["annotations"][1].update(bbox=[1, 2, 3, float("inf")]), "annotation 2 has no box of 4 numbers"),
-        (lambda d: d["images"][0].update(file_name=5), "image 10 has no file name or no size"),
-        (lambda d: d["images"][0].update(width=float("inf")), "image 10 has no file name or no size"),
-        (lambda d: d["images"].append({**d["images"][0], "id": 1.5}), "the image id 1.5 is not a whole number"),
-        (lambda d: d["categories"].append({"id": 1.5, "name": "x"}), "the category id 1.5 is not a whole number"),
-        (lambda d: d["images"][0].update(id=True), "the image id True is not a whole number"),
-        (lambda d: d["images"][0].update(id="10"), "the image id '10' is not a whole number"),
-        (lambda d: d["images"][0].update(id=[10]), "the image id [10] is not a whole number"),
-        (lambda d: d["images"][0].update(id=10.0), "the image id 10.0 is not a whole number"),
-        (lambda d: d["images"][0].update(id=10**400), "is not a whole number"),
-        (lambda d: d["images"][2].pop("id"), "image number 3 of the file: KeyError: 'id'"),
-        (lambda d: d["images"].insert(1, [1]), "image number 2 of the file: TypeError"),
-        (lambda d: d["images"][0].update(width=10**400), "image 10 has no file name or no size"),
-        (lambda d: d["images"][0].update(width=True), "image 10 has no file name or no size"),
-        (lambda d: d["categories"][0].update(id=True), "the category id True is not a whole number"),
-        (lambda d: d["categories"][0].update(name=5), "the name of category 90 is 5, not text"),
-        (lambda d: d["annotations"][1].update(category_id=True), "annotation 2 has no box of 4 numbers, no known"),
-        (lambda d: d["annotations"][1].update(category_id=[7]), "annotation 2 has no box of 4 numbers, no known"),
-        (lambda d: d["annotations"][1].update(image_id={"a": 1}), "no known image"),
-        (lambda d: d["annotations"][1].update(bbox=[1, 2, 3, 10**400]), "annotation 2 has no box of 4 numbers"),
-        (lambda d: d["annotations"][1].update(bbox=[1, 2, 3, True]), "annotation 2 has no box of 4 numbers"),
-        (lambda d: d["annotations"][1].update(bbox=None), "annotation number 2 of the file: TypeError"),
-        (lambda d: d["annotations"][1].update(area=1e300), "or an area that is not a number"),
-        (lambda d: d["annotations"][2].update(bbox=[]) or d["annotations"][2].pop("id"), "annotation number 3 of"),
-        (lambda d: d.update(annotations=None), "TypeError"),
-    ],
-)
+DAMAGES = [
+    (lambda d: d.pop("images"), "KeyError: 'images'"),
+    (lambda d: d.pop("annotations"), "KeyError: 'annotations'"),
+    (lambda d: d["images"][0].pop("width"), "KeyError: 'width'"),
+    (lambda d: d["images"][0].update(height=0), "image 10 has no file name or no size"),
+    (lambda d: d["annotations"][1].update(bbox=[1, 2, 3]), "annotation 2 has no box of 4 numbers"),
+    (lambda d: d["annotations"][1].update(bbox=[1, 2, 3, "4"]), "annotation 2 has no box of 4 numbers"),
+    (
+        lambda d: d["annotations"][1].update(category_id=8),
+        "annotation 2 has no box of 4 numbers, no known category",
+    ),
+    (lambda d: d["annotations"][1].update(image_id=11), "no known image"),
+    (lambda d: d["annotations"][1].pop("iscrowd"), "annotation 2 has no iscrowd"),
+    (lambda d: d["annotations"][1].update(area=None), "annotation 2 has an iscrowd that is not 0 or 1, or an area"),
+    (lambda d: d["annotations"][1].update(bbox=[1, 2, 3, float("inf")]), "annotation 2 has no box of 4 numbers"),
+    (lambda d: d["images"][0].update(file_name=5), "image 10 has no file name or no size"),
+    (lambda d: d["images"][0].update(width=float("inf")), "image 10 has no file name or no size"),
+    (lambda d: d["images"].append({**d["images"][0], "id": 1.5}), "the image id 1.5 is not a whole number"),
+    (lambda d: d["categories"].append({"id": 1.5, "name": "x"}), "the category id 1.5 is not a whole number"),
+    (lambda d: d["images"][0].update(id=True), "the image id True is not a whole number"),
+    (lambda d: d["images"][0].update(id="10"), "the image id '10' is not a whole number"),
+    (lambda d: d["images"][0].update(id=[10]), "the image id [10] is not a whole number"),
+    (lambda d: d["images"][0].update(id=10.0), "the image id 10.0 is not a whole number"),
+    (lambda d: d["images"][0].update(id=10**400), "is not a whole number"),
+    (lambda d: d["images"][2].pop("id"), "image number 3 of the file: KeyError: 'id'"),
+    (lambda d: d["images"].insert(1, [1]), "image number 2 of the file: TypeError"),
+    (lambda d: d["images"][0].update(width=10**400), "image 10 has no file name or no size"),
+    (lambda d: d["images"][0].update(width=True), "image 10 has no file name or no size"),
+    (lambda d: d["categories"][0].update(id=True), "the category id True is not a whole number"),
+    (lambda d: d["categories"][0].update(name=5), "the name of category 90 is 5, not text"),
+    (lambda d: d["annotations"][1].update(category_id=True), "annotation 2 has no box of 4 numbers, no known"),
+    (lambda d: d["annotations"][1].update(category_id=[7]), "annotation 2 has no box of 4 numbers, no known"),
+    (lambda d: d["annotations"][1].update(image_id={"a": 1}), "no known image"),
+    (lambda d: d["annotations"][1].update(bbox=[1, 2, 3, 10**400]), "annotation 2 has no box of 4 numbers"),
+    (lambda d: d["annotations"][1].update(bbox=[1, 2, 3, True]), "annotation 2 has no box of 4 numbers"),
+    (lambda d: d["annotations"][1].update(bbox=None), "annotation number 2 of the file: TypeError"),
+    (lambda d: d["annotations"][1].update(area=1e300), "or an area that is not a number"),
+    (lambda d: d["annotations"][2].update(bbox=[]) or d["annotations"][2].pop("id"), "annotation number 3 of"),
+    (lambda d: d.update(annotations=None), "TypeError"),
+]
+
+
+@pytest.mark.parametrize("change, message", DAMAGES)
 def test_damaged_annotations_are_named(small, change, message):
     change_json(small, "train2017", change)
     error = error_of(small)
@@ -429,7 +429,7 @@ def test_map_by_hand(small):
 
 def test_every_spike_of_yolo_tiny():
     torch.manual_seed(0)
-    net, images = with_statistics(get_net_by_name("yolo_tiny", 3, 3)), torch.randn(2, 3, 32, 32)
+    net, images = with_random_norms(get_net_by_name("yolo_tiny", 3, 3)), torch.randn(2, 3, 32, 32)
     transformer = with_status(net, ["backbone"], images, timesteps=3)
     ann_snn = transformer.generate_ann_snn()
     assert transformer.stretch.num_outputs == 2 and len(transformer.snn.neurons()) == 9

@@ -5,10 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import convert, count_reached, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_layers import small_model
-from test_spikes import convert
 
 from reports.energy import (
     COSTS_45_NM,
@@ -24,15 +23,6 @@ from spike_layers import SignedReLU, SpikeAvgPool2d, SpikeConv2d, SpikeConvTrans
 from spike_neurons import IFNeuron
 from spike_simulator import node_shapes
 from spike_tensor import Current
-
-
-def count_reached(layer, shape):
-    """How many outputs each input position reaches: set it alone to one, under positive weights, and count."""
-    size = int(np.prod(shape))
-    with torch.no_grad():
-        impulses = torch.eye(size, dtype=torch.float64).view(size, *shape)
-        outputs = layer.operate(impulses, torch.rand_like(layer.weight, dtype=torch.float64) + 0.5, None)
-    return (outputs > 0).flatten(1).sum(1).view(shape)
 
 
 def test_a_3x3_convolution_counted_by_hand():

@@ -1,10 +1,13 @@
 """Random networks, files and command lines keep the promises (`benchmarks/fuzz.py`)."""
 
+import pytest
+
 from benchmarks.fuzz import run_case, run_cases
 
 COUNT = 300  # half a minute on a core
 
 
+@pytest.mark.slow
 def test_random_cases_keep_their_promises():
     verdicts = run_cases(0, COUNT)
     broken = [f"{kind}:{seed} {v}" for kind, cases in verdicts.items() for seed, v in cases.items() if "BROKEN" in v]

@@ -4,10 +4,19 @@ import json
 
 import pytest
 import torch
-from test_kernels import assert_learn_alike, learn, learning_inputs, neuron_inputs, thresholds
-from test_layers import MODELS, small_model
-from test_spike_finetune import CHOICES, prepared
-from test_spikes import assert_every_spike_is_reproduced, convert
+from helpers import (
+    CHOICES,
+    MODELS,
+    assert_every_spike_is_reproduced,
+    assert_learn_alike,
+    convert,
+    learn,
+    learning_inputs,
+    neuron_inputs,
+    prepared,
+    small_model,
+    thresholds,
+)
 from torch import nn
 
 import ann2snn

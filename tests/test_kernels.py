@@ -7,43 +7,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import (
+    assert_every_spike_is_reproduced,
+    assert_learn_alike,
+    convert,
+    learn,
+    learning_inputs,
+    neuron_inputs,
+    small_model,
+    thresholds,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_layers import small_model
-from test_spikes import assert_every_spike_is_reproduced, convert
 from torch import nn
 
 import layers.weighted
 import spike_neurons
-import spike_simulator
 from kernels import neurons, neurons_cpu
 from kernels.currents import Int8Weights, exact_type, in_type, int8_is_exact
-from kernels.memory_order import order
 from spike_layers import WeightedLayer
 from spike_neurons import IFNeuron
 from spike_tensor import Current
 
 ROOT = Path(__file__).parents[1]
-
-
-def neuron_inputs(shape, timesteps, seed, kind):
-    """Random integer currents of T steps (or a real-valued constant one), potentials, and spikes that flow in too."""
-    generator = torch.Generator().manual_seed(seed)
-    potentials = torch.randint(-5, 9, shape, generator=generator).float()
-    membrane = torch.empty_like(potentials, memory_format=order(potentials)).copy_(potentials)
-    steps = torch.randint(-10, 15, (timesteps * shape[0], *shape[1:]), generator=generator).float()
-    constant = 5 * torch.randn(shape, generator=generator)
-    spikes = torch.randint(0, 2, steps.shape, generator=generator, dtype=torch.uint8)
-    weight = torch.randint(1, 9, (shape[1], *[1] * (len(shape) - 2)), generator=generator)
-    if kind == "constant":
-        return None, constant, None, membrane
-    return steps, None, (spikes, weight) if kind == "extra" else None, membrane
-
-
-def thresholds(shape, granularity, seed):
-    """Vthr per layer, per channel or per neuron."""
-    extents = {"layer": (), "channel": (shape[1], *[1] * (len(shape) - 2)), "neuron": shape[1:]}
-    return torch.randint(1, 20, extents[granularity], generator=torch.Generator().manual_seed(seed))
 
 
 @settings(max_examples=60, deadline=None)
@@ -63,28 +49,6 @@ def test_compiled_neurons_fire_as_the_plain_ones(shape, timesteps, granularity, 
     plain, potentials = neuron.run(current, membrane.clone())
     spikes = neuron.run_compiled(current, membrane)
     assert torch.equal(spikes, plain) and torch.equal(membrane, potentials)
-
-
-def learning_inputs(shape, granularity, seed):
-    """Integer currents [T, B, ...], at even seeds with channels last in memory, Vthr, u[0], and a gradient."""
-    torch.manual_seed(seed)
-    sample = shape[1:]
-    steps, Vthr = torch.randint(-10, 15, shape).float(), thresholds(sample, granularity, seed).float() + 3
-    if len(sample) == 4 and seed % 2 == 0:
-        steps = steps.movedim(2, -1).contiguous().movedim(-1, 2)
-    return steps, Vthr, (Vthr / 2).round(), torch.randn(shape)
-
-
-def assert_learn_alike(found, expected):
-    """Potentials and spikes bit for bit, the gradients to the last digits of float32."""
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-    assert torch.allclose(found[2], expected[2], rtol=1e-4, atol=1e-6)
-
-
-def learn(forward, backward, steps, Vthr, start, gradient, listen, subtract):
-    """Potentials, spikes, and the gradient of the currents."""
-    potentials, spikes = forward(steps, Vthr, start, listen, subtract)
-    return potentials, spikes, backward(gradient, potentials, Vthr, listen, subtract)
 
 
 @settings(max_examples=60, deadline=None)
@@ -110,7 +74,7 @@ import torch
 from kernels.memory_order import order
 from kernels.neurons_cpu import if_steps_on_cpu
 from kernels.neurons_gpu import if_steps_on_gpu
-from test_kernels import neuron_inputs, thresholds
+from helpers import neuron_inputs, thresholds
 
 checked = 0
 for shape in [(3, 5, 7, 6), (4, 33), (1, 700)]:
@@ -133,7 +97,7 @@ GPU_LEARNING = """
 import torch
 from kernels import neurons, neurons_cpu, neurons_gpu
 from spike_neurons import learning_steps_back_in_turn, learning_steps_in_turn
-from test_kernels import assert_learn_alike, learn, learning_inputs
+from helpers import assert_learn_alike, learn, learning_inputs
 
 neurons_cpu.learning_steps_on_cpu = neurons_gpu.learning_steps_on_gpu
 neurons_cpu.learning_steps_back_on_cpu = neurons_gpu.learning_steps_back_on_gpu
@@ -273,58 +237,3 @@ def test_types_of_a_gpu_are_exact(monkeypatch, name, bits):
     monkeypatch.setattr(neurons_cpu, "njit", None)  # numba has no float16
     assert_every_spike_is_reproduced(snn, images[:3], 16)
     assert types >= {torch.float16}
-
-
-@pytest.mark.parametrize("budget", [None, 2**20, 2**12, 1])
-@pytest.mark.parametrize("every_step", [False, True])
-def test_memory_budget_cuts_the_work_not_the_result(budget, every_step):
-    net, images = small_model("shortcuts")
-    snn = convert(net, images, 20, 4)
-    expected = snn(images, every_step=every_step)
-    snn.set_engine("auto", budget)
-    parts, steps = spike_simulator.cut(snn, (images,), 20)
-    assert (parts * steps * 4 * 49 * spike_bytes(snn, images) <= (budget or 2**40)) or (parts, steps) == (1, 1)
-    assert torch.allclose(snn(images, every_step=every_step), expected, atol=1e-5)
-
-
-def spike_bytes(snn, images):
-    """Working set per element of the largest layer, in shares of a sample with four channels."""
-    return spike_simulator.BYTES_PER_CURRENT * snn.largest_sample((images,)) / (4 * 49)
-
-
-def test_biases_that_change_reach_the_packed_weights():
-    net, images = small_model("upwards")
-    snn = convert(net, images, 16, 8, maxpool="gate")
-    layer = snn.ops["conv2"]["op"]
-    spikes = torch.randint(0, 2, (2, 10, 6, 6), dtype=torch.uint8)
-    before, added = layer.current_of(spikes), 0
-    for _ in range(10):
-        layer.bias_q = layer.bias_q + 1
-        layer.bias_q = layer.bias_q + 2  # may lie where the first one lay
-        added += 3
-        assert torch.equal(layer.current_of(spikes), before + added)
-    layer.bias_q += 4
-    assert torch.equal(layer.current_of(spikes), before + added + 4)
-
-
-def test_a_network_converts_and_runs_in_inference_mode():
-    net, images = small_model("upwards")
-    expected = convert(net, images, 16, 8, maxpool="gate")(images)
-    with torch.inference_mode():
-        assert torch.equal(convert(net, images, 16, 8, maxpool="gate")(images), expected)
-
-
-def test_simulations_that_overlap_give_the_threads_back():
-    threads = torch.get_num_threads()
-    first, second = spike_simulator.one_thread_per_operator, spike_simulator.one_thread_per_operator
-    assert first.__enter__() == second.__enter__() == threads
-    first.__exit__()
-    assert torch.get_num_threads() == 1
-    second.__exit__()
-    assert torch.get_num_threads() == threads
-
-
-def test_no_timesteps_are_refused():
-    net, images = small_model("shortcuts")
-    with pytest.raises(ValueError, match="timesteps 0: use a whole number, 1 to 65536"):
-        convert(net, images, 16, 8)(images, timesteps=0)

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from helpers import MODELS, convert, small_model, spikes_and_first_currents
 from reference import quantized_ann, simulate
-from test_layers import MODELS, small_model
-from test_spikes import convert, spikes_and_first_currents
 
 import ann2snn
 from runtime.cli import run_script

@@ -13,7 +13,6 @@ from torch import nn
 
 from ann_parser import parse_ann_model
 from build_network import get_net_by_name
-from dag_rewrites import equalize_channels
 from finetuning.levels import quantize_activations
 from networks.checkpoint import load_weights
 from quantization import (
@@ -209,6 +208,7 @@ def test_no_epochs_only_quantize(digits_loaders):
     assert all(torch.equal(net.state_dict()[key], value) for key, value in before.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_finetuning_wins_back_what_two_bits_lose(digits_loaders, optimizer):
     test_loader, _, train_loader, _ = digits_loaders
@@ -237,6 +237,7 @@ def test_learning_rate_falls_at_half_and_three_quarters(digits_loaders, monkeypa
     assert rates == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
 
 
+@pytest.mark.slow
 def test_adam_learns_every_layer_by_its_size_along_a_cosine(digits_loaders, monkeypatch):
     groups, step = [], QuantAdam.step
 
@@ -281,48 +282,6 @@ def test_nan_and_divergence_are_errors(digits_loaders):
     args = arguments(finetune_epochs=3, finetune_lr=1e8)
     with pytest.raises(ValueError, match=r"finetuning diverged in finetune epoch \d .*lower --finetune_lr"):
         quantize_finetune(digits_net(), digits_loaders[2], nn.CrossEntropyLoss(), "cpu", args)
-
-
-def test_features_that_a_view_gathers_into_channels_are_not_equalised():
-    torch.manual_seed(0)
-
-    class Gathers(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.features, self.conv, self.fc = nn.Linear(36, 32), nn.Conv2d(8, 6, 1), nn.Linear(24, 10)
-
-        def forward(self, x):
-            maps = torch.relu(self.features(x)).view(-1, 8, 2, 2)
-            return self.fc(torch.relu(self.conv(maps)).flatten(1))
-
-    dag = parse_ann_model(Gathers(), (torch.rand(1, 36),))
-    inputs, equal = torch.rand(4, 36), equalize_channels(dag)
-    assert torch.equal(equal.ops["linear1"]["op"].weight, dag.ops["linear1"]["op"].weight)
-    assert torch.allclose(equal(inputs), dag(inputs), atol=1e-5)
-    assert not torch.equal(equal.ops["conv1"]["op"].weight, dag.ops["conv1"]["op"].weight)
-
-
-def test_equalised_channels_compute_the_same(digits_images):
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(1, 4, 5), nn.ReLU(), nn.AvgPool2d(4), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(150, 5)
-    )
-    with torch.no_grad():
-        net[0].weight.mul_(torch.tensor([0.0, 0.1, 1, 10]).view(-1, 1, 1, 1))
-    dag = parse_ann_model(net, (digits_images[:2],))
-    equal = equalize_channels(dag)
-    assert torch.allclose(equal(digits_images), dag(digits_images), atol=1e-4, rtol=1e-4)
-    for name in ("conv1", "conv2"):
-        largest = equal.ops[name]["op"].weight.flatten(1).abs().amax(1)
-        assert torch.allclose(largest[largest > 0], largest.max(), rtol=1e-4)
-    assert torch.equal(dag.ops["conv1"]["op"].weight, net[0].weight)
-
-
-def test_layers_that_are_read_twice_are_not_equalised():
-    images = torch.rand(4, 2, 4, 4)
-    dag = parse_ann_model(get_net_by_name("debug_net2", 2, 2), (images,))
-    equal = equalize_channels(dag)
-    assert all(torch.equal(a, b) for a, b in zip(dag.state_dict().values(), equal.state_dict().values()))
 
 
 def test_quantize_layers_follows_the_shadow():

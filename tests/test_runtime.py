@@ -405,41 +405,41 @@ def test_any_other_package_that_is_missing_is_one_line(capsys, monkeypatch):
 # Odd flags, long values
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["--timesteps=--"],
-        ["-e=--"],
-        ["-e--"],
-        ["--time=--"],
-        ["--ann_weight=--"],
-        ["--ann_layers=--"],
-        ["--reset_mode=--"],
-        ["--equalize=--"],
-        ["--timesteps="],
-        ["--timesteps"],
-        ["--reset_mode="],
-        ["--memory_budget="],
-        ["--weight_bitwidth=,"],
-        ["--weight_bitwidth="],
-        ["--dataset="],
-        ["--ann_weight="],
-        ["--save_file="],
-        ["--results="],
-        ["--report="],
-        ["--device=x"],
-        ["--", "--timesteps=--"],
-        ["--timesteps", "--"],
-        ["--timesteps=" + "9" * 5000],
-        ["--finetune_lr=" + "x" * 5000],
-        ["--dataset=" + "x" * 5000],
-        ["--dataset=" + "x " * 2500],
-        ["--save_file=/nowhere/" + "x" * 5000],
-        ["--ann_layers=" + "x" * 5000],
-        ["--" + "x" * 5000],
-        ["y" * 5000],
-    ],
-)
+ODD_VALUES = [
+    ["--timesteps=--"],
+    ["-e=--"],
+    ["-e--"],
+    ["--time=--"],
+    ["--ann_weight=--"],
+    ["--ann_layers=--"],
+    ["--reset_mode=--"],
+    ["--equalize=--"],
+    ["--timesteps="],
+    ["--timesteps"],
+    ["--reset_mode="],
+    ["--memory_budget="],
+    ["--weight_bitwidth=,"],
+    ["--weight_bitwidth="],
+    ["--dataset="],
+    ["--ann_weight="],
+    ["--save_file="],
+    ["--results="],
+    ["--report="],
+    ["--device=x"],
+    ["--", "--timesteps=--"],
+    ["--timesteps", "--"],
+    ["--timesteps=" + "9" * 5000],
+    ["--finetune_lr=" + "x" * 5000],
+    ["--dataset=" + "x" * 5000],
+    ["--dataset=" + "x " * 2500],
+    ["--save_file=/nowhere/" + "x" * 5000],
+    ["--ann_layers=" + "x" * 5000],
+    ["--" + "x" * 5000],
+    ["y" * 5000],
+]
+
+
+@pytest.mark.parametrize("argv", ODD_VALUES)
 def test_odd_values_are_one_short_line(tmp_path, monkeypatch, capsys, argv):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:

@@ -72,11 +72,6 @@ def as_list(outputs):
     return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 # Lint
 
 

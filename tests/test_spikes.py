@@ -1,64 +1,22 @@
-"""Every spike of the converted networks against the independent integer simulation, and numbers worked out by hand."""
+"""Every spike of whole networks against the independent integer simulation, and numbers worked out by hand."""
 
 import copy
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from helpers import assert_every_spike_is_reproduced, convert, sequential, spikes_and_first_currents
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import simulate
 from torch import nn
 
-import spike_simulator
-import spike_tensor
 from ann_parser import parse_ann_model
 from build_network import get_net_by_name
-from conversion.correction import PackedSpikes
-from conversion.plan import plan_conversion
-from conversion.statistics import Pool, least_error_scales, pool_activations
 from networks.checkpoint import load_weights
-from quantization import init_quantize_net
 from snn_weight_setter import trans_ann2snn_weight
-from spike_layers import SpikeConv2d, SpikeReLU
+from spike_layers import SpikeConv2d
 from spike_neurons import IFNeuron, if_step
-from spike_tensor import Current, SpikeTensor, record_firing_ratios
-
-
-def convert(net, images, timesteps=16, bits=4, **options):
-    """The spiking network of a plain one, calibrated on `images`, where these are."""
-    dag = parse_ann_model(net, (images[:2],))
-    return trans_ann2snn_weight(dag, [(images,)], images.device, timesteps, bits, **options)
-
-
-@torch.no_grad()
-def spikes_and_first_currents(snn, images, timesteps, chunk=None):
-    """What the simulator computes: op name -> uint8 [T, B, ...] spikes, and float32 currents caused by the image.
-
-    All images at a time, and all timesteps or `chunk` of them.
-    """
-    trains, currents = {}, {}
-
-    def watch(name, current, value):
-        if snn.ops[name].op.neuron is not None:
-            steps = value.data.unflatten(0, (value.timesteps, -1)).to(torch.uint8).cpu().numpy()
-            trains[name] = np.concatenate([trains[name], steps]) if name in trains else steps
-        elif isinstance(value, Current) and value.constant:
-            currents[name] = value.data.cpu().numpy()
-
-    with mock.patch.object(spike_simulator, "cut", lambda dag, inputs, *_: (len(inputs[0]), chunk or timesteps)):
-        spike_simulator.simulate(snn, (images,), timesteps, watch=watch)
-    return trains, currents
-
-
-def assert_every_spike_is_reproduced(snn, images, timesteps):
-    trains, currents = spikes_and_first_currents(snn, images, timesteps, chunk=max(1, timesteps - 3))
-    expected = simulate(copy.deepcopy(snn).cpu(), currents, timesteps)
-    assert list(trains) == list(expected) == snn.spiking_layers()
-    for name, spikes in trains.items():
-        assert np.array_equal(spikes, expected[name]), name
-    assert timesteps < 15 or sum(spikes.sum() for spikes in trains.values()) > 0  # few steps may pass in silence
+from spike_tensor import Current
 
 
 @pytest.mark.parametrize("reset_mode", ["subtraction", "zero"])
@@ -201,122 +159,6 @@ def test_large_potentials_stay_exact():
         IFNeuron(torch.tensor(3), torch.tensor(1.0), torch.tensor(0), "hard")
 
 
-def test_firing_ratio_switch_has_one_entry_per_spiking_layer(digits_images):
-    net = load_weights(get_net_by_name("example_net"), "checkpoint/example_net_ann.pth")
-    snn = convert(net, digits_images)
-    with record_firing_ratios() as ratios:
-        assert spike_tensor.firing_ratio_record
-        snn(digits_images[:7])
-        recorded = list(ratios)
-    assert not spike_tensor.firing_ratio_record and spike_tensor.firing_ratios == []
-    trains, _ = spikes_and_first_currents(snn, digits_images[:7], 16)
-    assert snn.spiking_layers() == ["relu1", "avg_pool1", "relu2", "avg_pool2", "relu3"]  # the view does not count
-    assert recorded == pytest.approx([train.mean() for train in trains.values()], rel=1e-5)
-    snn(digits_images[:7])
-    assert spike_tensor.firing_ratios == []
-
-
-def test_spike_tensor_decodes_what_is_known_after_each_step():
-    spikes = torch.tensor([[1.0], [0.0], [0.0], [1.0], [1.0], [1.0]])  # T=3, B=2
-    train = SpikeTensor(spikes, 3, 6.0)
-    assert train.to_float().tolist() == [[4.0], [4.0]]
-    assert train.to_float_every_step().unflatten(0, (3, 2)).squeeze(-1).tolist() == [[6, 0], [3, 3], [4, 4]]
-
-
-@pytest.mark.parametrize("timesteps", [1, 255, 256, 700])
-def test_counts_of_bytes_do_not_overflow(timesteps):
-    spikes = torch.ones(timesteps, 2, 3, dtype=torch.uint8)  # [T, B, N]
-    spikes[::7, 1] = 0
-    wanted = spikes.sum(0).tolist()
-    assert SpikeTensor(spikes.flatten(0, 1), timesteps, 1.0).counts().tolist() == wanted
-    sums = SpikeTensor.like(4 * spikes.flatten(0, 1), timesteps, 1.0)  # as a folded pooling makes them
-    assert sums.counts().tolist() == [[4 * n for n in row] for row in wanted]
-
-
-def test_every_step_equals_shorter_simulations(digits_images):
-    net = load_weights(get_net_by_name("example_net"), "checkpoint/example_net_ann.pth")
-    snn = convert(net, digits_images)
-    curve = snn(digits_images[:9], every_step=True)
-    for t in (1, 5, 16):
-        assert torch.allclose(curve[t - 1], snn(digits_images[:9], timesteps=t), atol=1e-4)
-
-
-def test_thresholds_follow_the_formula(digits_images):
-    """The specification's rules: Vthr = max_o / T for the first layer, Vthr = max_o / max_i * s_w for the others."""
-    net = load_weights(get_net_by_name("example_net"), "checkpoint/example_net_ann.pth")
-    dag = parse_ann_model(net, (digits_images[:1],))
-    init_quantize_net(dag, 4)
-    snn = trans_ann2snn_weight(dag, [(digits_images,)], "cpu", 16, 4, threshold="quantile", correction="none")
-    neurons = snn.neurons()
-    for name in ("relu1", "relu2"):
-        activations = activations_of(dag, name, digits_images)
-        max_o = activations.kthvalue(round(0.999 * len(activations))).values.item()
-        if name == "relu1":
-            assert neurons[name].Vthr.item() == pytest.approx(max_o / 16, rel=0.03)  # pooled from a sample
-        else:
-            max_i, s_w = neurons["avg_pool1"].scale_factor.item(), snn.ops["conv2"]["op"].weight_scale.item()
-            assert abs(neurons[name].Vthr.item() - max_o / max_i * s_w) <= 0.55
-            assert neurons[name].scale_factor.item() == pytest.approx(neurons[name].Vthr.item() * max_i / s_w)
-    pool = neurons["avg_pool1"]
-    assert pool.scale_factor.item() == pytest.approx(pool.Vthr.item() * neurons["relu1"].scale_factor.item() / 4)
-    assert neurons["relu1"].initial_potential.item() == pytest.approx(neurons["relu1"].Vthr.item() / 2)
-    assert neurons["relu2"].initial_potential.item() == neurons["relu2"].Vthr.item() // 2
-
-
-@torch.no_grad()
-def activations_of(dag, name, images):
-    """The outputs of one op of an ANN, [N]."""
-    return pool_activations(dag, [(images, None)], "cpu", len(images))[0][name].values()
-
-
-def test_pools_are_bounded_and_meet_every_position():
-    pool, batches = Pool(1000, samples=100), torch.arange(10_000.0).view(20, 5, 4, 25)
-    for batch in batches:
-        pool.add(batch)
-    values = pool.values()
-    assert values.tolist() == list(range(0, 10_000, 11))  # the first number from 10 on without a factor in common
-    assert set((values % 100).tolist()) == set(range(100))
-    exact = Pool(1000, samples=1)
-    exact.add(torch.arange(24.0).view(1, 2, 3, 4).contiguous(memory_format=torch.channels_last))
-    assert sorted(exact.values().tolist()) == list(range(24))
-
-
-def test_least_error_scale_against_a_brute_force_search():
-    values = torch.rand(5000, generator=torch.Generator().manual_seed(0)).square()
-    for timesteps in (1, 4, 64):
-        errors = {}
-        for scale in torch.linspace(0.03, 1, 500).tolist():
-            decoded = (values / scale * timesteps).round().clamp_max(timesteps) * scale / timesteps
-            errors[scale] = (decoded - values).square().mean().item()
-        chosen = first_scale(values, timesteps).item()
-        decoded = (values / chosen * timesteps).round().clamp_max(timesteps) * chosen / timesteps
-        assert (decoded - values).square().mean().item() <= 1.1 * min(errors.values())
-    pair = torch.cat([values, 3 * values]), torch.arange(2).repeat_interleave(5000)  # two channels at once
-    assert torch.allclose(least_error_scales(*pair, 2, 4), torch.tensor([1.0, 3.0]) * first_scale(values, 4))
-    assert least_error_scales(torch.zeros(10), torch.zeros(10, dtype=torch.long), 1, 4) == 0
-
-
-def first_scale(values, timesteps):
-    """The scale of values that are all of one channel."""
-    return least_error_scales(values, torch.zeros(len(values), dtype=torch.long), 1, timesteps)
-
-
-def test_correction_brings_rates_to_the_ann(digits_images):
-    """The mean decoded activation of every corrected layer is nearer to the ANN's."""
-    net = load_weights(get_net_by_name("example_net"), "checkpoint/example_net_ann.pth")
-    errors = {}
-    for correction in ("none", "potential"):
-        dag = parse_ann_model(net, (digits_images[:1],))
-        snn = convert(net, digits_images, bits=8, timesteps=8, correction=correction)
-        trains, _ = spikes_and_first_currents(snn, digits_images, 8)
-        scales = {name: neuron.scale_factor for name, neuron in snn.neurons().items()}
-        errors[correction] = [
-            abs(trains[name].mean() * scales[name].item() - activations_of(dag, name, digits_images).mean().item())
-            for name in trains
-        ]
-    assert sum(errors["potential"]) < 0.5 * sum(errors["none"])
-
-
 def test_the_source_network_is_not_changed(digits_images):
     net = load_weights(get_net_by_name("example_net"), "checkpoint/example_net_ann.pth")
     dag = parse_ann_model(net, (digits_images[:1],))
@@ -324,63 +166,6 @@ def test_the_source_network_is_not_changed(digits_images):
     trans_ann2snn_weight(dag, [(digits_images,)], "cpu", 8, 4)
     assert all(torch.equal(dag.state_dict()[key], value) for key, value in before.items())
     assert not dag.neurons() and not any("forward" in vars(entry["op"]) for entry in dag.ops.values())
-
-
-def sequential(*layers):
-    return parse_ann_model(nn.Sequential(*layers), (torch.zeros(1, 1, 6, 6),))
-
-
-def test_a_convolution_without_relu_is_refused_by_name():
-    dag = sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
-    with pytest.raises(ValueError, match=r"conv1 \(0\) has no ReLU behind it: add one"):
-        plan_conversion(dag)
-    dag = sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3), nn.Flatten(), nn.Linear(8, 2))
-    with pytest.raises(ValueError, match=r"conv2 \(2\) has no ReLU behind it: add one"):
-        plan_conversion(dag)
-
-
-def test_a_network_that_cannot_spike_is_refused():
-    with pytest.raises(ValueError, match="nothing can spike"):
-        plan_conversion(sequential(nn.Flatten(), nn.Linear(36, 2)))
-
-
-def test_relu_of_the_image_stays_ann():
-    dag = sequential(nn.ReLU(), nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
-    assert plan_conversion(dag).firing == ["relu2"] and isinstance(dag.ops["relu1"]["op"], SpikeReLU)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (dict(timesteps=0), "timesteps 0: use a whole number, 1 to 65536"),
-        (dict(weight_bitwidth=9), "weight bit width 9: use 1 to 8"),
-        (dict(reset_mode="hard"), "unknown reset mode 'hard'"),
-        (dict(quantile=0.0), "quantile 0.0: use a number above 0 to 1"),
-        (dict(threshold="best"), "unknown threshold 'best', use one of quantile, max, mse"),
-        (dict(loader=[]), "the data loader is empty"),
-    ],
-)
-def test_impossible_conversions(change, message):
-    dag = sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
-    options = dict(loader=[(torch.rand(4, 1, 6, 6),)], device="cpu", timesteps=4, weight_bitwidth=4) | change
-    with pytest.raises(ValueError, match=message):
-        trans_ann2snn_weight(dag, **options)
-
-
-@pytest.mark.parametrize("shape", [(12, 5), (12, 3, 5, 7), (12, 0, 5, 7)])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64])
-def test_packed_spikes_are_the_same_in_the_same_order_of_memory(shape, dtype):
-    data = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.3).to(dtype)
-    for each in (data, data.to(memory_format=torch.channels_last)) if len(shape) == 4 else (data,):
-        packed = PackedSpikes(SpikeTensor.like(each, 4, torch.tensor(2.0)))
-        spikes = packed.unpack()
-        assert (
-            torch.equal(spikes.data, each)
-            and spikes.data.dtype == dtype
-            and packed.bits.nbytes == -(-each.numel() // 8)
-        )
-        assert spikes.data.is_contiguous(memory_format=torch.channels_last) or each.is_contiguous()
-        assert (spikes.timesteps, spikes.scale_factor.item()) == (4, 2.0)
 
 
 def test_nan_weights_are_refused_by_name():

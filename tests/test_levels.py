@@ -4,8 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_layers import MODELS, small_model
-from test_spike_finetune import CHOICES, prepared
+from helpers import CHOICES, MODELS, prepared, small_model
 from torch import nn
 
 import ann2snn

@@ -1,22 +1,41 @@
-"""--hold_back: neurons start lower, and a bias makes up for it over the T steps."""
+"""The correction of a converted network: rates nearer to the ANN, and neurons that are held back (`--hold_back`)."""
 
 import copy
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import (
+    MODELS,
+    Function,
+    activations_of,
+    assert_every_spike_is_reproduced,
+    conv,
+    convert,
+    small_model,
+    spikes_and_first_currents,
+)
 from sklearn.datasets import load_digits
-from test_layers import Function, conv, small_model
-from test_spikes import assert_every_spike_is_reproduced, convert
 from torch import nn
 from torch.nn import functional as F
 
 from ann2snn import parse_args
 from ann_parser import parse_ann_model
-from build_network import build_trained_net
-from conversion.correction import bias_beyond, bias_carrier, bias_carriers, hold_back_neuron
+from build_network import build_trained_net, get_net_by_name
+from conversion import correction as spike_correction
+from conversion.correction import (
+    PackedSpikes,
+    bias_beyond,
+    bias_carrier,
+    bias_carriers,
+    calibration_images,
+    hold_back_neuron,
+)
 from dag_rewrites import prepare_conversion
+from networks.checkpoint import load_weights
 from reports.analysis import look_into_layers
+from snn_weight_setter import trans_ann2snn_weight
+from spike_tensor import SpikeTensor
 
 ROOT = Path(__file__).parents[1]
 
@@ -117,6 +136,7 @@ def test_either_branch_of_an_add_can_carry_the_bias(join):
     assert_every_spike_is_reproduced(snn, images, 8)
 
 
+@pytest.mark.slow
 def test_a_deep_network_comes_nearer_to_its_ann():
     """The trained resnet20 on real digits, as large and as colourful as its own images."""
     net = build_trained_net("resnet20", 3, 10, ROOT / "checkpoint" / "resnet20_cifar10_ann.pth").eval()
@@ -150,3 +170,142 @@ def test_a_share_out_of_range_is_refused(capsys):
     with pytest.raises(SystemExit) as stopped:
         parse_args(["example_net", "--hold_back", "-1"])
     assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: ")
+
+
+def test_bias_correction_brings_rates_to_the_ann():
+    """With reset to zero every neuron loses charge; the bias makes up for it, step by step."""
+    net, images = small_model("shortcuts")
+    errors = {}
+    for correction in ("none", "bias"):
+        snn = convert(net, images, 16, 8, reset_mode="zero", correction=correction)
+        errors[correction] = (snn(images) - net(images)).abs().mean().item()
+    assert errors["bias"] < 0.7 * errors["none"]
+    assert snn.ops["linear1"]["op"].bias_q.dtype == torch.int32
+
+
+def test_bias_correction_measures_the_residual_too():
+    """What another branch adds is part of the rate that is corrected."""
+    net, images = small_model("shortcuts")
+    rates = {}
+    for correction in ("none", "bias"):
+        snn = convert(net, images, 16, 8, correction=correction)
+        trains, _ = spikes_and_first_currents(snn, images, 16)
+        neuron = snn.ops["relu2"]["op"].neuron
+        rates[correction] = torch.from_numpy(trains["relu2"]).float().mean((0, 1, 3, 4)) * neuron.scale_factor.flatten()
+    dag = parse_ann_model(net, (images,))
+    dag.outputs_nodes = ("relu2_out1",)
+    with torch.no_grad():
+        expected = dag(images).mean((0, 2, 3))
+    error = {name: (rate - expected).abs().sum().item() for name, rate in rates.items()}
+    assert error["bias"] < 0.3 * error["none"]
+
+
+def test_bias_is_not_corrected_where_the_image_flows_in():
+    """The current of the image has its bias in float; the neuron behind it is corrected by its potential."""
+    torch.manual_seed(0)
+    net = Function(
+        lambda s, x: s.fc(F.relu(s.c2(x) + F.relu(s.c1(x))).flatten(1)),
+        c1=conv(3, 8),
+        c2=conv(3, 8),
+        fc=nn.Linear(512, 10),
+    )
+    snn = convert(net, torch.randn(8, 3, 8, 8), 16, 8, correction="bias")
+    assert snn.ops["conv2"]["op"].bias_q is None or snn.ops["conv1"]["op"].bias_q is None
+    assert_every_spike_is_reproduced(snn, torch.randn(2, 3, 8, 8), 16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# correction on the spikes
+
+
+@pytest.mark.parametrize("correction", ["potential", "bias"])
+@pytest.mark.parametrize("name", MODELS)
+def test_correction_brings_every_layer_nearer_to_the_ann(name, correction):
+    net, images = small_model(name)
+    dag = prepare_conversion(parse_ann_model(net, (images,)), "gate", "pair")
+    errors = {}
+    for kind in ("none", correction):
+        snn = trans_ann2snn_weight(dag, [(images,)], "cpu", 8, 8, correction=kind)
+        trains, _ = spikes_and_first_currents(snn, images, 8)
+        errors[kind] = 0.0
+        for layer, train in trains.items():
+            dag.outputs_nodes = (f"{layer}_out1",)
+            with torch.no_grad():
+                activations = dag(images)
+            decoded = torch.from_numpy(train).float().mean(0) * snn.ops[layer]["op"].neuron.scale_factor
+            difference = (decoded - activations).flatten(2).mean(2) if decoded.dim() == 4 else decoded - activations
+            errors[kind] += (difference.mean(0).abs().mean() / activations.mean()).item()
+    assert errors[correction] < 0.7 * errors["none"]
+
+
+def test_correction_sees_the_samples_that_it_is_given_and_no_more():
+    net, images = small_model("shortcuts")
+    dag = parse_ann_model(net, (images,))
+    seen = []
+
+    def loader():
+        for i in range(4):
+            seen.append(i)
+            yield images[2 * i : 2 * i + 2], None
+
+    chunks = calibration_images(loader(), "cpu", 3, dag, 16)
+    assert seen == [0, 1] and torch.equal(torch.cat([chunk for (chunk,) in chunks]), images[:3])
+    chunks = calibration_images([(images, None)], "cpu", 100, dag, 16)
+    assert sum(len(chunk) for (chunk,) in chunks) == len(images)
+    potentials = [
+        trans_ann2snn_weight(dag, [(images[:2], None), (other, None)], "cpu", 16, 8, calibration_samples=2)
+        .neurons()["relu2"]
+        .initial_potential
+        for other in (images[2:4], images[4:6])
+    ]
+    assert torch.equal(*potentials)
+
+
+def test_correction_does_not_depend_on_how_the_images_are_cut(monkeypatch):
+    net, images = small_model("shortcuts")
+    potentials = []
+    for size in (2**25, 1):
+        monkeypatch.setattr(spike_correction, "CHUNK_BYTES", size)
+        snn = convert(net, images, 16, 8)
+        potentials.append(torch.cat([neuron.initial_potential.flatten() for neuron in snn.neurons().values()]))
+    assert (potentials[0] - potentials[1]).abs().max() <= 1  # sums in another order, then rounded
+
+
+def test_biases_of_pairs_of_signs_are_left_alone():
+    torch.manual_seed(0)
+    layers = [conv(2, 4), nn.ReLU(), conv(4, 4), conv(4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 49, 3)]
+    images = torch.rand(4, 2, 7, 7)
+    snn = convert(nn.Sequential(*layers), images, 8, 8, signed="pair", correction="bias")
+    assert_every_spike_is_reproduced(snn, images, 8)
+
+
+def test_correction_brings_rates_to_the_ann(digits_images):
+    """The mean decoded activation of every corrected layer is nearer to the ANN's."""
+    net = load_weights(get_net_by_name("example_net"), "checkpoint/example_net_ann.pth")
+    errors = {}
+    for correction in ("none", "potential"):
+        dag = parse_ann_model(net, (digits_images[:1],))
+        snn = convert(net, digits_images, bits=8, timesteps=8, correction=correction)
+        trains, _ = spikes_and_first_currents(snn, digits_images, 8)
+        scales = {name: neuron.scale_factor for name, neuron in snn.neurons().items()}
+        errors[correction] = [
+            abs(trains[name].mean() * scales[name].item() - activations_of(dag, name, digits_images).mean().item())
+            for name in trains
+        ]
+    assert sum(errors["potential"]) < 0.5 * sum(errors["none"])
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (12, 3, 5, 7), (12, 0, 5, 7)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64])
+def test_packed_spikes_are_the_same_in_the_same_order_of_memory(shape, dtype):
+    data = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.3).to(dtype)
+    for each in (data, data.to(memory_format=torch.channels_last)) if len(shape) == 4 else (data,):
+        packed = PackedSpikes(SpikeTensor.like(each, 4, torch.tensor(2.0)))
+        spikes = packed.unpack()
+        assert (
+            torch.equal(spikes.data, each)
+            and spikes.data.dtype == dtype
+            and packed.bits.nbytes == -(-each.numel() // 8)
+        )
+        assert spikes.data.is_contiguous(memory_format=torch.channels_last) or each.is_contiguous()
+        assert (spikes.timesteps, spikes.scale_factor.item()) == (4, 2.0)

@@ -5,16 +5,19 @@ import copy
 import numpy as np
 import pytest
 import torch
-from reference import simulate
-from test_layers import MODELS, assert_every_spike_is_reproduced, small_model
-from test_spikes import convert, spikes_and_first_currents
+from helpers import (
+    CHOICES,
+    MODELS,
+    assert_every_spike_is_reproduced,
+    convert,
+    prepared,
+    small_model,
+    spikes_and_first_currents,
+)
 from torch import nn
 
 import ann2snn
-import spike_simulator
-from ann_parser import parse_ann_model
 from build_network import get_net_by_name
-from dag_rewrites import prepare_conversion
 from finetuning.on_spikes import (
     GRADIENTS,
     MOST_THROUGH_TIME,
@@ -31,51 +34,7 @@ from snn_weight_setter import trans_ann2snn_weight
 from spike_dag import load_dag
 from spike_layers import SpikeLinear
 from spike_neurons import IFNeuron
-from spike_simulator import bound_currents
 from spike_tensor import Current
-
-CHOICES = dict(maxpool="gate", signed="pair")
-
-
-def prepared(net, images):
-    """The ANN as the conversion sees it."""
-    return prepare_conversion(parse_ann_model(net, (images[:2],)), "gate", "pair")
-
-
-@pytest.mark.parametrize("listen", [0, 16])
-@pytest.mark.parametrize("name", MODELS)
-def test_every_spike_with_a_threshold_per_channel(name, listen):
-    net, images = small_model(name)
-    for bits, per_channel in ((4, True), (8, False)):
-        options = dict(granularity="channel", threshold="mse", per_channel=per_channel, listen=listen, **CHOICES)
-        snn = convert(net, images, 16, bits, **options)
-        assert any(neuron.Vthr.unique().numel() > 1 for neuron in snn.neurons().values())
-        kinds = {neuron.Vthr.dtype for neuron in snn.neurons().values() if neuron.largest_current is not None}
-        assert kinds == {torch.int32}
-        trains, currents = spikes_and_first_currents(snn, images[:3], 16)
-        expected = simulate(snn, currents, 16)
-        assert all(np.array_equal(trains[layer], expected[layer]) for layer in snn.spiking_layers())
-
-
-@pytest.mark.parametrize("threshold", ["quantile", "max", "mse"])
-@pytest.mark.parametrize("name", MODELS)
-def test_thresholds_per_channel_at_many_timesteps_are_the_ann(name, threshold):
-    net, images = small_model(name)
-    snn = convert(net, images, 1024, 32, threshold=threshold, quantile=1.0, granularity="channel", **CHOICES)
-    with torch.no_grad():
-        assert torch.corrcoef(torch.stack([snn(images).flatten(), net(images).flatten()]))[0, 1] >= 0.99
-
-
-def test_a_weak_channel_gets_a_threshold_of_its_own():
-    """Two channels, one 8 times as strong: each reaches its own maximum with a spike at every step."""
-    net = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.ReLU(), nn.Conv2d(2, 2, 1), nn.ReLU(), nn.Flatten())
-    net.append(nn.Linear(2, 2))
-    net[0].weight.data = torch.tensor([1.0, 8.0]).view(2, 1, 1, 1)
-    images = torch.linspace(0, 1, 50).view(50, 1, 1, 1)
-    channels = convert(net, images, 16, 8, granularity="channel", threshold="max").neurons()["relu1"]
-    layer = convert(net, images, 16, 8, threshold="max").neurons()["relu1"]
-    assert torch.allclose(channels.scale_factor.flatten(), torch.tensor([1.0, 8.0]), rtol=0.02)
-    assert layer.scale_factor.item() == pytest.approx(8.0, rel=0.02)
 
 
 def test_bit_widths_by_layer(tmp_path):
@@ -342,32 +301,6 @@ def test_a_qnet_with_other_layers_is_refused():
     snn, qnet = convert(net, images, 8, 4, **CHOICES), prepared(*small_model("shortcuts"))
     with pytest.raises(ValueError, match=r"the quantized network has no layer .* of this shape, give the one that was"):
         finetune_spikes(snn, [(images, None)], "cpu", 1, teacher=qnet, qnet=qnet)
-
-
-@pytest.mark.parametrize("correction", ["none", "bias"])
-@pytest.mark.parametrize("name", MODELS)
-def test_bounds_of_currents_are_those_of_the_conversion(name, correction):
-    net, images = small_model(name)
-    snn = convert(net, images, 8, 8, correction=correction, **CHOICES)
-    bounds = {layer: neuron.largest_current for layer, neuron in snn.neurons().items()}
-    bound_currents(snn)
-    assert bounds == {layer: neuron.largest_current for layer, neuron in snn.neurons().items()}
-    for layer, neuron in snn.neurons().items():
-        if neuron.largest_current is not None:
-            assert neuron.largest_current >= largest_current_of(snn, layer, images)
-
-
-def largest_current_of(snn, layer, images):
-    """The largest |current| that flows into the neurons of op `layer`."""
-    seen = []
-
-    def watch(name, current, spikes):
-        if name == layer:
-            seen.append(current.total().abs().max().item())
-
-    with torch.no_grad():
-        spike_simulator.simulate(snn, (images,), snn.timesteps, watch=watch)
-    return max(seen)
 
 
 def test_rounding_again_changes_nothing():

@@ -1,0 +1,79 @@
+"""Calibration: pooled activations, and the scales that are chosen from them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import activations_of, conv, convert
+from torch import nn
+
+from ann_parser import parse_ann_model
+from build_network import get_net_by_name
+from conversion.statistics import Pool, least_error_scales
+from networks.checkpoint import load_weights
+from quantization import init_quantize_net
+from snn_weight_setter import trans_ann2snn_weight
+
+
+def test_a_layer_that_is_seldom_active_keeps_its_scale():
+    torch.manual_seed(0)
+    net = nn.Sequential(conv(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 49, 3))
+    net[0].bias.data -= 0.5
+    images = torch.rand(8, 2, 7, 7)
+    active = F.relu(net[0](images)).flatten()
+    assert active.kthvalue(len(active) // 2).values == 0 < active.max()
+    snn = convert(net, images, 16, 32, quantile=0.5)
+    assert 0 < snn.ops["relu1"]["op"].neuron.scale_factor <= active.max()
+
+
+def test_thresholds_follow_the_formula(digits_images):
+    """The specification's rules: Vthr = max_o / T for the first layer, Vthr = max_o / max_i * s_w for the others."""
+    net = load_weights(get_net_by_name("example_net"), "checkpoint/example_net_ann.pth")
+    dag = parse_ann_model(net, (digits_images[:1],))
+    init_quantize_net(dag, 4)
+    snn = trans_ann2snn_weight(dag, [(digits_images,)], "cpu", 16, 4, threshold="quantile", correction="none")
+    neurons = snn.neurons()
+    for name in ("relu1", "relu2"):
+        activations = activations_of(dag, name, digits_images)
+        max_o = activations.kthvalue(round(0.999 * len(activations))).values.item()
+        if name == "relu1":
+            assert neurons[name].Vthr.item() == pytest.approx(max_o / 16, rel=0.03)  # pooled from a sample
+        else:
+            max_i, s_w = neurons["avg_pool1"].scale_factor.item(), snn.ops["conv2"]["op"].weight_scale.item()
+            assert abs(neurons[name].Vthr.item() - max_o / max_i * s_w) <= 0.55
+            assert neurons[name].scale_factor.item() == pytest.approx(neurons[name].Vthr.item() * max_i / s_w)
+    pool = neurons["avg_pool1"]
+    assert pool.scale_factor.item() == pytest.approx(pool.Vthr.item() * neurons["relu1"].scale_factor.item() / 4)
+    assert neurons["relu1"].initial_potential.item() == pytest.approx(neurons["relu1"].Vthr.item() / 2)
+    assert neurons["relu2"].initial_potential.item() == neurons["relu2"].Vthr.item() // 2
+
+
+def test_pools_are_bounded_and_meet_every_position():
+    pool, batches = Pool(1000, samples=100), torch.arange(10_000.0).view(20, 5, 4, 25)
+    for batch in batches:
+        pool.add(batch)
+    values = pool.values()
+    assert values.tolist() == list(range(0, 10_000, 11))  # the first number from 10 on without a factor in common
+    assert set((values % 100).tolist()) == set(range(100))
+    exact = Pool(1000, samples=1)
+    exact.add(torch.arange(24.0).view(1, 2, 3, 4).contiguous(memory_format=torch.channels_last))
+    assert sorted(exact.values().tolist()) == list(range(24))
+
+
+def test_least_error_scale_against_a_brute_force_search():
+    values = torch.rand(5000, generator=torch.Generator().manual_seed(0)).square()
+    for timesteps in (1, 4, 64):
+        errors = {}
+        for scale in torch.linspace(0.03, 1, 500).tolist():
+            decoded = (values / scale * timesteps).round().clamp_max(timesteps) * scale / timesteps
+            errors[scale] = (decoded - values).square().mean().item()
+        chosen = first_scale(values, timesteps).item()
+        decoded = (values / chosen * timesteps).round().clamp_max(timesteps) * chosen / timesteps
+        assert (decoded - values).square().mean().item() <= 1.1 * min(errors.values())
+    pair = torch.cat([values, 3 * values]), torch.arange(2).repeat_interleave(5000)  # two channels at once
+    assert torch.allclose(least_error_scales(*pair, 2, 4), torch.tensor([1.0, 3.0]) * first_scale(values, 4))
+    assert least_error_scales(torch.zeros(10), torch.zeros(10, dtype=torch.long), 1, 4) == 0
+
+
+def first_scale(values, timesteps):
+    """The scale of values that are all of one channel."""
+    return least_error_scales(values, torch.zeros(len(values), dtype=torch.long), 1, timesteps)

@@ -1,0 +1,353 @@
+"""What the tracer refuses: by function, path and advice, or by the values that an example has."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tracing import (
+    Call,
+    SmallNet,
+    SmallResNet,
+    after_conv,
+    assert_unchanged,
+    iadd,
+    image,
+    largest_difference,
+    snapshot,
+    trace_and_compare,
+)
+
+from ann_parser import parse_ann_model
+
+
+def in_a_block(module):
+    """A network whose module `block.inner` is the given one."""
+    net = nn.Sequential()
+    net.add_module("first", nn.Conv2d(3, 4, 1))
+    net.add_module("block", nn.Sequential())
+    net.block.add_module("inner", module)
+    return net
+
+
+REFUSED = {
+    "indices of MaxPool2d": (nn.MaxPool2d(2, return_indices=True), "max_pool2d", "indices of the maxima"),
+    "BatchNorm2d without statistics": (
+        nn.BatchNorm2d(4, track_running_stats=False),
+        "batch_norm",
+        "track_running_stats=True",
+    ),
+    "GroupNorm": (nn.GroupNorm(2, 4), "group_norm", "use BatchNorm"),
+    "Upsample": (nn.Upsample(scale_factor=2), "interpolate", "use conv_transpose2d with a relu behind it"),
+    "ReflectionPad2d": (nn.ReflectionPad2d(1), "pad", "only zeros"),
+    "pad with ones": (lambda x: F.pad(x, (1, 1), value=1.0), "pad", "only zeros"),
+    "pad channels": (lambda x: F.pad(x, (0, 0, 0, 0, 1, 1)), "pad", "height and width"),
+    "LeakyReLU": (nn.LeakyReLU(), "leaky_relu", "use relu"),
+    "torch.sigmoid": (lambda x: torch.sigmoid(x), "sigmoid", "apply it outside"),
+    "Sigmoid": (nn.Sigmoid(), "sigmoid", "apply it outside"),
+    "Hardsigmoid": (nn.Hardsigmoid(), "hardsigmoid", "apply it outside"),
+    "x.tanh()": (lambda x: x.tanh(), "tanh", "apply it outside"),
+    "GELU": (nn.GELU(), "gelu", "use relu"),
+    "x * 2": (lambda x: x * 2, "mul", "put the factor into the weights"),
+    "2 * x": (lambda x: 2 * x, "mul", "put the factor into the weights"),
+    "x / 2": (lambda x: x / 2, "div", "put the factor into the weights"),
+    "x * x": (lambda x: x * x, "mul", "no product or quotient of two activations"),
+    "x - x": (lambda x: x - x, "sub", "the layer whose output is subtracted"),
+    "x - 1": (lambda x: x - 1, "sub", "put the constant into the bias"),
+    "1 - x": (lambda x: 1 - x, "__rsub__", "put the constant into the bias"),
+    "-x": (lambda x: -x, "neg", "put the minus sign into the weights"),
+    "x @ weight": (lambda x: x.flatten(1) @ torch.ones(256, 2), "matmul", "F.linear(x, weight.t())"),
+    "einsum": (lambda x: torch.einsum("bchw,cd->bdhw", x, torch.ones(4, 2)), "einsum", "is a linear layer"),
+    "x.permute": (lambda x: x.permute(0, 2, 3, 1), "permute", "permute the weights of the layer behind it"),
+    "x.transpose": (lambda x: x.transpose(1, 2), "transpose", "permute the weights of the layer behind it"),
+    "x.mT": (lambda x: x.mT, "mT", "permute the weights of the layer behind it"),
+    "every second pixel": (lambda x: x[:, :, ::2, ::2], "__getitem__", "with stride 2 every second pixel"),
+    "x.chunk": (lambda x: x.chunk(2, 1)[0], "chunk", "a 1x1 convolution takes some of the channels"),
+    "x.half()": (lambda x: x.half(), "half", "traced in one type"),
+    "x + 1": (lambda x: x + 1, "add", "into the bias"),
+    "1 + x": (lambda x: 1 + x, "add", "into the bias"),
+    "x.add_(1)": (lambda x: x.add_(1), "add_", "into the bias"),
+    "x + constant": (lambda x: x + torch.ones(8), "add", "into the bias"),
+    "alpha": (lambda x: torch.add(x, x, alpha=2), "add", "alpha=1"),
+    "broadcast": (lambda x: x + x.mean([2, 3], keepdim=True), "add", "[2, 4, 8, 8] and [2, 4, 1, 1]"),
+    "x.sum()": (lambda x: x.sum(), "sum", "use x.mean([2, 3])"),
+    "if x.sum() > 0": (lambda x: x if x.sum() > 0 else -x, "sum", "use x.mean([2, 3])"),
+    "if x > 0": (lambda x: x if x > 0 else -x, "gt", "must not depend on the values"),
+    "x ** 2": (lambda x: x**2, "pow", "write it with conv2d"),
+    "if x": (lambda x: x if x else -x, "__bool__", "must not depend on the values"),
+    "x.item()": (lambda x: x.item(), "item", "must not depend on the values"),
+    "x.numpy()": (lambda x: torch.from_numpy(x.numpy()), "numpy", "keep the computation in torch"),
+    "x.clamp(1, 6)": (lambda x: x.clamp(1, 6), "clamp", "lower bound of 0"),
+    "Hardtanh": (nn.Hardtanh(), "hardtanh", "lower bound of 0"),
+    "x.clamp(max=0)": (lambda x: x.clamp(max=0), "clamp", "lower bound of 0"),
+    "view(-1)": (lambda x: x.view(-1), "view", "the batch"),
+    "view(-1, 64)": (lambda x: x.view(-1, 64), "view", "the batch"),
+    "x.flatten()": (lambda x: x.flatten(), "flatten", "the batch"),
+    "unsqueeze(0)": (lambda x: x.unsqueeze(0), "unsqueeze", "the batch"),
+    "cat, batch": (lambda x: torch.cat([x, x]), "cat", "use dim=1"),
+    "cat with a constant": (lambda x: torch.cat([x, torch.zeros(2, 4, 8, 8)], 1), "block.inner", "constant"),
+    "mean of all": (lambda x: x.mean(), "mean", "x.mean([2, 3])"),
+    "adaptive to 3": (nn.AdaptiveAvgPool2d(3), "adaptive_avg_pool2d", "[3, 3] does not divide its input [8, 8]"),
+    "adaptive to 16": (nn.AdaptiveAvgPool2d(16), "adaptive_avg_pool2d", "[16, 16] is larger than its input [8, 8]"),
+    "ceil_mode": (nn.AvgPool2d(3, ceil_mode=True), "avg_pool2d", "ceil_mode=False"),
+    "another divisor": (lambda x: F.avg_pool2d(x, 2, divisor_override=3), "avg_pool2d", "divisor_override=None"),
+    "padding not counted": (
+        nn.AvgPool2d(3, padding=1, count_include_pad=False),
+        "avg_pool2d",
+        "count_include_pad=True",
+    ),
+    "dropout always on": (lambda x: F.dropout(x, 0.5), "dropout", "training=self.training"),
+    "linear on channels": (nn.Linear(8, 2), "linear", "flatten it before"),
+    "another type": (lambda x: x.to(torch.float64), "to", "the type must stay torch.float32"),
+    "product with a weight": (lambda x: F.conv2d(x, x), "conv2d", "must not be computed from the input"),
+}
+
+
+@pytest.mark.parametrize("inner, function, advice", REFUSED.values(), ids=REFUSED)
+def test_refusal_names_function_path_and_advice(inner, function, advice):
+    net = in_a_block(inner if isinstance(inner, nn.Module) else Call(inner))
+    with pytest.raises(NotImplementedError) as caught:
+        parse_ann_model(net, (image(),))
+    assert [part for part in (function, "block.inner", advice) if part not in str(caught.value)] == []
+
+
+def test_slice_is_refused_as_a_slice():
+    with pytest.raises(NotImplementedError, match="__getitem__") as caught:
+        parse_ann_model(in_a_block(Call(lambda x: x[:, :2])), (image(),))
+    assert "must not depend on the values" not in str(caught.value)  # that is the advice for x.item()
+
+
+NORMALISATIONS = {
+    "x - mean": lambda x: x - 0.5,
+    "x.sub_(mean)": lambda x: x.sub_(torch.ones(3, 1, 1)),
+    "mean - x": lambda x: 0.5 - x,
+    "x / std": lambda x: x / torch.ones(3, 1, 1),
+    "x * 2": lambda x: 2 * x,
+    "x + constant": lambda x: x + 1.0,
+}
+
+
+@pytest.mark.parametrize("function", NORMALISATIONS.values(), ids=NORMALISATIONS)
+def test_advice_for_the_image_is_not_about_a_layer_before_it(function):
+    with pytest.raises(NotImplementedError, match="normalise the images in the data set") as caught:
+        parse_ann_model(nn.Sequential(Call(function), nn.Conv2d(3, 4, 1)), (image(),))
+    assert "the layer before" not in str(caught.value)
+
+
+def test_the_advice_for_upsampling_and_slices_converts():
+    ones = nn.ConvTranspose2d(4, 4, 2, 2, groups=4, bias=False)
+    half = nn.Conv2d(4, 6, 1, stride=2, bias=False)
+    with torch.no_grad():
+        ones.weight.fill_(1.0)
+        half.weight.zero_()
+        half.weight[1:5] = torch.eye(4).view(4, 4, 1, 1)
+    x = image(channels=4).relu()
+    assert torch.equal(ones(x), F.interpolate(x, scale_factor=2))
+    assert torch.equal(half(x), F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1)))
+    trace_and_compare(nn.Sequential(nn.ReLU(), ones, nn.ReLU(), half, nn.ReLU()), (4, 8, 8))
+
+
+def test_exported_programs_are_refused_as_such():
+    program = torch.export.export(SmallNet().eval(), (image(),))
+    for exported in (program, program.module()):
+        with pytest.raises(NotImplementedError, match=r"exported program .* pass the Python module"):
+            parse_ann_model(exported, (image(),))
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(ValueError, match=r"the network is a function, give a torch\.nn\.Module"):
+        parse_ann_model(iadd, (image(),))
+
+
+def test_dimension_before_the_batch_is_refused_also_for_a_batch_of_one():
+    with pytest.raises(NotImplementedError, match="the batch"):
+        parse_ann_model(after_conv(lambda x: x.unsqueeze(0)), (image(1),))
+
+
+def test_view_without_any_dimension_is_refused():
+    net = nn.Sequential(nn.Conv2d(3, 1, 8), Call(lambda x: x.reshape(())))
+    with pytest.raises((NotImplementedError, ValueError)):
+        parse_ann_model(net, (image(1),))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_scripted_module_is_refused_by_its_path():
+    with pytest.raises(NotImplementedError, match=r"block\.inner .*torch\.jit.* pass the Python module"):
+        parse_ann_model(in_a_block(torch.jit.script(nn.ReLU())), (image(),))
+
+
+OUTPUTS = {
+    "constant": lambda x: torch.ones(2),
+    "list": lambda x: [x],
+    "dict": lambda x: {"out": x},
+    "None": lambda x: None,
+}
+
+
+@pytest.mark.parametrize("function", OUTPUTS.values(), ids=OUTPUTS)
+def test_output_that_is_no_traced_tensor_is_refused(function):
+    with pytest.raises(NotImplementedError, match="return a tensor or a tuple of tensors"):
+        parse_ann_model(after_conv(function), (image(),))
+
+
+SHAPE_QUESTIONS = {
+    "shape": lambda x: x.shape[1:] == (4, 8, 8),
+    "size": lambda x: x.size(1) == 4 and tuple(x.size())[2:] == (8, 8),
+    "dtype": lambda x: x.dtype == torch.float32 and x.is_floating_point(),
+    "dim": lambda x: x.dim() == 4 and x.ndim == 4,
+    "device": lambda x: x.device.type == "cpu" and not x.is_cuda,
+    "numel": lambda x: x.numel() == len(x) * 256,
+    "stride": lambda x: x.stride()[-1] == 1 and x.is_contiguous(),
+}
+
+
+@pytest.mark.parametrize("question", SHAPE_QUESTIONS.values(), ids=SHAPE_QUESTIONS)
+def test_shape_question_passes(question):
+    dag = trace_and_compare(after_conv(lambda x: F.relu(x) if question(x) else x + x))
+    assert list(dag.ops) == ["conv1", "relu1"]
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 8, 8), (2, 3, 2, 2)])
+def test_input_of_a_wrong_shape_names_the_layer(shape):
+    net = nn.Sequential()
+    net.add_module("block", nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 3)))
+    with pytest.raises(ValueError, match=r"block\.1 cannot run on an input of \[B, \d, \d, \d\]"):
+        parse_ann_model(net, (torch.randn(shape),))
+
+
+def test_linear_layer_of_a_wrong_size_is_named():
+    with pytest.raises(ValueError, match=r"^2 cannot run on an input of \[B, 3, 8, 8\]"):
+        parse_ann_model(nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(100, 2)), (image(),))
+
+
+@pytest.mark.parametrize("examples", [0, 2])
+def test_wrong_number_of_inputs_is_a_value_error(examples):
+    with pytest.raises(ValueError):
+        parse_ann_model(SmallResNet(), tuple(image() for _ in range(examples)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("tensor", ["layer1.1.conv2.weight", "fc.bias"])
+def test_weight_that_is_not_finite_is_named(tensor, value):
+    net = SmallResNet()
+    net.get_parameter(tensor).data.view(-1)[0] = value
+    with pytest.raises(ValueError, match=tensor.replace(".", r"\.")):
+        parse_ann_model(net, (image(),))
+
+
+class RandomWeights(nn.Module):
+    """A convolution with other weights at every call."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def forward(self, x):
+        return F.relu(F.conv2d(x, self.size * torch.rand(2, 3, 3, 3)))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-5, 1e-12, 1e-30])
+def test_random_weights_are_refused_however_small_the_outputs(size):
+    with pytest.raises(ValueError, match="draw random numbers"):
+        parse_ann_model(RandomWeights(size), (image().abs(),))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-5, 1.0, 1e5, 1e20])
+def test_outputs_of_every_size_are_accepted(size):
+    net = SmallNet()
+    net.fc.weight.data *= size
+    net.fc.bias.data *= size
+    parse_ann_model(net, (image(),))
+
+
+def test_outputs_of_zero_are_accepted():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    net[1].bias.data.fill_(-100.0)
+    dag = parse_ann_model(net, (image(),))
+    assert not dag(image()).any()
+
+
+def test_small_differences_of_large_values_are_accepted():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
+    with torch.no_grad():
+        net[0].bias += 1e4
+        net[1].running_mean += 1e4  # of outputs of size 1, of which rounding has taken four digits
+        net[1].running_var *= 100
+        net[3].running_mean.copy_(net[:3](image(64)).mean((0, 2, 3)))
+    dag = parse_ann_model(net, (image(),))
+    x = image()
+    assert largest_difference(dag(x), net(x)) > 1e-4 * net(x).abs().max()  # it is rounding, on both sides
+
+
+def test_infinite_activations_are_no_in_place_operations():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    net[0].weight.data *= 1e38
+    net[2].weight.data *= 1e38
+    with pytest.raises(ValueError, match="NaN or infinite values") as caught:
+        parse_ann_model(net, (image(),))
+    assert "in place" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_example_that_is_not_finite_is_named(value):
+    x = image()
+    x[0, 0, 0, 0] = value
+    with pytest.raises(ValueError, match="the example input has NaN or infinite values"):
+        parse_ann_model(SmallNet(), (x,))
+
+
+@pytest.mark.parametrize("inputs", [(), torch.zeros(0, 3, 8, 8), (torch.tensor(1.0),), (3,)], ids=str)
+def test_an_example_without_an_image_is_refused(inputs):
+    with pytest.raises(ValueError, match="no example input"):
+        parse_ann_model(SmallNet(), inputs)
+
+
+HALF = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("example", [*HALF, torch.float32])
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_networks_are_traced_in_float32(dtype, example):
+    net = SmallResNet().to(dtype).eval()
+    net.fc.bfloat16()  # of mixed types
+    before = snapshot(net)
+    dag = parse_ann_model(net, (image().to(example),))
+    assert_unchanged(net, before)
+    assert {p.dtype for p in dag.parameters()} == {torch.float32} and net.conv1.weight.dtype == dtype
+    assert torch.equal(dag.conv1.weight, net.conv1.weight.float())
+    assert dag(image()).dtype == torch.float32
+
+
+class UnderAutocast(nn.Module):
+    """A network that runs in bfloat16, as its own forward asks for."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.net(x)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in the forward", "around the call"])
+def test_autocast_is_off_while_a_network_is_traced(inside):
+    net, x = SmallNet().eval(), image()
+    with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+        dag = parse_ann_model(UnderAutocast(net) if inside else net, (x,))
+    assert {p.dtype for p in dag.parameters()} == {torch.float32}
+    assert largest_difference(dag(x), net(x)) <= 1e-5
+
+
+def test_network_that_computes_something_else_at_every_call_is_refused():
+    functions = itertools.cycle([F.relu, lambda x: x + x])
+    with pytest.raises(ValueError, match="differs from the network"):
+        parse_ann_model(Call(lambda x: next(functions)(x)), (image(),))
+
+
+def test_a_network_that_cannot_be_copied_says_why():
+    net = nn.Sequential(torch.nn.utils.weight_norm(nn.Conv2d(1, 2, 3)), nn.ReLU())
+    net(torch.zeros(1, 1, 5, 5))  # its weight is now a tensor with a history
+    with pytest.raises(ValueError, match="remove its weight_norm"):
+        parse_ann_model(net, (torch.zeros(1, 1, 5, 5),))
