@@ -13,6 +13,7 @@ from helpers import DETECTOR_STRETCH, ROOT, Detector, inputs_of_detector, with_r
 from torch import nn
 
 from snn_transformer import SNNTransformer
+from transformer import status as status_module
 from transformer.saved import read_manifest
 
 
