@@ -18,30 +18,10 @@ if triton is not None:
 
     @triton.jit
     def convolve_integers(
-        inputs,
-        weight,
-        bias,
-        currents,
-        pixels,
-        H,
-        W,
-        C: tl.constexpr,
-        out_H,
-        out_W,
-        out_C: tl.constexpr,
-        stride_h,
-        stride_w,
-        pad_h,
-        pad_w,
-        dilation_h,
-        dilation_w,
-        kernel_w: tl.constexpr,
-        taps: tl.constexpr,
-        has_bias: tl.constexpr,
-        block_pixels: tl.constexpr,
-        block_out: tl.constexpr,
-        block_in: tl.constexpr,
-    ):
+        inputs, weight, bias, currents, pixels, H, W, C: tl.constexpr, out_H, out_W, out_C: tl.constexpr, stride_h,
+        stride_w, pad_h, pad_w, dilation_h, dilation_w, kernel_w: tl.constexpr, taps: tl.constexpr,
+        has_bias: tl.constexpr, block_pixels: tl.constexpr, block_out: tl.constexpr, block_in: tl.constexpr,
+    ):  # fmt: skip
         """currents [N, out_H, out_W, out_C] of inputs [N, H, W, C], 0 to 127, and int8 weights [taps * C, out_C].
 
         Each program has `block_pixels` of the N * out_H * out_W pixels, and `block_out` channels.
@@ -72,27 +52,10 @@ if triton is not None:
 
     @triton.jit
     def convolve_each_channel(
-        inputs,
-        weight,
-        bias,
-        currents,
-        elements,
-        H,
-        W,
-        C,
-        out_H,
-        out_W,
-        stride_h,
-        stride_w,
-        pad_h,
-        pad_w,
-        dilation_h,
-        dilation_w,
-        kernel_w: tl.constexpr,
-        taps: tl.constexpr,
-        has_bias: tl.constexpr,
+        inputs, weight, bias, currents, elements, H, W, C, out_H, out_W, stride_h, stride_w, pad_h, pad_w,
+        dilation_h, dilation_w, kernel_w: tl.constexpr, taps: tl.constexpr, has_bias: tl.constexpr,
         block: tl.constexpr,
-    ):
+    ):  # fmt: skip
         """As `convolve_integers` with int8 weights [taps, C], of every channel alone: `block` elements a program."""
         i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         inside = i < elements

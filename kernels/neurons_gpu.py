@@ -7,21 +7,9 @@ if triton is not None:
 
     @triton.jit
     def run_neurons_on_gpu(
-        current,
-        extra,
-        extra_weight,
-        Vthr,
-        membrane,
-        spikes,
-        timesteps,
-        neurons,
-        weight_period,
-        Vthr_period,
-        is_constant: tl.constexpr,
-        has_extra: tl.constexpr,
-        subtract: tl.constexpr,
-        block: tl.constexpr,
-    ):
+        current, extra, extra_weight, Vthr, membrane, spikes, timesteps, neurons, weight_period, Vthr_period,
+        is_constant: tl.constexpr, has_extra: tl.constexpr, subtract: tl.constexpr, block: tl.constexpr,
+    ):  # fmt: skip
         """As `run_neurons`: each program has `block` neurons, whose membrane potentials stay in registers."""
         i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         inside = i < neurons
@@ -46,18 +34,9 @@ if triton is not None:
 
     @triton.jit
     def run_learning_neurons_on_gpu(
-        steps,
-        Vthr,
-        start,
-        potentials,
-        spikes,
-        timesteps,
-        neurons,
-        period,
-        listen,
-        subtract: tl.constexpr,
+        steps, Vthr, start, potentials, spikes, timesteps, neurons, period, listen, subtract: tl.constexpr,
         block: tl.constexpr,
-    ):
+    ):  # fmt: skip
         """As `run_learning_neurons`, for `block` of B * N neurons; Vthr and start repeat after `period` of them."""
         i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         inside = i < neurons
@@ -79,18 +58,9 @@ if triton is not None:
 
     @triton.jit
     def run_learning_neurons_back_on_gpu(
-        gradient,
-        potentials,
-        Vthr,
-        of_steps,
-        timesteps,
-        neurons,
-        period,
-        listen,
-        last,
-        subtract: tl.constexpr,
+        gradient, potentials, Vthr, of_steps, timesteps, neurons, period, listen, last, subtract: tl.constexpr,
         block: tl.constexpr,
-    ):
+    ):  # fmt: skip
         """As `run_learning_neurons_back`, for `block` of B * N neurons; `last` is where the last step begins."""
         i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         inside = i < neurons
