@@ -234,7 +234,7 @@ class ConversionOptions(WeightOptions):
     )
     threshold: object = option(
         QUANTILE,
-        "how Vthr is chosen, by a quantile of the activations (a number up to 1), by their maximum (max), or by the "
+        "how Vthr is chosen: by a quantile of the activations (a number up to 1), by their maximum (max), or by the "
         "least squared error after T timesteps (mse)",
         "conversion",
         parse="threshold",
@@ -390,8 +390,8 @@ class SpikeFinetuneOptions(Options):
     )
     spike_gradient: str = option(
         None,
-        "gradient of --spike_epochs and --spike_epochs_unlabelled: back through every timestep with a surrogate (time), "
-        "or back through the ANN evaluated on spike rates (tandem); the cost of tandem does not grow with T",
+        "gradient of --spike_epochs and --spike_epochs_unlabelled: through every timestep with a surrogate (time), or "
+        "back through the ANN evaluated on spike rates (tandem); the cost of tandem does not grow with T",
         "finetuning",
         choices=("time", "tandem"),
         word="gradient",
@@ -443,7 +443,7 @@ class RunOptions(Options):
     """Seed, device and tracebacks."""
 
     seed: int = option(
-        0, "random seed, the same seed, machine and thread count give the same bits", "run", span=Whole(0), main=True
+        0, "random seed: the same seed, machine and thread count give the same bits", "run", span=Whole(0), main=True
     )
     device: str = option("auto", "auto (the least loaded GPU, else the CPU), cpu, cuda, cuda:N", "run", main=True)
     debug: bool = option(False, "show the traceback of an error", "run")
@@ -472,11 +472,11 @@ class SimulatorOptions(Options):
 
 @dataclass(frozen=True)
 class ChipOptions(Options):
-    """The chip whose limits the network must keep."""
+    """The chip whose limits the network must meet."""
 
     hardware: str = option(
         None,
-        "chip whose limits the network must keep; a table shows them for each layer",
+        "chip whose limits the network must meet; a table shows them for each layer",
         "weights",
         choices=("v1.0",),
         default_help="the limits of v1.0 only cause a warning",
