@@ -295,13 +295,10 @@ def quantize_train(
 ):
     """Train one epoch on the quantized weights; returns the mean loss per sample.
 
-    damping: strength of `dampen`. name: the epoch's name in messages. distill: share of the loss, 0 to 1, that compares
-    with the outputs of `teacher` instead of the labels. schedule: learning rate schedule that steps with every batch.
-
-    A gradient longer than `LONGEST_GRADIENT` is clipped to this norm, so that a deep network with folded BatchNorms
-    survives its first steps (Pascanu et al., On the Difficulty of Training Recurrent Neural Networks, ICML 2013).
-
-    Raises ValueError if the loss is not finite or the loader is empty.
+    damping: of `dampen`. name: of the epoch, in messages. teacher, distill: of `training_loss`. schedule: learning rate
+    schedule that steps with every batch. Gradients are clipped to the norm `LONGEST_GRADIENT`, so that a deep network
+    with folded BatchNorms survives its first steps (Pascanu et al., On the Difficulty of Training Recurrent Neural
+    Networks, ICML 2013). Raises ValueError if the loss is not finite or the loader is empty.
     """
     net.train()
     total, samples = torch.zeros((), device=device), 0

@@ -307,8 +307,8 @@ def verdict_on_loss(result):
         dominant = "neither changes the class scores"
     return (
         f"Top-1 is {top1['ann']:.2f} % for the float ANN, {top1['qnet']:.2f} % for the quantized ANN and "
-        f"{top1['snn']:.2f} % for the spiking network ({top1['snn'] - top1['ann']:+.2f} points against the float ANN, on "
-        f"{result['samples']} test images). The quantized, finetuned weights change the class scores by "
+        f"{top1['snn']:.2f} % for the spiking network ({top1['snn'] - top1['ann']:+.2f} points against the float ANN, "
+        f"on {result['samples']} test images). The quantized, finetuned weights change the class scores by "
         f"{error['weights']:.1f} % of their standard deviation, {spikes} by {error['spikes']:.1f} %: {dominant}."
     )
 

@@ -158,10 +158,10 @@ def energy(result):
     steps = result["duration"]
     note = (
         "This estimate covers arithmetic only, without memory, communication and leakage. Its constants are for 45 nm "
-        "(Horowitz, Computing's Energy Problem, ISSCC 2014). The SNN accumulates once per spike and synapse, adds biases "
-        "(and the image's current) at every step, and multiplies in layers that read the image or stay ANN. Timesteps "
-        f"per image: every layer fires for {steps['firing']}, the next image starts after {steps['interval']}, the "
-        f"answer is ready after {steps['latency']}."
+        "(Horowitz, Computing's Energy Problem, ISSCC 2014). The SNN accumulates once per spike and synapse, adds "
+        "biases (and the image's current) at every step, and multiplies in layers that read the image or stay ANN. "
+        f"Timesteps per image: every layer fires for {steps['firing']}, the next image starts after "
+        f"{steps['interval']}, the answer is ready after {steps['latency']}."
     )
     return table(rows) + f'<p class="note">{escape(note)}</p>'
 
@@ -185,9 +185,7 @@ def hardware(result):
     seen = [each["bits_observed"] for each in result["layers"].values() if each["bits_observed"]]
     note = f"Hardware {result['hardware']['name']} specifies no width of the membrane potential"
     if bounds:
-        note += (
-            f"; this network needs {max(seen)} bits for the potentials that occurred and {max(bounds)} for any input"
-        )
+        note += f"; this network needs {max(seen)} bits for all potentials that occurred, {max(bounds)} for any input"
     return table(result["hardware"]["rows"]) + f'<p class="note">{escape(note)}.</p>'
 
 
