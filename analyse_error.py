@@ -1,9 +1,9 @@
-"""Where a conversion loses accuracy, and what it would cost to get it back: figures, report.json and report.html.
+"""Show where a conversion loses accuracy and which options regain it: figures, report.json and report.html.
 
     python3 analyse_error.py --load checkpoint/example_net_ann.pth example_net --finetune_epochs 10
 
-It quantizes, finetunes and converts as ann2snn.py does with the same flags, looks into every layer on some test images,
-repairs layers one at a time, tries other flags, and writes what it found into `analysis/<network>`.
+It quantizes, finetunes and converts like ann2snn.py with the same flags. Then it examines every layer on some test
+images, gives one layer at a time float weights, tries other flags, and writes the report to `analysis/<network>`.
 """
 
 import argparse
@@ -17,15 +17,15 @@ from runtime.cli import OneLineParser, run_script
 def parse_args(argv=None):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("net_name", help="network name to analyse")
-    load = parser.add_argument("--load", dest="ann_weight", metavar="FILE", help="as --ann_weight")
-    out = parser.add_argument("--out", metavar="DIR", help="the folder to write into (analysis/<network>)")
+    load = parser.add_argument("--load", dest="ann_weight", metavar="FILE", help="same as --ann_weight")
+    out = parser.add_argument("--out", metavar="DIR", help="folder for the report (analysis/<network>)")
     parser.main_actions.update({action: action.help for action in (load, out)})
     add_conversion_flags(parser, AnalysisOptions)
     return parse_conversion(parser, argv)
 
 
 def main(args):
-    # imported here, so that --help and a wrong command line answer at once
+    # imported here so that --help and errors in the command line appear at once
     from build_network import input_size
     from datasets import DETECTION_DATASETS, get_dataset
     from pipeline import accuracy_table, check_command_line, choose_measure, load_network, make
@@ -60,7 +60,7 @@ def main(args):
 
 
 def safe_name(net_name):
-    """A network's name as part of a file name: torchvision:resnet18 -> torchvision_resnet18."""
+    """A network's name in a form that suits a file name: torchvision:resnet18 -> torchvision_resnet18."""
     return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in net_name)
 
 

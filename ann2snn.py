@@ -21,14 +21,14 @@ def parse_args(argv=None):
 
 
 def main(args):
-    # imported here, so that --help and a wrong command line answer at once
+    # imported here so that --help and errors in the command line appear at once
     from build_network import input_size
     from datasets import get_dataset
     from pipeline import Stopwatch, check_command_line, choose_measure, load_network, make
     from runtime.device import choose_device, seed_everything
     from runtime.files import check_room
 
-    # everything that can be wrong with the command line is found before the work begins
+    # find every error in the command line before the work begins
     check_command_line(args)
     check_outputs(args)
     device = choose_device(args.device)
@@ -44,7 +44,7 @@ def main(args):
     measure = partial(evaluate, loader=test_loader, device=device, criterion=criterion)
     made = make(args, net, (train_loader, train_val_loader), criterion, device, measure, clock)
 
-    # hours of work are saved before anything is printed, for stdout may be closed by now
+    # save hours of work before printing, because stdout may be closed by now
     save(args, made)
     print_results(args, made)
     if args.report:
@@ -52,7 +52,7 @@ def main(args):
 
 
 def check_outputs(args):
-    """Raise OSError or ValueError where a result could not be written, or would overwrite another one."""
+    """Raise OSError if a result cannot be written, and ValueError if two results have the same file."""
     from runtime.files import check_different, check_folder, check_writable
 
     check_writable(args.save_file)
@@ -63,12 +63,12 @@ def check_outputs(args):
 
 
 def weight_bytes(net):
-    """Bytes of a network's weights, which its file has at least."""
+    """Bytes of a network's weights, the least that its file needs."""
     return sum(parameter.numel() * parameter.element_size() for parameter in net.parameters())
 
 
 def save(args, made):
-    """Write the spiking network, and all results as JSON."""
+    """Write the spiking network and, with --results, all results as JSON."""
     from runtime.files import after_writing, write_json, write_torch
 
     write_torch(args.save_file, made.snn.cpu())
@@ -78,21 +78,21 @@ def save(args, made):
 
 
 def print_results(args, made):
-    """The accuracies, what the chip needs to know of each layer, and how long an image takes."""
+    """Print the accuracies, the values of each spiking layer that the chip needs, and the timesteps per image."""
     from pipeline import accuracy_table
 
     print(accuracy_table(args, made.accuracies))
     print_layers(made.snn, made.accuracies["snn"]["firing_rate"])
     steps = made.snn.duration()
     print(
-        f"timesteps: {steps['firing']} of firing, {steps['interval']} from image to image, "
-        f"{steps['latency']} from image to answer"
+        f"timesteps per image: every layer fires for {steps['firing']}, the next image starts after "
+        f"{steps['interval']}, the answer is ready after {steps['latency']}"
     )
     print(f"Save the SNN in {args.save_file}", flush=True)
 
 
 def report(args, made, loaders, device):
-    """The report of where accuracy is lost; loaders: of the test, the training and the calibration images."""
+    """Write the error analysis to `args.report`. loaders: (test images, training images, calibration images)."""
     from reports.analysis import analyse, write_report
     from runtime.files import after_writing
 
@@ -103,7 +103,7 @@ def report(args, made, loaders, device):
 
 
 def print_layers(snn, firing_rate):
-    """What the chip needs to know of each spiking layer."""
+    """Print Vthr, lambda and firing rate of each spiking layer."""
     from spike_dag import format_table
 
     rows = [("spiking layer", "module path", "Vthr", "lambda", "spikes per neuron and step")]
@@ -114,13 +114,13 @@ def print_layers(snn, firing_rate):
 
 
 def span(values):
-    """A tensor of one or more numbers, in words."""
+    """The range of a tensor as text: "least..most", or one number if all are equal."""
     least, most = values.min().item(), values.max().item()
     return f"{least:.4g}" if least == most else f"{least:.4g}..{most:.4g}"
 
 
 def collect_results(args, made):
-    """What `--results` holds."""
+    """The dictionary that --results writes as JSON."""
     from pipeline import versions
 
     flags = {key: value for key, value in vars(args).items() if key not in ("debug", "results", "report")}
@@ -145,7 +145,7 @@ def collect_results(args, made):
 
 
 def by_timestep(spiking):
-    """The accuracy after every step, where it was measured."""
+    """The accuracy after every timestep, as an entry of the results; empty if it was not measured."""
     if "top1_by_timestep" not in spiking:
         return {}
     return {"snn_top1_by_timestep": {str(t): top1 for t, top1 in enumerate(spiking["top1_by_timestep"], start=1)}}

@@ -1,4 +1,4 @@
-"""The command line of a conversion: presets, former flags, flags without effect. Imports nothing slow.
+"""The command line of a conversion: presets, former flags, and flags without effect. Imports nothing slow.
 
 parser = OneLineParser(...)
 add_conversion_flags(parser)
@@ -15,18 +15,18 @@ from runtime.ranges import Real
 
 WITH_SGD_ALONE = ("finetune_wd", "finetune_momentum", "finetune_nesterov", "finetune_damping")
 WITH_EPOCHS = ("finetune_lr", "finetune_optimizer", "finetune_distill", *WITH_SGD_ALONE)
-WITHOUT_FILES = ("digits", "debug0", "debug1", "debug2")  # data sets that need no folder
+WITHOUT_FILES = ("digits", "debug0", "debug1", "debug2")  # data sets that do not read --dataset_root
 
 
 def add_conversion_flags(parser, *more):
-    """All options between the trained network and the spiking one, and those of the dataclasses `more`."""
+    """Add the flags of every conversion option, and those of the dataclasses `more`, to a OneLineParser."""
     preset = parser.add_argument_group("preset")
     action = preset.add_argument(
         "--preset",
         choices=PRESETS,
         default="specification",
         help="specification (the defaults below), calibrated (a few images, no labels, minutes), finetuned (labels, "
-        "best at few timesteps and bits), exact (no spike is early or late, for T more steps an image). Any flag "
+        "best at few timesteps and bits), exact (no spike is early or late, T more steps per image). Any flag "
         "overrides it (%(default)s)",
     )
     parser.main_actions[action] = action.help
@@ -36,7 +36,7 @@ def add_conversion_flags(parser, *more):
 
 
 def add_former_flags(parser):
-    """The hidden flags that others took the place of."""
+    """Add the former flags, which still work; the help does not show them."""
     hidden = {"help": argparse.SUPPRESS, "default": None}
     parser.add_argument("--quantile", type=number_in(Real(0, 1, open=True)), **hidden)
     parser.add_argument("--granularity", choices=("layer", "channel"), **hidden)
@@ -45,9 +45,9 @@ def add_former_flags(parser):
 
 
 def parse_conversion(parser, argv=None, speaks=True):
-    """The flags with the preset filled in, under their names of today.
+    """The parsed flags under their current names, with the preset filled in.
 
-    speaks: say on stderr what the preset sets, and which flags have no effect.
+    speaks: whether to print on stderr which options the preset sets and which flags have no effect.
     """
     args = parser.parse_args(argv)
     unused = settle_former_flags(args, parser.given)
@@ -59,7 +59,10 @@ def parse_conversion(parser, argv=None, speaks=True):
 
 
 def settle_former_flags(args, given):
-    """Put what former flags say into today's; `(flag, reason)` of those that say nothing. Adds to `given`."""
+    """Move the values of former flags to the current ones, and add these to `given`.
+
+    Returns `(flag, reason)` for each former flag without effect.
+    """
     unused = []
     if args.pretrained and args.ann_weight is None:
         args.ann_weight = "pretrained"
@@ -78,7 +81,10 @@ def settle_former_flags(args, given):
 
 
 def settle_granularity(args, given):
-    """`per_channel` where --granularity or --weight_granularity says half of it; else the preset, or its own flag."""
+    """`per_channel` from --granularity and --weight_granularity.
+
+    If only one of them is given, the other half comes from --per_channel or else from the preset.
+    """
     chosen = args.per_channel
     if "per_channel" not in given:
         chosen = preset_options(args.preset, args.timesteps).get("per_channel", chosen)
@@ -88,11 +94,11 @@ def settle_granularity(args, given):
 
 
 def fill_in_preset(args, given, speaks):
-    """The options of `args.preset`, but those that were given."""
+    """Set the options of `args.preset` that the command line did not give."""
     chosen = preset_options(args.preset, args.timesteps)
     chosen = {name: value for name, value in chosen.items() if name not in given}
     if "finetune_epochs" in given and not args.finetune_epochs:
-        chosen.pop("activation_levels", None)  # they are learnt with the weights
+        chosen.pop("activation_levels", None)  # the levels learn lambda during finetuning, so they need epochs
     for name, value in chosen.items():
         setattr(args, name, value)
     if chosen and speaks:
@@ -100,7 +106,7 @@ def fill_in_preset(args, given, speaks):
 
 
 def without_effect(args, given):
-    """`(flag, reason)` of every flag that was given and changes nothing beside the others."""
+    """`(flag, reason)` for every given flag that has no effect in combination with the others."""
     found = {}
 
     def note(reason, *names):

@@ -1,4 +1,4 @@
-"""What a chip can hold, as data and checks on plain numbers; also a script that prints the table of a network:
+"""The limits of a chip, as data and checks on plain numbers. As a script it prints the table of a network:
 
 python3 hw_constraints.py example_net --weight_bitwidth 4
 """
@@ -11,18 +11,21 @@ from options import FIELDS, ChipOptions, ConversionOptions
 from runtime.cli import OneLineParser, run_script
 from runtime.flags import add_option, add_options, whole_number
 
-LARGEST_BITWIDTH = 8
+LARGEST_BITWIDTH = 8  # the widest integer weights that `quantization.check_bitwidth` accepts
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """fan_in_bits: weight memory of one neuron, kernel height * width * in_channels (of a group) * weight bits."""
+    """A chip. fan_in_bits: the weight memory of one neuron, in bits.
+
+    A layer uses kernel height * kernel width * in_channels (per group) * weight bits.
+    """
 
     name: str
     fan_in_bits: int
 
     def largest_in_channels(self, kernel_size, bits):
-        """The most input channels (per group) of a k x k convolution: 28 for 3x3 at 4 bits on v1.0."""
+        """The largest number of input channels (per group) of a k x k convolution: 28 for 3x3 at 4 bits on v1.0."""
         return self.fan_in_bits // (kernel_size * kernel_size * bits)
 
 
@@ -31,11 +34,12 @@ HARDWARE = {"v1.0": Hardware("v1.0", fan_in_bits=1024)}
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer as the chip sees it. kernel_size: (height, width), (1, 1) for a linear layer. in_channels: per group.
+    """One layer from the view of the chip.
 
-    With an average pooling folded into it, the kernel is the one that both make.
-    role: "first" (reads the real-valued image), "hidden", "pool" (weights of one bit), or "last" (stays ANN).
-    has_relu: whether a ReLU, and so a neuron, stands behind it.
+    name: op name. path: module path. kernel_size: (height, width), (1, 1) for a linear layer; if an average pooling is
+    folded into the layer, the size of the combined kernel. in_channels: per group.
+    role: "first" (reads the real-valued image), "hidden", "pool" (1-bit weights), or "last" (stays ANN).
+    has_relu: whether a ReLU, and so a neuron, follows.
     """
 
     name: str
@@ -47,26 +51,26 @@ class Layer:
 
     @property
     def fan_in(self):
-        """Synapses of one neuron."""
+        """The number of synapses of one neuron."""
         return self.kernel_size[0] * self.kernel_size[1] * self.in_channels
 
     @property
     def where(self):
-        """The layer as messages name it."""
+        """The layer's name in messages."""
         return f"{self.name} ({self.path})" if self.path else self.name
 
 
 def layer_bits(layer, bits):
-    """The weight bits of a layer: `bits`, a number or op name -> number; 1 for an average pooling, a sum."""
+    """The weight bits of a layer. bits: a number, or op name -> number. An average pooling is a sum and needs 1 bit."""
     if layer.role == "pool":
         return 1
     return bits if isinstance(bits, int) else bits[layer.name]
 
 
 def largest_bitwidths(layers, hardware):
-    """The largest weight bit width that fits each of `layers`; 8 for one that stays ANN.
+    """The largest weight bit width that fits, for each of `layers`; 8 for a layer that stays ANN.
 
-    Raises ValueError for a layer that does not even fit with 1 bit.
+    Raises ValueError for a layer that does not fit even with 1 bit.
     """
     for layer in layers:
         if layer.role != "last" and not largest_bitwidth(layer, hardware):
@@ -78,14 +82,14 @@ def largest_bitwidths(layers, hardware):
 
 
 def largest_bitwidth(layer, hardware):
-    """The largest weight bit width up to 8 that fits; 0 where not even 1 bit does."""
+    """The largest weight bit width, up to 8, that fits; 0 if not even 1 bit fits."""
     return min(hardware.fan_in_bits // layer.fan_in, LARGEST_BITWIDTH)
 
 
 def violation(layer, bits, hardware):
-    """What rule a layer breaks, in words, or "" where it fits.
+    """The rule that a layer breaks, in words, or "" if it fits.
 
-    The final layer is not converted, so no rule applies to it; the first layer is a convolution like the others.
+    No rule applies to a layer that stays ANN. The first layer must follow the same rules as all others.
     """
     if layer.role == "last":
         return ""
@@ -96,13 +100,13 @@ def violation(layer, bits, hardware):
 
 
 def violations(layers, bits, hardware):
-    """(layer, what it breaks) of every layer that breaks a rule."""
+    """[(layer, the rule in words)] for every layer that breaks a rule."""
     found = [(layer, violation(layer, bits, hardware)) for layer in layers]
     return [(layer, broken) for layer, broken in found if broken]
 
 
 def hardware_table(layers, bits, hardware):
-    """Rows: what each layer has, the limit, and the largest bit width that fits."""
+    """Table rows, head first: the size of each layer, the limit, and the largest bit width that fits."""
     rows = [("layer", "module path", "role", "kernel", "in_channels", "bits", "fan-in bits", "limit", "fits up to", "")]
     for layer in layers:
         kernel = "{}x{}".format(*layer.kernel_size)
@@ -119,7 +123,7 @@ def hardware_table(layers, bits, hardware):
 
 
 def check_hardware(layers, bits, hardware):
-    """Raise ValueError that names the first layer over a limit of the chip, and what would fit."""
+    """Raise ValueError for the first layer that breaks a rule of the chip; the message says which change would fit."""
     for layer, broken in violations(layers, bits, hardware):
         fits = largest_bitwidth(layer, hardware)
         advice = f"at most {fits} bits fit" if fits else "make its kernel or channels smaller, or use groups"
@@ -128,9 +132,9 @@ def check_hardware(layers, bits, hardware):
 
 
 def hardware_layers(dag, ann_layers=()):
-    """The layers of a network as `hw_constraints.Layer`, in order; a folded pooling is part of the layer behind it.
+    """The `Layer`s of a network, in order; a folded pooling is part of the layer that follows it.
 
-    Raises ValueError, where poolings are to be folded, for a network that cannot be converted (`plan_conversion`).
+    Raises ValueError if poolings are folded and the network cannot be converted (`plan_conversion`).
     """
     from conversion.plan import LookAhead, find_ann_layers
 
@@ -152,7 +156,7 @@ def hardware_layers(dag, ann_layers=()):
 
 
 def role_of(entry, ahead, is_first):
-    """The role of a layer with weights (`Layer`); ahead: what lies behind it."""
+    """The role (`Layer.role`) of a layer with weights. ahead: the `LookAhead` of its network."""
     from conversion.plan import has_weights_behind
 
     feeds_neuron, before_neuron = ahead.feeds_neuron[entry.out], ahead.before_neuron[entry.out]
@@ -166,7 +170,7 @@ def role_of(entry, ahead, is_first):
 
 
 def find_folded(dag, ann_layers):
-    """Node -> the folded average pooling whose sums it holds, from the pooling to the layers that weigh them."""
+    """Node -> the folded average pooling whose sums it carries, for all nodes from the pooling to the next weights."""
     from conversion.plan import plan_conversion
 
     marked = any(entry.op.folded for entry in dag.ops.values())
@@ -180,14 +184,17 @@ def find_folded(dag, ann_layers):
 
 
 def folded_kernel_size(kernel_size, layer, pool):
-    """Height and width of the kernel that `layer`, of `kernel_size`, and the average pooling before it make."""
+    """Height and width of the kernel that combines `layer`, of `kernel_size`, with the average pooling before it."""
     dilations = getattr(layer, "dilation", (1, 1))
     sides = zip(kernel_size, dilations, pool.stride, pool.kernel_size)
     return tuple((k - 1) * dilation * stride + window for k, dilation, stride, window in sides)
 
 
 def choose_bitwidths(dag, weight_bitwidth, hardware, ann_layers=()):
-    """`weight_bitwidth` itself, or for "auto" the largest width of every layer with weights that `hardware` allows."""
+    """`weight_bitwidth` itself, or for "auto" a tuple with the largest bit width per layer that `hardware` allows.
+
+    Raises ValueError for "auto" if a layer does not fit even with 1 bit.
+    """
     if weight_bitwidth != "auto":
         return weight_bitwidth
     trained = dag.weighted_layers()
@@ -195,7 +202,7 @@ def choose_bitwidths(dag, weight_bitwidth, hardware, ann_layers=()):
 
 
 def bitwidths_by_name(dag, weight_bitwidth):
-    """Op name -> weight bits of every layer with weights. Raises ValueError as `set_bitwidths` does."""
+    """Op name -> weight bits for every layer with weights. Raises ValueError like `quantization.list_bitwidths`."""
     from quantization import list_bitwidths
 
     return dict(zip(dag.weighted_layers(), list_bitwidths(dag, weight_bitwidth)))
@@ -205,21 +212,26 @@ def parse_args(argv=None):
     parser = OneLineParser(description="Check a network against the limits of a chip.")
     parser.add_argument("net_name", help="network name to check")
     parser.add_argument(
-        "--in_channels", type=whole_number(1), default=None, help="channels of the images (1 or what the net takes)"
+        "--in_channels",
+        type=whole_number(1),
+        default=None,
+        help="channels of the images (those of the network's first layer)",
     )
-    parser.add_argument("--num_classes", type=whole_number(1), default=10, help="classes (%(default)s)")
+    parser.add_argument("--num_classes", type=whole_number(1), default=10, help="number of classes (%(default)s)")
     add_options(parser, ChipOptions, hardware="v1.0")
     add_option(parser, parser, FIELDS["weight_bitwidth"], 4)
     for each in fields(ConversionOptions):
         if each.metadata["group"] == "what a layer leaves open":
             add_option(parser, parser, each, each.default)
-    parser.add_argument("--debug", action=argparse.BooleanOptionalAction, default=False, help="show tracebacks")
+    parser.add_argument(
+        "--debug", action=argparse.BooleanOptionalAction, default=False, help="show the traceback of an error"
+    )
     parser.main_actions.clear()
     return parser.parse_args(argv)
 
 
 def default_channels(net_name):
-    """Colour images for torchvision's networks, grey ones for others, which may change it."""
+    """The channels to build a network for: 3 for torchvision's networks, else 1; some networks ignore the number."""
     from build_network import TORCHVISION
 
     return 3 if net_name.startswith(TORCHVISION) else 1

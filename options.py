@@ -1,10 +1,10 @@
-"""Every option, once: default, range, help, and the group that it stands in.
+"""Every option is one field here: its default, range, help text and help group.
 
-Flags, their help, docs/flags.md, the checks of the calls in Python and the report all come from these fields. A value
-is checked when its dataclass is made, so what travels below the calls is always sound. Imports nothing slow.
+The flags, their help, docs/flags.md, the checks of the Python calls and the report all come from these fields. Making a
+dataclass checks its values, so the code below the calls can trust them. This module imports nothing slow.
 
     options = ConversionOptions(timesteps=8, threshold="mse")
-    options = QuantizeOptions.of(args)              # of any namespace, with defaults for what it lacks
+    options = QuantizeOptions.of(args)              # from any namespace; missing attributes get the defaults
 """
 
 from dataclasses import MISSING, dataclass, field, fields
@@ -28,19 +28,20 @@ GROUPS = (
 
 
 def option(default, help, group, **details):
-    """A field. Most options need few of the details:
+    """A dataclass field for one option. Most options need only a few of these details:
 
-    span: range of its number. choices: its strings. word: what messages call the choice. hint: what they add to the
-    range. parse: name of a function of `runtime.flags` that reads the flag. short: a flag of one letter. old: former
-    flags, old_names: former attributes. metavar: of its value. main: whether the short --help shows it.
-    default_help: its default in words. check: a function that returns its plain form, or raises ValueError.
+    span: the allowed range of a number. choices: the allowed strings. separator: joins the choices in messages.
+    word: the name of the choice in messages. hint: text that messages add to the range. parse: the function of
+    `runtime.flags` that reads the flag. short: a one-letter flag. old: former flags. old_names: former attributes.
+    metavar: the placeholder of the value in the help. main: whether the short --help shows the option.
+    default_help: the default in words. check: a function that returns the value's plain form or raises ValueError.
     """
     return field(default=default, metadata={"help": help, "group": group, **details})
 
 
 @dataclass(frozen=True)
 class Options:
-    """The base: checks every field."""
+    """Base class that checks every field; a value out of range raises ValueError."""
 
     def __post_init__(self):
         for each in fields(self):
@@ -48,7 +49,10 @@ class Options:
 
     @classmethod
     def of(cls, namespace, **changes):
-        """From the attributes of a namespace, also under former names; what it lacks has its default."""
+        """The options from a namespace's attributes, former names included; missing attributes get the defaults.
+
+        changes: values that override the namespace's. Raises ValueError for a value out of range.
+        """
         known = {}
         for each in fields(cls):
             for name in (each.name, *each.metadata.get("old_names", ())):
@@ -59,7 +63,7 @@ class Options:
 
 
 def with_former_names(cls, given, known):
-    """`known` with what namespaces of earlier versions say of scales per channel."""
+    """`known`, with `per_channel` filled in from the two granularities that namespaces of earlier versions have."""
     names = {each.name for each in fields(cls)}
     if "per_channel" in names and "per_channel" not in known:
         known["per_channel"] = joined_per_channel(
@@ -69,7 +73,7 @@ def with_former_names(cls, given, known):
 
 
 def joined_per_channel(of_weights, of_spikes):
-    """`per_channel` of two granularities, "layer" or "channel" each."""
+    """The `per_channel` value for two granularities, each "layer" or "channel". Raises ValueError for other values."""
     for name, value in (("weight_granularity", of_weights), ("granularity", of_spikes)):
         if value not in ("layer", "channel"):
             raise ValueError(f"unknown {name} '{value}', use layer or channel")
@@ -77,7 +81,7 @@ def joined_per_channel(of_weights, of_spikes):
 
 
 def checked(each, value):
-    """The value of a field in its plain form. Raises ValueError, with its name, where it cannot be one."""
+    """The value of a field in its plain form. Raises ValueError, with the field's name, if it is not allowed."""
     facts = each.metadata
     if value is None and each.default is None:
         return None
@@ -94,12 +98,12 @@ def checked(each, value):
 
 
 def check_option(name, value):
-    """The value of option `name` in its plain form. Raises ValueError where it cannot be one."""
+    """The value of option `name` in its plain form. Raises ValueError if it is not allowed."""
     return checked(FIELDS[name], value)
 
 
 def check_threshold(value):
-    """ "max", "mse", or the quantile, of the activations that no neuron's lambda exceeds."""
+    """ "max", "mse" or a quantile of the activations, above 0 and up to 1. Raises ValueError for other values."""
     if value in ("max", "mse"):
         return value
     if value == "quantile":
@@ -110,7 +114,7 @@ def check_threshold(value):
 
 
 def check_per_channel(value):
-    """What has a scale per channel; True stands for the weights."""
+    """One of PER_CHANNEL; True means "weights", False "none". Raises ValueError for other values."""
     value = PER_CHANNEL[value] if isinstance(value, bool) else value
     if value not in PER_CHANNEL:
         raise ValueError(f"unknown per_channel '{value}', use one of {', '.join(PER_CHANNEL)}")
@@ -122,26 +126,26 @@ PER_CHANNEL = ("none", "weights", "spikes", "both")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the calls in Python take
+# Options of the Python calls
 
 
 @dataclass(frozen=True)
 class WeightOptions(Options):
-    """What quantization and conversion have to agree on."""
+    """Options on which quantization and conversion must agree."""
 
     weight_bitwidth: object = option(
         4,
-        "weight bits, 1 to 8, or 32 for float weights; 8,4,4,4 gives one for each layer with weights, auto the most "
-        "that the hardware allows in each",
+        "weight bits, 1 to 8, or 32 for float weights; 8,4,4,4 sets them layer by layer, auto uses the most that the "
+        "hardware allows in each layer",
         "weights",
         parse="bitwidths",
         main=True,
     )
     per_channel: str = option(
         "none",
-        "what has a scale, and so a Vthr, per channel instead of per layer: weights (their quantization), spikes "
-        "(lambda), both. Use both for few timesteps, with 8-bit weights or --activation_levels; otherwise weights of "
-        "few bits are rounded a second time",
+        "scales, and so Vthr, per channel instead of per layer: for the weights (quantization), the spikes (lambda) or "
+        "both. Use both for few timesteps, with 8-bit weights or --activation_levels. Otherwise low-bit weights are "
+        "rounded a second time",
         "weights",
         choices=PER_CHANNEL,
         check=check_per_channel,
@@ -150,18 +154,18 @@ class WeightOptions(Options):
 
     @property
     def weights_per_channel(self):
-        """Whether every output channel has a weight scale of its own."""
+        """Whether each output channel has its own weight scale."""
         return self.per_channel in ("weights", "both")
 
     @property
     def spikes_per_channel(self):
-        """Whether every channel has a lambda of its own."""
+        """Whether each channel has its own lambda."""
         return self.per_channel in ("spikes", "both")
 
 
 @dataclass(frozen=True)
 class QuantizeOptions(WeightOptions):
-    """Of `quantization.quantize_finetune`, and of what is done before it."""
+    """Options of `quantization.quantize_finetune` and of the steps before it."""
 
     finetune_epochs: int = option(
         10, "finetune epochs, 0 only quantizes", "finetuning", span=EPOCHS, short="-e", main=True
@@ -174,8 +178,8 @@ class QuantizeOptions(WeightOptions):
     )
     finetune_optimizer: str = option(
         "sgd",
-        "sgd, whose learning rate falls in two steps, or adam, whose rate falls along a cosine; deep networks learn "
-        "few bits several times faster with adam, small ones better with sgd",
+        "sgd (its learning rate falls in two steps) or adam (its learning rate follows a cosine); at few bits, deep "
+        "networks learn several times faster with adam, small networks learn better with sgd",
         "finetuning",
         choices=("sgd", "adam"),
         word="finetune optimizer",
@@ -186,22 +190,22 @@ class QuantizeOptions(WeightOptions):
     finetune_nesterov: bool = option(False, "Nesterov's momentum (sgd)", "finetuning")
     finetune_damping: float = option(
         0.1,
-        "strength of the pull of weights towards integers, reached in the last finetune epoch (sgd; Nagel et al., ICML "
-        "2022)",
+        "strength that pulls weights towards integers; it grows over the finetune epochs to this value (sgd; Nagel et "
+        "al., ICML 2022)",
         "finetuning",
         span=Real(0),
     )
     finetune_distill: float = option(
         0.0,
-        "share of the loss that asks for the float network's outputs instead of the labels (Hinton et al., 2014)",
+        "share of the loss that compares outputs with the float network's, not with labels (Hinton et al., 2014)",
         "finetuning",
         span=SHARE,
         metavar="SHARE",
     )
     activation_levels: int = option(
         None,
-        "finetune with activations of L levels, as L timesteps of evenly arriving spikes have them, and learn every "
-        "lambda (Bu et al., ICLR 2022); --threshold then chooses nothing",
+        "finetune with activations of L levels, the resolution of L timesteps of evenly spaced spikes, and learn every "
+        "lambda (Bu et al., ICLR 2022); --threshold then has no effect",
         "finetuning",
         span=TIMESTEPS,
         metavar="L",
@@ -209,20 +213,20 @@ class QuantizeOptions(WeightOptions):
     )
     equalize: bool = option(
         False,
-        "scale the channels, with the same output, so that one weight scale serves a layer; helps where nothing is "
-        "finetuned",
+        "rescale the channels, without changing the output, so that one weight scale suits the whole layer; helps "
+        "without finetuning",
         "weights",
     )
 
 
 @dataclass(frozen=True)
 class ConversionOptions(WeightOptions):
-    """Of `snn_weight_setter.trans_ann2snn_weight`."""
+    """Options of `snn_weight_setter.trans_ann2snn_weight`."""
 
     timesteps: int = option(16, "timesteps per image, T", "conversion", span=TIMESTEPS, main=True)
     reset_mode: str = option(
         "subtraction",
-        "what a spike does to the membrane potential: subtract Vthr, or set it to 0",
+        "how a spike resets the membrane potential: subtract Vthr, or set it to 0",
         "conversion",
         choices=("zero", "subtraction"),
         word="reset mode",
@@ -230,8 +234,8 @@ class ConversionOptions(WeightOptions):
     )
     threshold: object = option(
         QUANTILE,
-        "what sets Vthr: a quantile of the activations (a number up to 1), their maximum (max), or the least squared "
-        "error after T spikes (mse)",
+        "how Vthr is chosen: by a quantile of the activations (a number up to 1), by their maximum (max), or by the "
+        "least squared error after T timesteps (mse)",
         "conversion",
         parse="threshold",
         check=check_threshold,
@@ -240,9 +244,9 @@ class ConversionOptions(WeightOptions):
     )
     listen: int = option(
         0,
-        "steps of input that every layer integrates before it fires for T steps. At D = T no spike is early or late: "
-        "the SNN is exactly the ANN of its integers with T activation levels. The price: T + D steps from image to "
-        "image, D more per layer until the answer",
+        "steps for which every layer integrates its input before it fires for T steps. With D = T no spike is early or "
+        "late: the SNN equals, exactly, the ANN with the same integers and T activation levels. The price: one image "
+        "takes T + D steps, and each layer delays the answer by D more",
         "conversion",
         span=Whole(0, TIMESTEPS.most),
         metavar="D",
@@ -250,8 +254,8 @@ class ConversionOptions(WeightOptions):
     )
     correction: str = option(
         "potential",
-        "what is shifted on calibration images until every channel's mean rate is the ANN's: initial potentials, or "
-        "biases and the rest in the potentials, or nothing",
+        "correction that matches each channel's mean firing rate to the ANN on calibration images: shift the initial "
+        "potentials (potential), or the biases and, for the rest, the potentials (bias), or nothing (none)",
         "conversion",
         choices=("potential", "bias", "none"),
     )
@@ -274,7 +278,7 @@ class ConversionOptions(WeightOptions):
         default_help="0.5 for subtraction, 0 for zero",
     )
     calibration_samples: int = option(
-        1000, "training images that calibration sees, without labels", "conversion", span=Whole(1), metavar="N"
+        1000, "training images used for calibration, without labels", "conversion", span=Whole(1), metavar="N"
     )
     maxpool: str = option(
         None,
@@ -287,8 +291,7 @@ class ConversionOptions(WeightOptions):
     )
     avgpool: str = option(
         "spike",
-        "average pooling of spikes: a layer with neurons and a Vthr of its own (spike), or folded into the layer "
-        "behind it",
+        "average pooling of spikes: a layer with its own neurons and Vthr (spike), or part of the next layer (fold)",
         "what a layer leaves open",
         choices=("spike", "fold"),
         word="average pooling",
@@ -296,7 +299,7 @@ class ConversionOptions(WeightOptions):
     )
     signed: str = option(
         None,
-        "a layer that reads values without a ReLU reads relu(x) and relu(-x) instead (MobileNetV2 needs it)",
+        "feed a layer that reads values without a ReLU with relu(x) and relu(-x) instead (MobileNetV2 needs it)",
         "what a layer leaves open",
         choices=("pair",),
         word="choice",
@@ -306,8 +309,8 @@ class ConversionOptions(WeightOptions):
     )
     ann_layers: tuple = option(
         (),
-        "layers that stay ANN, by module path (layer1 means all in it) or op name, separated by commas; their weights "
-        "are quantized as all others",
+        "layers that stay ANN, by module path (layer1 means all layers in it) or op name, separated by commas; their "
+        "weights are quantized like all others",
         "what a layer leaves open",
         parse="names",
         metavar="NAMES",
@@ -323,8 +326,8 @@ class ConversionOptions(WeightOptions):
     def start(self):
         """The membrane potential before the first step, as a share of Vthr.
 
-        One half halves the expected error (Bu et al., Optimized Potential Initialization, AAAI 2022); reset to zero
-        loses what is above Vthr, so that a lower start is better there.
+        A start of 0.5 halves the expected error (Bu et al., Optimized Potential Initialization, AAAI 2022). Reset to
+        zero discards the potential above Vthr, so it does better with a lower start, 0.
         """
         if self.initial_potential is not None:
             return self.initial_potential
@@ -332,7 +335,10 @@ class ConversionOptions(WeightOptions):
 
     @classmethod
     def from_keywords(cls, timesteps, weight_bitwidth, keywords, caller="trans_ann2snn_weight"):
-        """From the keywords of `trans_ann2snn_weight`, those of earlier versions too. Raises TypeError for others."""
+        """The options from the keywords of `trans_ann2snn_weight`, former keywords included.
+
+        Raises TypeError, with the name of `caller`, for an unknown keyword, and ValueError for a value out of range.
+        """
         keywords = dict(keywords)
         quantile, of_spikes = keywords.pop("quantile", None), keywords.pop("granularity", None)
         if quantile is not None:
@@ -351,11 +357,11 @@ class ConversionOptions(WeightOptions):
 
 @dataclass(frozen=True)
 class SpikeFinetuneOptions(Options):
-    """Of `finetuning.on_spikes.finetune_on_spikes`: after the conversion, on the spikes that the chip will send."""
+    """Options of `finetuning.on_spikes.finetune_on_spikes`, which trains the converted network on its own spikes."""
 
     spike_epochs: int = option(
         0,
-        "epochs that finetune the converted network on its own spikes, by labels and the ANN's outputs",
+        "epochs of finetuning the converted network on its own spikes, with labels and the ANN's outputs",
         "finetuning",
         span=EPOCHS,
         old=("--finetune_snn",),
@@ -364,8 +370,8 @@ class SpikeFinetuneOptions(Options):
     )
     spike_epochs_unlabelled: int = option(
         0,
-        "passes over the calibration images that finetune it on the ANN's outputs and activations, without labels; 10 "
-        "suit few timesteps",
+        "epochs of finetuning the converted network on the calibration images, with the ANN's outputs and activations "
+        "but without labels; 10 suit few timesteps",
         "finetuning",
         span=EPOCHS,
         old=("--calibration_epochs",),
@@ -380,12 +386,12 @@ class SpikeFinetuneOptions(Options):
         old=("--finetune_snn_lr",),
         old_names=("finetune_snn_lr",),
         metavar="LR",
-        default_help="0.02 / root of T with labels, 0.03 / T without",
+        default_help="0.02 / sqrt(T) with labels, 0.03 / T without",
     )
     spike_gradient: str = option(
         None,
-        "gradient of these epochs: through every timestep with a surrogate (time), or back through the ANN evaluated "
-        "on spike rates (tandem), whose cost does not grow with T",
+        "gradient of --spike_epochs and --spike_epochs_unlabelled: through every timestep with a surrogate (time), or "
+        "back through the ANN evaluated on spike rates (tandem); the cost of tandem does not grow with T",
         "finetuning",
         choices=("time", "tandem"),
         word="gradient",
@@ -396,7 +402,7 @@ class SpikeFinetuneOptions(Options):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What only the scripts take
+# Options of the scripts alone
 
 
 @dataclass(frozen=True)
@@ -405,7 +411,7 @@ class NetworkOptions(Options):
 
     ann_weight: str = option(
         None,
-        "file of the trained weights, or pretrained for those that torchvision has for torchvision:NAME",
+        "file of the trained weights, or pretrained for torchvision's own weights of torchvision:NAME",
         "network and data",
         metavar="FILE",
         default_help="random weights",
@@ -415,7 +421,7 @@ class NetworkOptions(Options):
 
 @dataclass(frozen=True)
 class DataOptions(Options):
-    """Images, and how to load them."""
+    """The data set and its loaders."""
 
     dataset: str = option(
         "digits",
@@ -423,10 +429,10 @@ class DataOptions(Options):
         "network and data",
         main=True,
     )
-    dataset_root: str = option("./data", "folder the data sets are in", "network and data")
-    num_workers: int = option(0, "number of workers for dataset", "network and data", span=Whole(0, 64))
-    batch_size: int = option(128, "images a training step", "network and data", span=Whole(1))
-    test_batch_size: int = option(100, "images a test step", "network and data", span=Whole(1))
+    dataset_root: str = option("./data", "folder that contains the data sets", "network and data")
+    num_workers: int = option(0, "processes that load the images", "network and data", span=Whole(0, 64))
+    batch_size: int = option(128, "images per training step", "network and data", span=Whole(1))
+    test_batch_size: int = option(100, "images per test step", "network and data", span=Whole(1))
     val_share: float = option(
         0.0, "share of the training images kept for validation", "network and data", span=Real(0, 0.9), metavar="SHARE"
     )
@@ -434,76 +440,75 @@ class DataOptions(Options):
 
 @dataclass(frozen=True)
 class RunOptions(Options):
-    """How to run."""
+    """Seed, device and tracebacks."""
 
-    seed: int = option(0, "same seed, same machine, same thread count: same bits", "run", span=Whole(0), main=True)
+    seed: int = option(
+        0, "random seed: the same seed, machine and thread count give the same bits", "run", span=Whole(0), main=True
+    )
     device: str = option("auto", "auto (the least loaded GPU, else the CPU), cpu, cuda, cuda:N", "run", main=True)
     debug: bool = option(False, "show the traceback of an error", "run")
 
 
 @dataclass(frozen=True)
 class SimulatorOptions(Options):
-    """How to simulate."""
+    """Engine and memory of the simulation."""
 
     engine: str = option(
         "auto",
-        "simulate in the fastest exact way here, or in float64 and plain PyTorch throughout (reference)",
+        "simulate in the fastest exact way on this machine (auto), or entirely in float64 with plain PyTorch "
+        "(reference)",
         "run",
         choices=("auto", "reference"),
     )
     memory_budget: int = option(
         None,
-        "memory that a simulation works with at a time, as 512M or 2G",
+        "memory that a simulation uses at a time, such as 512M or 2G",
         "run",
         parse="memory_size",
         metavar="SIZE",
-        default_help="what the cache holds, or a quarter of a GPU's free memory",
+        default_help="the size of the cache, or a quarter of a GPU's free memory",
     )
 
 
 @dataclass(frozen=True)
 class ChipOptions(Options):
-    """The chip whose limits must hold."""
+    """The chip whose limits the network must meet."""
 
     hardware: str = option(
         None,
-        "chip whose limits must hold; a table per layer shows them",
+        "chip whose limits the network must meet; a table shows them for each layer",
         "weights",
         choices=("v1.0",),
-        default_help="v1.0's limits only warn",
+        default_help="the limits of v1.0 only cause a warning",
         main=True,
     )
 
 
 @dataclass(frozen=True)
 class AnalysisOptions(Options):
-    """What an error analysis looks at."""
+    """Scope of an error analysis."""
 
     analysis_images: int = option(
         128,
-        "test images that an error analysis looks into, and calibrates its alternatives on",
+        "test images that the error analysis examines; also the number of images its alternatives calibrate on",
         "output",
         span=Whole(2),
         metavar="N",
     )
-    sweep: bool = option(
-        False, "analyze other weight bits and timesteps too, each finetuned and converted anew", "output"
-    )
+    sweep: bool = option(False, "also try other weight bits and timesteps, each finetuned and converted anew", "output")
 
 
 @dataclass(frozen=True)
 class OutputOptions(AnalysisOptions):
-    """What ann2snn.py writes."""
+    """Files that ann2snn.py writes."""
 
-    save_file: str = option(
-        "out_snn.pth", "the output location of the transferred weights", "output", metavar="FILE", main=True
-    )
+    save_file: str = option("out_snn.pth", "file for the spiking network", "output", metavar="FILE", main=True)
     results: str = option(
-        None, "write all results as JSON", "output", metavar="FILE.json", default_help="none", main=True
+        None, "file for all results, as JSON", "output", metavar="FILE.json", default_help="none", main=True
     )
     report: str = option(
         None,
-        "write a report of where accuracy is lost, as analyse_error.py",
+        "folder for the error analysis that analyse_error.py writes",
         "output",
         metavar="DIR",
         default_help="none",
@@ -527,11 +532,11 @@ FIELDS = {each.name: each for cls in (*CONVERSION, OutputOptions) for each in fi
 # ---------------------------------------------------------------------------------------------------------------------
 # Presets
 
-MAX_FEW_STEPS = 32  # timesteps; with more, a scale per channel and epochs on spikes gain next to nothing at 8 bits
+MAX_FEW_STEPS = 32  # timesteps; above it, per-channel scales and epochs on spikes gain almost nothing at 8 bits
 
 
 def calibrated(timesteps):
-    """A few images, no labels, minutes."""
+    """Options that need a few images, no labels and minutes of computing."""
     few_steps = {"per_channel": "both", "spike_epochs_unlabelled": 10}
     return {
         **{"weight_bitwidth": 8, "finetune_epochs": 0, "threshold": "mse"},
@@ -540,7 +545,10 @@ def calibrated(timesteps):
 
 
 def finetuned(timesteps):
-    """Labels; minutes on a GPU, hours on a core. More than 8 levels cost accuracy at 4 bits, also at T = 16."""
+    """Options that need labels, and minutes on a GPU or hours on one CPU core.
+
+    The activations have at most 8 levels, because more cost accuracy at 4 bits, even at T = 16.
+    """
     return {
         **{"finetune_epochs": 20, "finetune_optimizer": "adam", "finetune_lr": 0.01, "finetune_distill": 0.5},
         **{"val_share": 0.0, "per_channel": "both", "activation_levels": min(timesteps, 8), "spike_epochs": 10},
@@ -548,7 +556,10 @@ def finetuned(timesteps):
 
 
 def exact(timesteps):
-    """No labels; no spike is early or late, for T more steps an image. T steps still round what qnet says."""
+    """Options without labels under which no spike is early or late, at the price of T more steps per image.
+
+    The activations of the quantized ANN are still rounded to T levels.
+    """
     return {
         **{"weight_bitwidth": 8, "finetune_epochs": 0, "threshold": "mse", "per_channel": "both"},
         **{"listen": timesteps},
@@ -564,12 +575,12 @@ PRESETS = {
 
 
 def preset_options(name, timesteps):
-    """Option -> value of a preset for T timesteps. Raises ValueError for another name."""
+    """Option -> value of a preset for T timesteps. Raises ValueError for an unknown preset or number of timesteps."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset '{name}', use one of {', '.join(PRESETS)}")
     return PRESETS[name](check_option("timesteps", timesteps))
 
 
 def defaults(*classes):
-    """Option -> default of all fields of some dataclasses."""
+    """Option -> default for all fields of the given dataclasses."""
     return {each.name: each.default for cls in classes for each in fields(cls) if each.default is not MISSING}

@@ -3,7 +3,7 @@
     result = convert_network(net, train_loader, test_loader, weight_bitwidth=4, timesteps=16)
     result.ann_top1, result.qnet_top1, result.snn_top1; result.snn(images)
 
-The scripts go the same way: check_command_line, load_network, make, accuracy_table.
+The scripts call the same steps: check_command_line, load_network, make, accuracy_table.
 """
 
 import copy
@@ -55,9 +55,10 @@ CLASSIFIER_FLAGS = ("report", "spike_epochs", "spike_epochs_unlabelled", "finetu
 
 @dataclass
 class Networks:
-    """What a conversion makes. ann, qnet, snn: the float, the quantized and the spiking network.
+    """The result of a conversion. ann, qnet, snn: the float, the quantized and the spiking network.
 
-    seconds: by stage. accuracies: of the three, as `validate.evaluate` returns them, where they were measured.
+    seconds: stage -> seconds. accuracies: "ann", "qnet", "snn" -> the result of `validate.evaluate`; a network that was
+    not measured has no entry.
     """
 
     ann: torch.nn.Module
@@ -68,22 +69,22 @@ class Networks:
 
     @property
     def ann_top1(self):
-        """Top-1 accuracy of the float network, percent."""
+        """Top-1 accuracy of the float network, in percent. Raises KeyError if it was not measured."""
         return self.accuracies["ann"]["top1"]
 
     @property
     def qnet_top1(self):
-        """Top-1 accuracy of the quantized network, percent."""
+        """Top-1 accuracy of the quantized network, in percent. Raises KeyError if it was not measured."""
         return self.accuracies["qnet"]["top1"]
 
     @property
     def snn_top1(self):
-        """Top-1 accuracy of the spiking network after all timesteps, percent."""
+        """Top-1 accuracy of the spiking network after all T timesteps, in percent. Raises KeyError if not measured."""
         return self.accuracies["snn"]["top1"]
 
     @property
     def snn_top1_by_timestep(self):
-        """Top-1 accuracy of the spiking network after step 1, 2, ... T, percent."""
+        """Top-1 accuracies of the spiking network after steps 1 to T, in percent. Raises KeyError if not measured."""
         return self.accuracies["snn"]["top1_by_timestep"]
 
 
@@ -92,15 +93,16 @@ class Networks:
 
 
 def convert_network(net, train_loader, test_loader=None, *, criterion=None, preset="specification", **options):
-    """The Networks of a plain nn.Module, with the command line's defaults.
+    """Quantize, finetune and convert a plain nn.Module; returns Networks. Options default to those of the command line.
 
-    train_loader: images and labels to finetune and to calibrate on. test_loader: what the three networks are measured
-    on, in percent: `result.ann_top1`, `qnet_top1`, `snn_top1`, and the list `snn_top1_by_timestep`; None measures
-    nothing. criterion: of the finetuning, cross entropy by default. preset: a name of `options.PRESETS`. options:
-    fields of the dataclasses in `options.py`, as weight_bitwidth=4, timesteps=16, finetune_epochs=10, threshold="mse",
+    train_loader: images [B, C, H, W] and labels [B] for finetuning and calibration.
+    test_loader: images and labels on which the three networks are measured, or None to measure nothing. The results are
+    `ann_top1`, `qnet_top1`, `snn_top1`, and the list `snn_top1_by_timestep`, in percent.
+    criterion: the finetuning loss, by default cross entropy. preset: a name of `options.PRESETS`. options: fields of
+    the dataclasses in `options.py`, such as weight_bitwidth=4, timesteps=16, finetune_epochs=10, threshold="mse" and
     device="cpu". `net` is not changed.
 
-    Raises TypeError for an unknown option, and ValueError for values out of range and for networks that cannot be
+    Raises TypeError for an unknown option, and ValueError for a value out of range or a network that cannot be
     converted.
     """
     args = options_by_name(preset, options)
@@ -117,7 +119,10 @@ def convert_network(net, train_loader, test_loader=None, *, criterion=None, pres
 
 
 def options_by_name(preset, options):
-    """A namespace of all options of a conversion. Raises TypeError for a name that none has."""
+    """A namespace with all options of a conversion, by a preset and the given options.
+
+    Raises TypeError for an unknown option, and ValueError for a value out of range or an unknown preset.
+    """
     classes = (QuantizeOptions, ConversionOptions, SpikeFinetuneOptions, SimulatorOptions, RunOptions)
     known = defaults(*classes)
     unknown = [name for name in options if name not in known]
@@ -131,11 +136,10 @@ def options_by_name(preset, options):
 
 
 def make(args, net, loaders, criterion, device, measure, clock=None):
-    """The Networks of a traced network `net` that is ready to be quantized (`load_network`).
+    """Quantize, finetune, convert and measure a traced network that `load_network` prepared; returns Networks.
 
-    loaders: of the training images, and of those that calibrate. measure: called as `validate.evaluate` without loader,
-    device and criterion, for each of the three networks; it may return None. clock: a Stopwatch that is
-    running, or None to start one.
+    loaders: (training images, calibration images). measure: called like `validate.evaluate`, without loader, device and
+    criterion, for each of the three networks; it may return None. clock: a running Stopwatch, or None to start one.
     """
     train_loader, calibration_loader = loaders
     clock, made = clock or Stopwatch(), Networks(net)
@@ -158,7 +162,7 @@ def make(args, net, loaders, criterion, device, measure, clock=None):
 
 
 def quantize(args, made, loaders, criterion, device):
-    """Set `made.qnet`, quantized and finetuned; equalize `made.ann` before it where that is asked for."""
+    """Set `made.qnet` to the quantized and finetuned `made.ann`; with `args.equalize`, equalize `made.ann` first."""
     train_loader, calibration_loader = loaders
     if args.equalize:
         made.ann = equalize_channels(made.ann)
@@ -167,7 +171,7 @@ def quantize(args, made, loaders, criterion, device):
 
 
 def with_levels(net, loader, device, args):
-    """The network that `quantize_finetune` is to train: with `--activation_levels` its activations have levels."""
+    """The network for `quantize_finetune` to train: with activation levels if `args` ask for them, else `net`."""
     if args.activation_levels is None:
         return net
     granularity = "channel" if QuantizeOptions.of(args).spikes_per_channel else "layer"
@@ -176,9 +180,9 @@ def with_levels(net, loader, device, args):
 
 
 def convert_by_options(qnet, loader, device, args, **changes):
-    """The spiking network of `qnet` by the flags; changes: options of the conversion to use instead.
+    """Convert `qnet` by the flags into a spiking network. changes: conversion options that override the flags.
 
-    Max pooling and signs were settled when the network was loaded.
+    `load_network` has already applied the options for max pooling and signed values.
     """
     options = ConversionOptions.of(args, **{"maxpool": None, "signed": None, **changes})
     snn = convert(qnet, loader, device, options)
@@ -187,11 +191,11 @@ def convert_by_options(qnet, loader, device, args, **changes):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the scripts check and load
+# Checks and loading for the scripts
 
 
 def check_command_line(args):
-    """Raise ValueError for a network, a data set or a combination of flags that cannot work."""
+    """Raise ValueError for an unknown network or data set, or for flags that exclude each other."""
     check_net_name(args.net_name)
     check_dataset_name(args.dataset)
     for flag in CLASSIFIER_FLAGS:
@@ -206,12 +210,13 @@ def check_command_line(args):
 
 
 def load_network(args, images):
-    """`net, args`: the trained network as a SpikeDAGModule, ready to be quantized, and `args` with its weight bits.
+    """`net, args`: the trained network as a SpikeDAGModule, ready to quantize, and `args` with weight bits as numbers.
 
-    images: the training set.
+    images: the training set; its first image traces the network.
 
-    Raises OSError or ValueError for weights that do not fit, layers that cannot be converted, an output that is no row
-    of class scores (for a detector, no maps of boxes), and limits of a chip asked for by name.
+    Raises OSError for a weights file that cannot be read. Raises ValueError for weights that do not fit, layers that
+    cannot be converted, an output other than one row of class scores (for detectors: maps of boxes), and a network over
+    the limits of the chip that --hardware names.
     """
     raw_net = build_trained_net(args.net_name, images.channels, images.num_classes, args.ann_weight)
     net = parse_ann_model(raw_net, (images[0][0][None],))
@@ -227,7 +232,7 @@ def load_network(args, images):
 
 
 def choose_measure(args):
-    """`criterion, measure`: the loss, and `validate.evaluate` or what measures detectors, with its arguments."""
+    """`criterion, measure`: the loss and `validate.evaluate`, or their counterparts for detectors."""
     if args.dataset in DETECTION_DATASETS:
         return DetectionLoss(args.image_size), evaluate_detector
     return torch.nn.CrossEntropyLoss(), evaluate
@@ -235,7 +240,7 @@ def choose_measure(args):
 
 @torch.no_grad()
 def check_classifies(net, net_name, images):
-    """Raise ValueError unless the network's output is one row of class scores an image."""
+    """Raise ValueError unless the network returns one row of class scores per image, [B, classes]."""
     output = net(images[0][0][None])
     shapes = [tuple(value.shape) for value in (output if isinstance(output, tuple) else (output,))]
     if shapes != [(1, images.num_classes)]:
@@ -244,7 +249,7 @@ def check_classifies(net, net_name, images):
 
 
 def check_limits(net, args):
-    """Hardware limits: an error, with the table, for a chip asked for by name; else one line of warning."""
+    """Check the hardware limits. With --hardware, print the table and raise ValueError; otherwise warn in one line."""
     layers, bits = hardware_layers(net, args.ann_layers), bitwidths_by_name(net, args.weight_bitwidth)
     if args.hardware:
         hardware = HARDWARE[args.hardware]
@@ -266,20 +271,20 @@ def check_limits(net, args):
 
 
 class Stopwatch:
-    """Seconds by stage."""
+    """Measures the seconds of each stage. seconds: stage -> seconds."""
 
     def __init__(self):
         self.seconds, self.last = {}, time.perf_counter()
 
     def lap(self, stage):
-        """The time since the last lap belongs to `stage`."""
+        """Record the seconds since the last lap under `stage`."""
         now = time.perf_counter()
         self.seconds[stage] = round(now - self.last, 3)
         self.last = now
 
 
 def accuracy_table(args, accuracies):
-    """The three accuracies (`Networks.accuracies`), or mean average precisions, in words."""
+    """A text table of the three networks' accuracies (`Networks.accuracies`), or mean average precisions."""
     weights = weights_in_words(args.weight_bitwidth)
     title = f"{args.net_name} on {args.dataset}: {weights}, {args.timesteps} timesteps, reset by {args.reset_mode}"
     is_detector = "map" in accuracies["ann"]
@@ -295,5 +300,5 @@ def accuracy_table(args, accuracies):
 
 
 def versions():
-    """Versions of what a result depends on."""
+    """The versions of Python and of the packages that affect a result."""
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}

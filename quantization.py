@@ -2,7 +2,7 @@
 
     qnet = quantize_finetune(raw_net, train_loader, criterion, device, args)
 
-Every weight of qnet is `quantized_w / scale`: integers times one factor a layer, rescaled back.
+Every weight of qnet is `quantized_w / scale`: an integer divided by the scale of its layer (or output channel).
 """
 
 import copy
@@ -30,23 +30,24 @@ from runtime.batches import (
 )
 from spike_dag import SpikeDAGModule
 
-LONGEST_GRADIENT = 1.0  # of a step of finetuning, over all parameters
-TEMPERATURE = 4.0  # softens outputs that are learnt from
-NEXT_TO_NOTHING = 1e-30  # weights that are all smaller count as zeros; 1 over their scale could overflow
-SILENT = 1e-4  # of the mean |W| of a layer: a channel below sends next to nothing, as one whose BatchNorm was pruned
+LONGEST_GRADIENT = 1.0  # largest norm, over all parameters, of the gradient of a finetuning step
+TEMPERATURE = 4.0  # divides the class scores of teacher and student, which softens their distributions
+NEXT_TO_NOTHING = 1e-30  # if no |W| is larger, the weights count as zeros, because their scale could overflow
+SILENT = 1e-4  # share of a layer's mean |W|; a channel below it is silent, such as one with a pruned BatchNorm
 
 
 def check_bitwidth(bits):
-    """Raise ValueError unless `bits` is a weight bit width: 1 to 8, or 32 for float weights."""
+    """Raise ValueError unless `bits` is a valid weight bit width: 1 to 8, or 32 for float weights."""
     is_whole = isinstance(bits, Integral) and not isinstance(bits, bool)  # NumPy's integers are Integral too
     if not is_whole or (bits not in range(1, 9) and bits != FLOAT_BITS):
         raise ValueError(f"weight bit width {bits!r}: use 1 to 8, or {FLOAT_BITS} for float weights")
 
 
 def list_bitwidths(net, weight_bitwidth):
-    """The bit width of every layer with weights, in order: a number for all of them, or a sequence with one for each.
+    """A list with the bit width of every layer with weights, in order.
 
-    Raises ValueError for other bit widths, for a sequence of another length, and for one that mixes floats in.
+    weight_bitwidth: one number for all layers, or a sequence with one number per layer. Raises ValueError for invalid
+    bit widths, for a sequence of the wrong length, and for one that has float weights (32) in some layers only.
     """
     layers = net.weighted_layers()
     if getattr(weight_bitwidth, "ndim", None) == 0:
@@ -64,7 +65,7 @@ def list_bitwidths(net, weight_bitwidth):
 
 
 def weights_in_words(weight_bitwidth):
-    """Weight bits of all layers, or of each: "float weights", "4-bit weights" or "8,4,4,4-bit weights"."""
+    """The weight bits in words: "float weights", "4-bit weights" or, layer by layer, "8,4,4,4-bit weights"."""
     widths = [int(bits) for bits in ([weight_bitwidth] if isinstance(weight_bitwidth, Integral) else weight_bitwidth)]
     if set(widths) == {FLOAT_BITS}:
         return "float weights"
@@ -72,7 +73,7 @@ def weights_in_words(weight_bitwidth):
 
 
 def set_bitwidths(net, weight_bitwidth):
-    """Give every layer with weights its `weight_bits` (`list_bitwidths`)."""
+    """Set `weight_bits` of every layer with weights. Raises ValueError like `list_bitwidths`."""
     for layer, bits in zip(net.weighted_layers().values(), list_bitwidths(net, weight_bitwidth)):
         layer.weight_bits = int(bits)
 
@@ -83,13 +84,16 @@ def largest_integer(bits):
 
 
 def quantize(weight, bits, per_channel=False):
-    """`W_q, s_w`, float tensors with W ~ W_q / s_w: the integer weights and their scale.
+    """`W_q, s_w`: the integer weights and their scale, both float tensors, with W ~ W_q / s_w.
 
-    weight: [C_out, ...]. s_w is a scalar, or [C_out, 1, ...] with `per_channel`. From 2 bits on s_w maps a share of the
-    largest |W| to 2^(b-1) - 1 and cuts off what lies above, the share with the least squared error; at 1 bit W_q is -1
-    or +1 and 1 / s_w the mean |W| (Rastegari et al., XNOR-Net, ECCV 2016), but 0 in an output channel of next to no
-    weights, which 1 bit would make as loud as the others. At 32 bits W_q is W itself. Quantizing W_q / s_w again gives
-    the same W_q. Raises ValueError for other bit widths.
+    weight: [C_out, ...]. W_q has the same shape; s_w is a scalar or, with `per_channel`, [C_out, 1, ...].
+
+    2 to 8 bits: s_w maps a share of the largest |W| to 2^(b-1) - 1, and larger weights are clipped. The share is the
+    one with the least squared error. 1 bit: W_q is -1 or +1, and 1 / s_w is the mean |W| (Rastegari et al., XNOR-Net,
+    ECCV 2016). W_q is 0 in an output channel with almost zero weights, because -1 and +1 would make it as loud as the
+    others. 32 bits: W_q is W.
+
+    Quantizing W_q / s_w again gives the same W_q. Raises ValueError for other bit widths.
     """
     check_bitwidth(bits)
     over = tuple(range(1, weight.dim())) if per_channel else tuple(range(weight.dim()))
@@ -98,7 +102,7 @@ def quantize(weight, bits, per_channel=False):
         scale = torch.ones_like(magnitude.amax(over, keepdim=per_channel))
     elif bits == 1:
         mean = magnitude.mean(over, keepdim=per_channel)
-        of_layer = magnitude.mean()  # the scale of a silent channel: where finetuning wakes it, it is as loud as others
+        of_layer = magnitude.mean()  # scale of a silent channel: as loud as the others if finetuning wakes it
         mean = torch.where(mean > SILENT * of_layer, mean, of_layer)
         scale = torch.where(mean > NEXT_TO_NOTHING, 1 / mean, 1.0)
     else:
@@ -110,26 +114,26 @@ def quantize(weight, bits, per_channel=False):
 
 
 def sounding(rows):
-    """1 for every output channel, [C_out], with weights to speak of, 0 for one that is silent; rows: [C_out, N]."""
+    """[C_out] with 0 for silent output channels, whose weights are almost zero, and 1 for others. rows: [C_out, N]."""
     means = rows.abs().mean(1)
     return ((means > SILENT * means.mean()) & (means > NEXT_TO_NOTHING)).to(rows.dtype)
 
 
 def quantize_layer(layer, weight, bits, per_channel=False):
-    """`W_q, s_w` of a layer's weight, as `quantize`; with `per_channel` s_w is broadcastable to the weight."""
+    """`W_q, s_w` of a layer's weight, like `quantize`; with `per_channel`, s_w is broadcastable to the weight."""
     _, scale = quantize(layer.rows(weight), bits, per_channel)
     scale = layer.weight_view(scale.flatten()) if per_channel else scale
     return round_layer(layer, weight, scale, bits), scale
 
 
 def round_layer(layer, weight, scale, bits):
-    """W_q of a layer's weight for a given s_w: `round_to_integers`, and 0 in the channels that are silent at 1 bit."""
+    """W_q of a layer's weight for a given s_w, like `round_to_integers`; at 1 bit, silent channels are 0."""
     weight_q = round_to_integers(weight, scale, bits)
     return weight_q * layer.weight_view(sounding(layer.rows(weight))) if bits == 1 else weight_q
 
 
 def round_to_integers(weight, scale, bits):
-    """W_q for a given s_w: within 2^(b-1) - 1 on both sides, -1 or +1 at 1 bit, W itself at 32 bits."""
+    """W_q for a given s_w: integers from -(2^(b-1) - 1) to 2^(b-1) - 1; -1 or +1 at 1 bit; W itself at 32 bits."""
     if bits == FLOAT_BITS:
         return weight.clone()
     if bits == 1:
@@ -138,9 +142,10 @@ def round_to_integers(weight, scale, bits):
 
 
 def least_error_clip(magnitude, largest, per_channel):
-    """The |W| that the largest integer stands for, chosen among 33 shares of the maximum by squared error.
+    """The |W| that the largest integer represents, a scalar or (`per_channel`) [C_out, 1, ...].
 
-    Judged on at most 16,384 weights of the layer (or of each channel); a layer of zeros gets 1.
+    The candidates are 33 shares of the largest |W|, from 1 down to 0.2 in steps of 0.025. The one with the least
+    squared error wins, measured on at most 16,384 weights of the layer (or of each channel). Zero weights give 1.
     """
     rows = magnitude.flatten(1) if per_channel else magnitude.reshape(1, -1)  # [rows, N]
     maximum = rows.amax(1, keepdim=True)  # [rows, 1]
@@ -156,9 +161,9 @@ def least_error_clip(magnitude, largest, per_channel):
 
 
 def sampling_stride(size, most, period):
-    """The least stride that leaves at most `most` of `size` elements and has no factor in common with `period`.
+    """The smallest stride that selects at most `most` of `size` elements and has no common factor with `period`.
 
-    A stride of 9 would meet the same tap of every 3x3 kernel, one of 32 the same column of every map 32 wide.
+    A stride of 9 would always select the same tap of 3x3 kernels, a stride of 32 the same column of maps 32 wide.
     """
     stride = -(-size // most)
     while math.gcd(stride, period) > 1:
@@ -167,10 +172,10 @@ def sampling_stride(size, most, period):
 
 
 class ShadowStep:
-    """An optimizer that moves `weight.weight_back`, in full precision, by the gradient of the quantized weight.
+    """Optimizer mixin: the gradient of a quantized weight moves its shadow `weight.weight_back`, in full precision.
 
-    Parameters without `weight_back` are treated as ever. The quantized weights are made anew by `quantize_layers` after
-    the step (straight-through estimator; Courbariaux et al., BinaryConnect, NeurIPS 2015).
+    Parameters without a shadow are updated as usual. `quantize_layers` must follow each step to set the quantized
+    weights (straight-through estimator; Courbariaux et al., BinaryConnect, NeurIPS 2015).
     """
 
     @torch.no_grad()
@@ -189,20 +194,20 @@ class ShadowStep:
 
 
 class QuantSGD(ShadowStep, torch.optim.SGD):
-    """torch.optim.SGD on the weights' shadows (`ShadowStep`)."""
+    """torch.optim.SGD on the shadow weights (`ShadowStep`)."""
 
 
 class QuantAdam(ShadowStep, torch.optim.Adam):
-    """torch.optim.Adam on the weights' shadows (`ShadowStep`); on a GPU each group moves by one kernel."""
+    """torch.optim.Adam on the shadow weights (`ShadowStep`); on a GPU one fused kernel updates a whole group."""
 
     def __init__(self, groups):
         super().__init__(groups, fused=groups[0]["params"][0].is_cuda)
 
 
 def groups_of(layers, lr):
-    """Parameter groups of an optimizer: each layer learns at `lr` times the root mean square of its shadow weights.
+    """Optimizer parameter groups: the learning rate of each layer is `lr` times the RMS of its shadow weights.
 
-    Where these are all 0, at `lr` times the step of an integer.
+    If all of these are 0, it is `lr` times the weight that the integer 1 represents.
     """
     groups = []
     for layer in layers:
@@ -214,7 +219,10 @@ def groups_of(layers, lr):
 
 
 def relative_groups(net, lr):
-    """Parameter groups of all that `net` trains: of its layers (`groups_of`), and of others, each by its own size."""
+    """Optimizer parameter groups for everything that `net` trains: its layers (`groups_of`), and other parameters.
+
+    The learning rate of another parameter is `lr` times its own RMS, or `lr` if it is 0.
+    """
     groups = groups_of(net.weighted_layers().values(), lr)
     grouped = {id(p) for group in groups for p in group["params"]}
     for p in net.trained_parameters():
@@ -224,7 +232,10 @@ def relative_groups(net, lr):
 
 
 def init_quantize_net(net, weight_bitwidth, per_channel=False):
-    """Give every weight of the convolutions and linear layers its shadow `weight.weight_back`, and quantize it."""
+    """Copy every weight of convolutions and linear layers to its shadow `weight.weight_back`, then quantize it.
+
+    Raises ValueError for NaN or infinite weights, and for bit widths like `list_bitwidths`.
+    """
     set_bitwidths(net, weight_bitwidth)
     for name, layer in net.weighted_layers().items():
         if not torch.isfinite(layer.weight).all():
@@ -236,9 +247,9 @@ def init_quantize_net(net, weight_bitwidth, per_channel=False):
 
 @torch.no_grad()
 def choose_scales(net, per_channel=False):
-    """Set `layer.weight_scale`, s_w, from the shadow weights; it then stays for an epoch, so that training settles.
+    """Set `layer.weight_scale`, s_w, from the shadow weights. It stays fixed for an epoch, so that training settles.
 
-    The weights are the shadows then; `quantize_layers` has to follow.
+    Afterwards the weights equal their shadows; `quantize_layers` must follow.
     """
     for layer in net.weighted_layers().values():
         layer.weight.copy_(layer.weight.weight_back)
@@ -252,17 +263,18 @@ def choose_scales(net, per_channel=False):
 
 @torch.no_grad()
 def quantize_layers(net):
-    """Set every weight to its shadow, quantized: `quantized_w / scale`."""
+    """Set every weight to its quantized shadow, `quantized_w / scale`."""
     for layer in net.weighted_layers().values():
         weight_q = round_layer(layer, layer.weight.weight_back, layer.weight_scale, layer.weight_bits)
         layer.weight.copy_(weight_q / layer.weight_scale)
 
 
 def dampen(net, strength):
-    """Add `strength` times the way from each quantized weight to its shadow to the gradient.
+    """Add `strength` times the difference between each shadow and its quantized weight to the gradient.
 
-    It pulls the shadows to the middle of their rounding interval; without it they gather at its edges, and the integers
-    flip at every step up to the last (Nagel et al., Overcoming Oscillations in Quantization-Aware Training, ICML 2022).
+    This pulls the shadows to the middle of their rounding interval. Otherwise they gather at its edges, and the
+    integers flip at every step to the end (Nagel et al., Overcoming Oscillations in Quantization-Aware Training, ICML
+    2022).
     """
     layers = (layer for layer in net.weighted_layers().values() if layer.weight.grad is not None)
     for layer in layers:
@@ -281,12 +293,12 @@ def quantize_train(
     distill=0.0,
     schedule=None,
 ):
-    """One epoch on the quantized weights; the mean loss per sample. Raises ValueError where it is not finite.
+    """Train one epoch on the quantized weights; returns the mean loss per sample.
 
-    `distill`, 0 to 1, is the share of the loss that asks for the outputs of `teacher` instead of the labels. `schedule`
-    of the learning rate, if given, steps with every batch. A gradient longer than `LONGEST_GRADIENT` is cut to it, so
-    that a deep network whose BatchNorm was folded survives its first steps (Pascanu et al., On the Difficulty of
-    Training Recurrent Neural Networks, ICML 2013).
+    damping: of `dampen`. name: of the epoch, in messages. teacher, distill: of `training_loss`. schedule: learning rate
+    schedule that steps with every batch. Gradients are clipped to the norm `LONGEST_GRADIENT`, so that a deep network
+    with folded BatchNorms survives its first steps (Pascanu et al., On the Difficulty of Training Recurrent Neural
+    Networks, ICML 2013). Raises ValueError if the loss is not finite or the loader is empty.
     """
     net.train()
     total, samples = torch.zeros((), device=device), 0
@@ -312,7 +324,7 @@ def quantize_train(
 
 
 def training_loss(net, inputs, targets, criterion, teacher, distill):
-    """The loss of a batch, of which a share asks for the teacher's outputs."""
+    """The loss of a batch: (1 - distill) times the criterion plus `distill` times the distillation loss."""
     outputs = net(*inputs)
     loss = loss_of(criterion, outputs, targets)
     if not distill:
@@ -323,7 +335,7 @@ def training_loss(net, inputs, targets, criterion, teacher, distill):
 
 
 def check_converges(net, mean, name):
-    """The mean loss of epoch `name`. Raises ValueError where it, or a parameter, is not finite."""
+    """Return the mean loss of epoch `name`. Raises ValueError if the loss or a parameter is not finite."""
     if not (mean < float("inf") and all(torch.isfinite(p).all() for p in net.parameters())):
         raise ValueError(
             f"finetuning diverged in {name} (loss {mean}), lower --finetune_lr, or --finetune_wd and --finetune_damping"
@@ -332,7 +344,10 @@ def check_converges(net, mean, name):
 
 
 def forget_frozen(net):
-    """Drop the gradients of what is not trained: no optimizer clears them, and they would count when all are cut."""
+    """Delete gradients of parameters that are not trained.
+
+    No optimizer clears these gradients, and they would count in the norm when all gradients are clipped.
+    """
     trained = {id(p) for p in net.trained_parameters()}
     for p in net.parameters():
         if id(p) not in trained:
@@ -340,7 +355,7 @@ def forget_frozen(net):
 
 
 def distillation_loss(outputs, wanted, temperature=TEMPERATURE):
-    """How far the outputs [B, classes] are from the wanted ones, softened.
+    """The softened Kullback-Leibler divergence between outputs and wanted outputs; both [B, classes], or one score [B].
 
     Hinton et al., Distilling the Knowledge in a Neural Network, NIPS workshop 2014; for few bits Mishra and Marr,
     Apprentice, ICLR 2018.
@@ -354,19 +369,17 @@ def distillation_loss(outputs, wanted, temperature=TEMPERATURE):
 def quantize_finetune(net, train_loader, criterion, device, args):
     """A quantized and finetuned copy of `net`, as a SpikeDAGModule.
 
-    A plain nn.Module is parsed first, on one image of `train_loader`. args: any namespace with finetune_lr,
-    finetune_epochs, finetune_wd, finetune_momentum and weight_bitwidth (a number, or one for each layer); the other
-    fields of `options.QuantizeOptions` have defaults.
+    net: a SpikeDAGModule, or a plain nn.Module, which is parsed first on one image of `train_loader`.
+    train_loader: batches that `batches.split_batch` accepts; an iterator is kept as a list, because it runs only once.
+    args: any namespace; its attributes are fields of `options.QuantizeOptions`, and missing ones get the defaults.
 
-    With "sgd" the learning rate falls to a tenth at 50 % and at 75 % of the epochs. With "adam" it is a share of the
-    weights of each layer (`relative_groups`), as large a step for all of them, wherever folded BatchNorms made them
-    large, and falls to 0 along a cosine. With no epochs the weights are only quantized.
+    With "sgd" the learning rate falls to a tenth after 50 % and after 75 % of the epochs. With "adam" it is relative to
+    the weights of each layer (`relative_groups`), so that layers with large weights after BatchNorm folding take
+    equally large steps, and it falls to 0 along a cosine. With 0 epochs the weights are only quantized. Parameters with
+    requires_grad=False are quantized but not trained.
 
-    train_loader: batches as `batches.split_batch` takes them; an iterator that runs once is kept as a list. Parameters
-    with requires_grad=False are quantized, but not trained.
-
-    Raises ValueError for NaN weights, another bit width, values out of range, a converted network, a network with
-    nothing to train, or a loss that diverges.
+    Raises ValueError for NaN weights, invalid bit widths, values out of range, a converted network, a network with
+    nothing to train, and a loss that diverges.
     """
     options = QuantizeOptions.of(args)
     train_loader = reusable(train_loader)
@@ -379,11 +392,11 @@ def quantize_finetune(net, train_loader, criterion, device, args):
 
 
 def finetune(qnet, train_loader, criterion, device, options, teacher):
-    """Train a quantized network in place."""
+    """Train a quantized network in place. options: QuantizeOptions. teacher: the float network, or None."""
     recipe, epochs = choose_recipe(qnet, options, train_loader), options.finetune_epochs
     with tqdm(range(1, epochs + 1), "finetune") as bar:
         for epoch in bar:
-            if epoch <= epochs // 2:  # afterwards, at smaller learning rates, the integers settle on fixed scales
+            if epoch <= epochs // 2:  # later, at smaller learning rates, integers settle on fixed scales
                 choose_scales(qnet, options.weights_per_channel)
                 quantize_layers(qnet)
             loss = quantize_train(
@@ -405,7 +418,7 @@ def finetune(qnet, train_loader, criterion, device, options, teacher):
 
 @dataclass
 class Recipe:
-    """What weights are finetuned by. damping: reached in the last epoch. One of the schedules is None."""
+    """The optimizer of a finetuning, its damping in the last epoch, and a schedule per epoch or per batch."""
 
     optimizer: torch.optim.Optimizer
     damping: float
@@ -414,7 +427,7 @@ class Recipe:
 
 
 def choose_recipe(qnet, options, train_loader):
-    """The Recipe that `options` choose. Raises ValueError where all parameters are frozen."""
+    """The Recipe for `options`. Raises ValueError if all parameters are frozen."""
     trained, epochs = qnet.trained_parameters(), options.finetune_epochs
     if not trained:
         raise ValueError(
@@ -424,7 +437,7 @@ def choose_recipe(qnet, options, train_loader):
     if options.finetune_optimizer == "adam":
         optimizer = QuantAdam(relative_groups(qnet, options.finetune_lr))
         steps = max(1, epochs * count_batches(train_loader))
-        # integers settle by themselves where steps fall to 0
+        # no damping: the integers settle because the learning rate falls to 0
         return Recipe(optimizer, 0.0, batch_schedule=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps))
     optimizer = QuantSGD(
         trained,
@@ -439,7 +452,7 @@ def choose_recipe(qnet, options, train_loader):
 
 
 def float_teacher(net, loader, device):
-    """A copy of `net` whose weights and activations are floats, to learn from."""
+    """A copy of `net` with float weights and activations, as the teacher of `training_loss`."""
     teacher = as_dag(net, loader).eval().to(device, memory_format=torch.channels_last)
     for entry in teacher.ops.values():
         if getattr(entry.op, "levels", None) is not None:
@@ -450,13 +463,13 @@ def float_teacher(net, loader, device):
 def as_dag(net, loader):
     """A copy of `net` as a SpikeDAGModule in float32; a plain module is traced on one image of `loader`.
 
-    Raises ValueError for a network that was converted: its weights are integers of spikes already.
+    Raises ValueError for a spiking network, which has already been converted.
     """
     if isinstance(net, SpikeDAGModule):
         if net.neurons():
             raise ValueError("the network is a spiking one already, give the network that it was converted from")
         return copy.deepcopy(net).float()
-    from ann_parser import parse_ann_model  # a layer above this one
+    from ann_parser import parse_ann_model  # late, because ann_parser stands above this module
 
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     inputs = on_device(split_batch(first_batch(loader))[0], device, 1, type_of(net))

@@ -3,7 +3,7 @@
     python3 train_ann.py example_net --epochs 60 --save_file checkpoint/example_net_ann.pth
 
 The checkpoint holds the state dict under "state_dict", with the network, data set, seed and number of epochs. It is
-written at the end; until then every epoch goes to a file beside it, FILE.part, from which --ann_weight can go on.
+written at the end. Until then every epoch is saved to FILE.part, from which --ann_weight can continue.
 """
 
 import argparse
@@ -31,16 +31,14 @@ def parse_args(argv=None):
         type=whole_number(0),
         default=0,
         metavar="CYCLES",
-        help="save the mean of the trained weights and of those of --ann_weight, which count as so many (%(default)s)",
+        help="save the mean of the trained weights and those of --ann_weight, which count CYCLES times (%(default)s)",
     )
     parser.add_argument(
-        "--teacher", metavar="NET:FILE", default=None, help="a trained network whose outputs are learnt too"
+        "--teacher", metavar="NET:FILE", default=None, help="trained network whose outputs are a second target"
     )
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; faster with AMX and on recent GPUs")
     parser.add_argument(
-        "--bf16", action="store_true", help="compute in bfloat16 where the hardware does so fast (AMX, recent GPUs)"
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="train through torch.compile, for which a CPU needs a C++ compiler"
+        "--compile", action="store_true", help="train with torch.compile, which needs a C++ compiler on a CPU"
     )
     parser.add_argument("--save_file", default=None, help="checkpoint to write (checkpoint/<net_name>_ann.pth)")
     add_options(parser, RunOptions)
@@ -90,12 +88,15 @@ def main(args):
 
 
 def unfinished(save_file):
-    """The file that every epoch goes to."""
+    """The file to which every epoch is saved until the training ends."""
     return f"{save_file}.part"
 
 
 def load_network(args, images):
-    """The network to train, on its weights to start from. Raises ValueError where it does not suit the images."""
+    """The network to train, with the weights of --ann_weight. Raises ValueError if it does not suit the images.
+
+    images: the training set. Raises OSError if the weights cannot be read.
+    """
     from build_network import check_runs, get_net_by_name
     from datasets import DETECTION_DATASETS
     from detection.boxes import check_detects
@@ -105,14 +106,16 @@ def load_network(args, images):
     net = get_net_by_name(args.net_name, images.channels, images.num_classes)
     if args.ann_weight is not None:
         load_weights(net, args.ann_weight)
-    check_runs(net, args.net_name, images[0][0])  # in eval mode, as the outputs are checked in; an epoch sets its own
+    check_runs(
+        net, args.net_name, images[0][0]
+    )  # in eval mode, like the check of the outputs; train_epoch sets its own
     check_outputs = check_detects if args.dataset in DETECTION_DATASETS else check_classifies
     check_outputs(net, args.net_name, images)
     return net
 
 
 def load_teacher(args, images, device):
-    """The trained network of `--teacher` on a device, or None."""
+    """The trained network of --teacher on a device, or None. Raises ValueError if it does not suit the images."""
     import torch
 
     from build_network import build_trained_net
@@ -128,9 +131,9 @@ def load_teacher(args, images, device):
 
 
 def choose_measure(args, device):
-    """`criterion, measure, in_words`: the loss to train by, `measure(net, loader)`, and its result in words.
+    """`criterion, measure, in_words`: the training loss, `measure(net, loader)`, and a function that prints its result.
 
-    What is measured is the loss without label smoothing, unless `measure` is given the criterion.
+    `measure` computes the loss without label smoothing unless it is called with the criterion.
     """
     from torch import nn
 
@@ -152,7 +155,7 @@ def choose_measure(args, device):
 
 
 def train(args, net, teacher, criterion, loader, device):
-    """Train a network in place; yields `epoch, mean loss` behind every epoch, from 1 on."""
+    """Train a network in place; yields `epoch, mean loss` after every epoch, counted from 1."""
     import torch
 
     optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum, weight_decay=args.wd, nesterov=True)
@@ -165,21 +168,21 @@ def train(args, net, teacher, criterion, loader, device):
 
 
 def save(path, net, args, epochs):
-    """Write the state dict, with what it is."""
+    """Write the state dict, with the network, data set, seed and number of epochs."""
     from datasets import DATASETS, DETECTION_DATASETS
     from runtime.files import write_torch
 
     known = (*DATASETS, *DETECTION_DATASETS)
-    dataset = args.dataset if args.dataset in known else "folder"  # no path of this machine
+    dataset = args.dataset if args.dataset in known else "folder"  # keeps paths of this machine out of the file
     details = {"net": args.net_name, "dataset": dataset, "seed": args.seed, "epochs": epochs}
     write_torch(path, {"state_dict": net.state_dict(), **details})
 
 
 def average_weights(net, other, cycles, loader, device):
-    """Set the weights to their mean with those of another state dict, the mean of `cycles` trainings, and estimate the
-    BatchNorm statistics anew.
+    """Average the weights with another state dict, and estimate the BatchNorm statistics anew.
 
-    Stochastic weight averaging over cycles of the learning rate (Izmailov et al., UAI 2018).
+    other: the mean of `cycles` trainings, so it counts `cycles` times. This is stochastic weight averaging over cycles
+    of the learning rate (Izmailov et al., UAI 2018).
     """
     import torch
     from torch.optim.swa_utils import update_bn
@@ -192,7 +195,7 @@ def average_weights(net, other, cycles, loader, device):
 
 
 def check_flags(args):
-    """Raise ValueError for flags that need others, and for flags of classifiers with a data set for detectors."""
+    """Raise ValueError for a flag without one that it needs, and for a classifier's flag with a detection data set."""
     from datasets import DETECTION_DATASETS
 
     if args.average and not args.ann_weight:
@@ -205,7 +208,7 @@ def check_flags(args):
 
 
 def network_and_file(text):
-    """`NET:FILE` in its two parts; a network of torchvision has a colon itself, and so may a file."""
+    """Split `NET:FILE`; torchvision's names contain a colon, and files may. Raises ValueError for another text."""
     from build_network import TORCHVISION
 
     prefix = TORCHVISION if text.startswith(TORCHVISION) else ""
@@ -216,17 +219,17 @@ def network_and_file(text):
 
 
 def top1_in_words(result):
-    """The accuracy of a classifier."""
+    """The accuracy of a classifier as text."""
     return f"top-1 {result['top1']:.2f} %"
 
 
 def map_in_words(result):
-    """The mean average precision of a detector."""
+    """The mean average precision of a detector as text."""
     return f"mAP {result['map']:.3f}, mAP@0.5 {result['map50']:.3f}"
 
 
 def train_epoch(net, loader, criterion, optimizer, schedule, device, bf16, name, teacher=None):
-    """One pass over the training images; returns the mean loss. Raises ValueError where it is not finite."""
+    """Train for one pass over the images; returns the mean loss. Raises ValueError if it is not finite."""
     import torch
     from tqdm import tqdm
 

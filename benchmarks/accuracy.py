@@ -1,13 +1,14 @@
-"""What conversions lose and what they cost: networks x weight bits x timesteps x methods, as a table and JSON.
+"""Compare the loss and the cost of conversions: networks x weight bits x timesteps x methods, as a table and JSON.
 
     python3 benchmarks/accuracy.py --networks resnet20:checkpoint/resnet20_cifar10_ann.pth --dataset /path/to/cifar10 \\
         --bits 8 --timesteps 4 8 16 --methods "mse: --threshold mse" "listen: --threshold mse --listen T" \\
         --test_images 2000 --results accuracy.json
 
-A method is a name and flags of ann2snn.py; T in them is the number of timesteps. Without `--methods`, those of
-`METHODS`. Each conversion is measured on evenly spaced test images, beside its price: timesteps between images and to
-the answer, spikes and synaptic operations per image. With several `--seeds` the mean and the spread are printed.
-Rows that differ only in what comes after the finetuning share it; without workers they are as each would be alone.
+A method is a name and flags of ann2snn.py, in which T means the number of timesteps. The default methods are `METHODS`.
+Each conversion is measured on evenly spaced test images. Its price is the timesteps from image to image and to the
+answer, and the spikes and synaptic operations per image. With several `--seeds` the table shows mean and spread.
+Rows that differ only in options after the finetuning share the finetuned network. Without loader workers, each row is
+the same as in a run of its own.
 """
 
 import argparse
@@ -31,8 +32,8 @@ METHODS = {
     "calibrated": "-e 0 --threshold mse --per_channel both --spike_epochs_unlabelled 10",
     "listen": "-e 0 --threshold mse --per_channel both --listen T",
 }
-OBSERVED = 20  # images whose synaptic operations are counted
-DATA_FLAGS = (  # what loaders depend on
+OBSERVED = 20  # images for which synaptic operations are counted
+DATA_FLAGS = (  # flags on which the loaders depend
     "dataset",
     "dataset_root",
     "image_size",
@@ -45,10 +46,10 @@ DATA_FLAGS = (  # what loaders depend on
 
 
 def after_finetuning():
-    """Options that finetuning does not depend on: conversions that differ in these alone share it."""
+    """Names of the options that do not affect the finetuning; conversions that differ only in these share it."""
     names = {each.name for cls in (SpikeFinetuneOptions, SimulatorOptions) for each in fields(cls)}
     of_conversion = {each.name for each in fields(ConversionOptions) if each.metadata["group"] == "conversion"}
-    return names | (of_conversion - {"calibration_samples"})  # these set the first levels of activations
+    return names | (of_conversion - {"calibration_samples"})  # calibration sets the initial activation levels
 
 
 def parse_args(argv=None):
@@ -61,13 +62,15 @@ def parse_args(argv=None):
 
 
 def add_table_flags(parser):
-    """What is measured, on which images, and where the numbers go; benchmarks/peers.py has these flags too."""
+    """Add the flags for networks, timesteps, images and results, which benchmarks/peers.py also has."""
     parser.add_argument("--networks", nargs="+", required=True, metavar="NAME:FILE", help="names and trained weights")
     parser.add_argument("--timesteps", nargs="+", type=whole_number(1), default=[4, 8, 16, 32], help="T (4 8 16 32)")
-    parser.add_argument("--dataset", default="digits", help="as ann2snn.py's (%(default)s)")
-    parser.add_argument("--test_images", type=whole_number(1), default=None, help="how many to measure on (all)")
-    parser.add_argument("--results", metavar="FILE.json", help="write all numbers as JSON")
-    parser.add_argument("--debug", action=argparse.BooleanOptionalAction, default=False, help="show tracebacks")
+    parser.add_argument("--dataset", default="digits", help="data set, as in ann2snn.py (%(default)s)")
+    parser.add_argument("--test_images", type=whole_number(1), default=None, help="number of test images (all)")
+    parser.add_argument("--results", metavar="FILE.json", help="file for all numbers, as JSON")
+    parser.add_argument(
+        "--debug", action=argparse.BooleanOptionalAction, default=False, help="show the traceback of an error"
+    )
 
 
 def main(args):
@@ -96,7 +99,7 @@ def main(args):
 
 
 def named_methods(texts):
-    """Name -> flags of the methods to compare. Raises ValueError for a name that two of them have."""
+    """Name -> flags of the methods to compare. Raises ValueError if two methods have the same name."""
     methods = {}
     for name, flags in map(named_flags, texts):
         if name in methods:
@@ -106,7 +109,7 @@ def named_methods(texts):
 
 
 def named_flags(text):
-    """`name, flags` of "name: flags". Raises ValueError for other text."""
+    """Split "name: flags" into `name, flags`. Raises ValueError for text without a colon."""
     name, colon, flags = text.partition(":")
     if not colon:
         raise ValueError(f"method '{text}' has no name, write it as \"name: flags\"")
@@ -114,7 +117,7 @@ def named_flags(text):
 
 
 def conversion_args(network, bits, flags, timesteps, seed, dataset):
-    """The flags of one conversion, as ann2snn.py parses them."""
+    """The flags of one conversion, parsed as in ann2snn.py. Raises ValueError for a network without a file."""
     parser = OneLineParser(prog="a method of benchmarks/accuracy.py")
     add_conversion_flags(parser)
     name, colon, file = network.rpartition(":")
@@ -129,9 +132,9 @@ def conversion_args(network, bits, flags, timesteps, seed, dataset):
 
 
 def measure(args, flags, loaders, finetuned):
-    """One conversion: accuracies in percent, its price, and seconds.
+    """Make and measure one conversion; returns accuracies in percent, its price, and seconds.
 
-    flags: those of ann2snn.py. loaders, finetuned: what earlier conversions have loaded and finetuned; added to.
+    flags: those of ann2snn.py. loaders, finetuned: caches of loaders and finetuned networks, to which this call adds.
     """
     import torch
 
@@ -171,7 +174,7 @@ def measure(args, flags, loaders, finetuned):
 
 
 def load_images(flags, loaders):
-    """The loaders of test, training and calibration images, the random states as if they had just been made."""
+    """The loaders of test, training and calibration images, with their random states as when they were made."""
     from datasets import DETECTION_DATASETS, get_dataset
     from runtime.device import seed_everything
 
@@ -188,7 +191,7 @@ def load_images(flags, loaders):
 
 
 def finetune(flags, loaders, criterion, device, finetuned):
-    """`flags, net, qnet, seconds`, the flags with the weight bits in numbers. finetuned: of earlier conversions."""
+    """`flags, net, qnet, seconds`; flags has the weight bits as numbers. finetuned: cache of finetuned networks."""
     from pipeline import Networks, load_network, quantize
 
     key = str(sorted((name, str(value)) for name, value in vars(flags).items() if name not in after_finetuning()))
@@ -198,19 +201,19 @@ def finetune(flags, loaders, criterion, device, finetuned):
         quantize(flags, made, loaders, criterion, device)
         finetuned[key] = made, time.perf_counter() - start, random_state(loaders[0])
     made, seconds, state = finetuned[key]
-    set_random_state(loaders[0], state)  # what comes after is as if this conversion had been the only one
+    set_random_state(loaders[0], state)  # the next steps run as if this conversion were the only one
     return flags, made.ann, made.qnet, seconds
 
 
 def random_state(loader):
-    """The states of PyTorch's random generator and of a loader's."""
+    """The states of PyTorch's random generator and of the loader's."""
     import torch
 
     return torch.get_rng_state(), loader.generator.get_state()
 
 
 def set_random_state(loader, state):
-    """Go back to a `random_state`."""
+    """Restore a `random_state`."""
     import torch
 
     torch.set_rng_state(state[0])
@@ -218,7 +221,7 @@ def set_random_state(loader, state):
 
 
 def evenly_spaced(loader, most):
-    """`most` images [N, C, H, W] and labels of a loader, spread over all of it; all of them without `most`."""
+    """`most` evenly spaced images [N, C, H, W] and labels [N] of a loader; all of them if `most` is None."""
     import torch
 
     images, targets = (torch.cat(parts) for parts in zip(*loader))
@@ -227,7 +230,7 @@ def evenly_spaced(loader, most):
 
 
 def price(snn, images, torch):
-    """Spikes and synaptic operations per image."""
+    """Spikes and synaptic operations per image. images: [B, C, H, W]."""
     from reports.energy import count_operations
     from reports.observe import observe
     from spike_simulator import node_shapes
@@ -243,7 +246,7 @@ def price(snn, images, torch):
 
 
 def summary(runs):
-    """The columns of a row: means over the seeds, the accuracy with its spread."""
+    """The cells of a row: means over the seeds, and the standard deviation of the loss in points."""
     mean = {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
     points = [run["snn_top1"] - run["ann_top1"] for run in runs]
     spread = f" +- {statistics.stdev(points):.2f}" if len(runs) > 1 else ""

@@ -1,11 +1,11 @@
-"""How well the spiking network of many timesteps agrees with its ANN, layer by layer, with float weights.
+"""Compare a spiking network with many timesteps and float weights with its ANN, layer by layer.
 
     python3 benchmarks/agreement.py --networks torchvision:resnet18 torchvision:densenet121 --image_size 64
     python3 benchmarks/agreement.py --networks example_net --dataset digits --ann_weight checkpoint/example_net_ann.pth
 
-Prints for every network: the largest difference between the traced graph's output and the network's, before and after
-BatchNorm is folded; the least correlation over all spiking layers of decoded spikes and activations; and the share of
-images for which both choose the same class. Without a data set, random images are shown to random weights.
+Prints for every network: the largest output difference between the traced graph and the network, without and with
+BatchNorm folding; the least correlation, over all spiking layers, between decoded spikes and activations; and the
+percentage of images for which both choose the same class. Without a data set, the images are random.
 """
 
 import argparse
@@ -23,14 +23,16 @@ def parse_args(argv=None):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", required=True, help="names of build_network.py or torchvision:NAME")
     parser.add_argument("--timesteps", type=whole_number(1), default=1024, help="T (%(default)s)")
-    parser.add_argument("--images", type=whole_number(1), default=4, help="how many to simulate (%(default)s)")
-    parser.add_argument("--image_size", type=whole_number(1), default=None, help="side (that of the network)")
+    parser.add_argument("--images", type=whole_number(1), default=4, help="number of images to simulate (%(default)s)")
+    parser.add_argument(
+        "--image_size", type=whole_number(1), default=None, help="height and width of the images (those of the network)"
+    )
     parser.add_argument("--ann_weight", default=None, help="trained weights (random ones)")
     parser.add_argument(
         "--correction",
         choices=["potential", "bias", "none"],
         default="potential",
-        help="as in ann2snn.py; none is far faster (%(default)s)",
+        help="same as in ann2snn.py; none is far faster (%(default)s)",
     )
     add_options(parser, DataOptions, dataset=None)
     add_options(parser, RunOptions)
@@ -49,12 +51,12 @@ def main(args):
         seed_everything(args.seed)
         images, calibration, classes = choose_images(args, args.image_size or input_size(name))
         rows.append(measure(name, args, classes, images, calibration, device))
-        print(*rows[-1], file=sys.stderr)  # each as soon as it is known
+        print(*rows[-1], file=sys.stderr)  # print each row as soon as it is known
     print(format_table(rows))
 
 
 def choose_images(args, size):
-    """Images to simulate, images to calibrate on, and the number of classes."""
+    """`images, calibration, classes`: images to simulate and to calibrate on, [B, C, H, W]; the number of classes."""
     import torch
 
     from datasets import get_dataset
@@ -67,7 +69,7 @@ def choose_images(args, size):
 
 
 def measure(name, args, classes, images, calibration, device):
-    """The row of one network, by the flags in `args`."""
+    """The table row of one network."""
     import torch
 
     from ann_parser import parse_ann_model
@@ -93,7 +95,10 @@ def measure(name, args, classes, images, calibration, device):
 
 
 def compare(snn, images):
-    """The outputs, and by spiking layer the correlation of decoded spikes with the activations of the ANN in `snn`."""
+    """`outputs, correlations`: the outputs of the SNN, [B, classes], and op name -> correlation.
+
+    The correlation is that between decoded spikes and the activations of `snn.forward_ann`.
+    """
     import torch
 
     from spike_simulator import simulate

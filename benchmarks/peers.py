@@ -1,11 +1,11 @@
-"""Accuracy of SpikingJelly's conversions of the same networks on the same images: network x mode x timesteps.
+"""Measure SpikingJelly's conversions of the same networks on the same images: network x mode x timesteps.
 
     python3 benchmarks/peers.py --networks resnet20:checkpoint/resnet20_cifar10_ann.pth --dataset /path/to/cifar10 \\
         --timesteps 4 8 16 32 --test_images 1000
 
-Its weights stay floats, and it is calibrated on the same 1,000 training images as this toolkit. One simulation serves
-every T, and both readings of its outputs: their mean over all steps, and, "delayed", from the step on that its
-`estimate_delay_start` gives, three quarters of T at most. Needs `pip install spikingjelly`, version 2.0 or later.
+SpikingJelly keeps float weights and is calibrated on the same 1,000 training images as this toolkit. One simulation
+serves every T and two readings of the outputs: the mean over all steps, and ("delayed") the mean from the step that its
+`estimate_delay_start` returns, at most three quarters of T. Needs `pip install spikingjelly`, version 2.0 or later.
 """
 
 import argparse
@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.accuracy import add_table_flags, conversion_args, evenly_spaced
 from runtime.cli import OneLineParser, run_script
 
-CALIBRATION_IMAGES = 1000
-MOST_DELAYED = 0.75  # of T steps, so that a delayed reading has some left
+CALIBRATION_IMAGES = 1000  # the default of --calibration_samples
+MOST_DELAYED = 0.75  # latest start of a delayed reading, as a share of T, so that it still has some steps
 
 
 def parse_args(argv=None):
@@ -53,7 +53,7 @@ def main(args):
 
 
 def check_installed():
-    """Raise ValueError where SpikingJelly is missing or too old."""
+    """Raise ValueError if SpikingJelly is missing or too old."""
     try:
         import spikingjelly.activation_based.ann2snn.recipes  # noqa: F401
     except ImportError as error:
@@ -83,7 +83,7 @@ def load(args, network):
 
 
 def recipes(calibration):
-    """Name -> one of SpikingJelly's recipes for convolutional networks."""
+    """Name -> recipe, for SpikingJelly's recipes for convolutional networks. calibration: batches of images."""
     from spikingjelly.activation_based.ann2snn.recipes import LocalThresholdBalancingRecipe, RateCodingRecipe
 
     return {
@@ -96,7 +96,7 @@ def recipes(calibration):
 
 
 def measure(net, recipe, calibration, batches, timesteps):
-    """How the outputs are read -> {T: top-1 in percent}."""
+    """Reading of the outputs ("" or ", delayed") -> {T: top-1 in percent}."""
     import copy
 
     import torch

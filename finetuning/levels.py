@@ -1,15 +1,16 @@
-"""Activations of T + 1 levels in the ANN, so that finetuning sees what T timesteps of spikes can say.
+"""Quantize the ANN's activations to L + 1 levels, so that finetuning sees the resolution of L timesteps of spikes.
 
     net = quantize_activations(net, loader, device, levels)
     qnet = quantize_finetune(net, ...)         # trains weights and lambdas together
-    snn = trans_ann2snn_weight(qnet, ...)      # aims at these lambdas
+    snn = trans_ann2snn_weight(qnet, ...)      # uses these lambdas
 
-A neuron that gets the sum of T steps of current, u[0] = Vthr / 2 included, sends clip(floor(a T / lambda + 1/2), 0, T)
-spikes if they arrive evenly; so the ANN's ReLU becomes lambda / L * clip(floor(a L / lambda + 1/2), 0, L)
+A neuron with evenly arriving input of activation a and u[0] = Vthr / 2 sends clip(floor(a T / lambda + 1/2), 0, T)
+spikes in T timesteps. The ANN's ReLU therefore becomes lambda / L * clip(floor(a L / lambda + 1/2), 0, L)
 (quantization clip-floor-shift; Bu et al., Optimal ANN-SNN Conversion, ICLR 2022).
 
-Layers whose currents meet in one neuron, as a residual block's do, will share one integer unit: they are finetuned on
-the weight scales that follow from it (`ScalesOfConversion`), so that no weight is rounded again afterwards.
+Layers whose currents meet in one neuron, as in a residual block, share one integer unit after the conversion. Their
+weights are finetuned with the scales that follow from this unit (`ScalesOfConversion`), so that the conversion does not
+round them again.
 """
 
 import copy
@@ -26,11 +27,13 @@ from spike_neurons import ClipFloorShift
 
 
 def quantize_activations(net, loader, device, levels, ann_layers=(), calibration_samples=1000, granularity="layer"):
-    """A copy of `net` in which every op that is to fire returns activations of `levels` steps up to a lambda.
+    """A copy of `net` in which every op that will fire returns activations in `levels` steps from 0 to lambda.
 
-    granularity: one lambda a "layer", or one a "channel". The lambdas start at the least squared error on the first
-    `calibration_samples` images of `loader` and are learnt with the weights. Raises ValueError for fewer than 1 level,
-    for a converted network, and for what cannot be converted (`plan_conversion`).
+    granularity: "layer" for one lambda per layer, "channel" for one per channel. The initial lambdas minimise the
+    squared error on the first `calibration_samples` images of `loader`; finetuning learns them with the weights.
+
+    Raises ValueError for fewer than 1 level, for a converted network, and for a network that cannot be converted
+    (`plan_conversion`).
     """
     levels = check_option("activation_levels", levels)
     calibration_samples = check_option("calibration_samples", calibration_samples)
@@ -42,16 +45,16 @@ def quantize_activations(net, loader, device, levels, ann_layers=(), calibration
     plan = plan_conversion(net, ann_layers)
     for name in plan.firing:
         op, scale = net.ops[name].op, statistics[name].scales
-        if scale.max() > 0:  # a layer that is never active stays as it is
+        if scale.max() > 0:  # a layer that is never active is left unchanged
             op.levels = ClipFloorShift(levels, scale.clamp_max(op.ceiling or float("inf"))).to(device)
     net.scales_of_conversion = ScalesOfConversion(plan, statistics, shapes, levels)
     return net
 
 
 class ScalesOfConversion:
-    """Called with a network and `per_channel`: op name -> the weight scale that its conversion will have.
+    """Called with a network and `per_channel`; returns op name -> the weight scale that the conversion will use.
 
-    plan, statistics, shapes: what `Units` need to know of the network.
+    plan, statistics, shapes, levels: arguments of `Units`.
     """
 
     def __init__(self, plan, statistics, shapes, levels):

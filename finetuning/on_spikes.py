@@ -1,20 +1,20 @@
-"""Finetune a converted network on its own spikes: forward what the chip will send, backward through time or the ANN.
+"""Finetune a converted network on its own spikes: forward as on the chip, backward through time or through the ANN.
 
     snn = finetune_spikes(snn, loader, device, epochs=5, teacher=net, qnet=qnet)           # no labels
     snn = finetune_spikes(snn, train_loader, device, epochs=2, criterion=..., qnet=qnet)   # with labels
 
-The error that training sees holds everything that T steps of spikes and b bits of weights cost, spikes that come too
-early or too late included. Two gradients lead back:
+The training error includes every loss caused by T timesteps and b-bit weights, premature and late spikes too. There are
+two gradients:
 
-- "time": through every timestep, with a surrogate for that of a spike (`SpikesThroughTime`; Neftci et al., Surrogate
-  Gradient Learning in Spiking Neural Networks, IEEE Signal Processing Magazine 2019). It knows when spikes come, for
-  the price of T passes of the ANN and back.
-- "tandem": every layer of the ANN is evaluated on the decoded rates that the spiking layers before it really send, and
-  its own activation is replaced by the rate that its neurons really send; the gradient passes as if the neurons were
-  clip(activation, 0, lambda) (Wu et al., A Tandem Learning Rule for Effective Training and Rapid Inference of Deep
-  Spiking Neural Networks, TNNLS 2021). It costs one simulation and one backward pass of the ANN.
+- "time": through every timestep, with a surrogate for the derivative of a spike (`SpikesThroughTime`; Neftci et al.,
+  Surrogate Gradient Learning in Spiking Neural Networks, IEEE Signal Processing Magazine 2019). It takes the times of
+  the spikes into account and costs as much as T forward and backward passes of the ANN.
+- "tandem": through the ANN, evaluated on spike rates. Each layer reads the decoded rates of the spiking layers before
+  it, and the decoded rate of its own neurons replaces its activation. The gradient is that of clip(activation, 0,
+  lambda) (Wu et al., A Tandem Learning Rule for Effective Training and Rapid Inference of Deep Spiking Neural Networks,
+  TNNLS 2021). It costs one simulation and one backward pass of the ANN.
 
-Weights stay integers in the unit of their neuron, thresholds stay as they are.
+Weights stay integers in the unit of their neuron, and thresholds do not change.
 """
 
 import copy
@@ -50,31 +50,32 @@ from spike_dag import one_or_all
 from spike_simulator import Stages, bound_currents, cut, each_part, run_ops
 from spike_tensor import Memory, SpikeTensor
 
-BATCH = 32  # calibration images a step
-LR_TIMES_T = 0.03  # learning rate times timesteps, without labels; it is a share of a layer's weights
-LR_WITH_LABELS = 0.02  # learning rate times the root of the timesteps, with labels: 0.01 at T = 4, 0.005 at T = 16
-MOST_THROUGH_TIME = 4  # timesteps; at 8 the tandem gradient gave resnet20 as much, in half the time
-MOST_UNROLLED = {"cpu": 128, "cuda": 512}  # images times timesteps that are kept for one backward pass
-INTERVAL = 0.49  # of a step on either side of an integer: what surely rounds to it
-TEMPERATURE = 2.0  # softens what the teacher's outputs say
+BATCH = 32  # calibration images per step; small, because many steps must come from few images
+LR_TIMES_T = 0.03  # learning rate without labels, times T; relative to the RMS of a layer's weights
+LR_WITH_LABELS = 0.02  # learning rate with labels, times sqrt(T): 0.01 at T = 4, 0.005 at T = 16
+MOST_THROUGH_TIME = 4  # timesteps; at T = 8 the tandem gradient gave resnet20 the same accuracy in half the time
+MOST_UNROLLED = {"cpu": 128, "cuda": 512}  # images times timesteps in one backward pass, which bounds its memory
+INTERVAL = 0.49  # distance from an integer, in integer steps; just below 1/2, so that it surely rounds to the integer
+TEMPERATURE = 2.0  # divides the class scores of teacher and student, which softens their distributions
 
 
 def finetune_spikes(
     snn, loader, device, epochs, *, lr=None, criterion=None, teacher=None, features=1.0, qnet=None, gradient=None
 ):
-    """A copy of a converted network whose weights and biases are finetuned for `epochs` passes over `loader`.
+    """A copy of a converted network with weights and biases finetuned for `epochs` passes over `loader`.
 
-    loader: batches as `batches.split_batch` takes them. Frozen parameters are not moved.
-    criterion: loss of the outputs against the labels of `loader`, or None. teacher: the ANN, on `device`, whose outputs
-    and (times `features`) activations are learnt, without labels.
-    lr: how far a step moves the weights and biases of a layer, relative to the RMS of its weights; falls to 0 along a
-    cosine. gradient: "time" or "tandem" (above); by default "time" up to `MOST_THROUGH_TIME` timesteps.
-    qnet: the quantized network that was converted. Its weights in full precision (`weight_back`) are moved, so that
-    those near the edge of their rounding interval take another integer first (as in AdaRound; Nagel et al., ICML 2020).
-    Without it weights start in the middle of their intervals. The copy has such weights, and can be the next `qnet`.
+    loader: batches that `batches.split_batch` accepts. Frozen parameters do not change.
+    criterion: loss between the outputs and the labels of `loader`, or None to train without labels.
+    teacher: the ANN whose outputs and (with weight `features`) activations are targets, or None.
+    lr: learning rate, relative to the RMS of a layer's weights; it falls to 0 along a cosine.
+    gradient: "time" or "tandem" (see above); by default "time" up to `MOST_THROUGH_TIME` timesteps.
+    qnet: the quantized network that was converted. Training starts from its full-precision weights (`weight_back`), so
+    weights near the edge of their rounding interval change their integer first (as in AdaRound; Nagel et al., ICML
+    2020). Without qnet, weights start in the middle of their intervals. The returned copy has full-precision weights
+    too, so it can be the `qnet` of another call.
 
-    Raises ValueError for values out of range, where neither criterion nor teacher is given, for a network that is not
-    converted, for a qnet with other layers, and where the loss is not finite.
+    Raises ValueError for values out of range, if neither criterion nor teacher is given, for a network that is not
+    converted or entirely frozen, for a qnet with other layers, and for a loss that is not finite.
     """
     epochs, lr = check_option("spike_epochs", epochs), check_option("spike_lr", lr)
     if not snn.neurons():
@@ -101,7 +102,10 @@ def finetune_spikes(
 
 
 def run_epochs(snn, layers, loader, device, epochs, lr, part_size, how):
-    """Move the shadow weights of `layers`, and set the integers after every step. how: keywords of `total_loss`."""
+    """Train the shadow weights of `layers`, and set the integers after every step.
+
+    part_size: images per backward pass; a batch has one optimizer step. how: keywords of `total_loss`.
+    """
     optimizer = QuantAdam(groups_of(layers, lr))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * count_batches(loader)))
     for epoch in range(1, epochs + 1):
@@ -123,28 +127,30 @@ def run_epochs(snn, layers, loader, device, epochs, lr, part_size, how):
 
 
 def batch_of(batch, device, with_labels):
-    """`inputs, labels` of a batch on a device; without a need for labels they are None."""
+    """`inputs, labels` of a batch on a device; labels is None unless `with_labels`."""
     return labelled_batch(batch, device) if with_labels else (on_device(split_batch(batch)[0], device), None)
 
 
 def parts_of(inputs, targets, size):
-    """`inputs, labels` of at most `size` samples at a time."""
+    """Split a batch into pairs `inputs, labels` of at most `size` samples."""
     parts = list(zip(*(x.split(size) for x in inputs)))
     return zip(parts, [None] * len(parts) if targets is None else targets.split(size))
 
 
 def default_lr(timesteps, with_labels):
-    """The learning rate, a share of the weights: the more timesteps, the less is there to gain.
+    """The default learning rate, relative to the RMS of a layer's weights.
 
-    Labels and all training images, thousands of steps, allow a larger one than the outputs of the ANN on a few.
+    It falls with T, because more timesteps leave less to gain. With labels it is larger, because thousands of steps on
+    all training images allow more than training on a few images.
     """
     return LR_WITH_LABELS / timesteps**0.5 if with_labels else LR_TIMES_T / timesteps
 
 
 def finetune_on_spikes(snn, qnet, ann, train_loader, calibration_loader, criterion, device, args):
-    """The converted network after epochs on the outputs of `ann` alone, then epochs on both these and labels.
+    """The converted network after epochs on the ANN's outputs alone, then epochs on labels and the ANN's outputs.
 
-    args: a namespace with the fields of `options.SpikeFinetuneOptions`, and calibration_samples.
+    args: a namespace with the fields of `options.SpikeFinetuneOptions`, and calibration_samples. Raises ValueError like
+    `finetune_spikes`.
     """
     options = SpikeFinetuneOptions.of(args)
     how = {"lr": options.spike_lr, "teacher": ann, "gradient": options.spike_gradient}
@@ -157,7 +163,7 @@ def finetune_on_spikes(snn, qnet, ann, train_loader, calibration_loader, criteri
 
 
 def first_images(loader, samples):
-    """The first `samples` images of a loader, in small batches: many steps on few images."""
+    """The first `samples` images of a loader, in batches of `BATCH`; small batches give many steps on few images."""
     batches, seen = [], 0
     for batch in loader:
         inputs, labels = split_batch(batch)
@@ -170,7 +176,7 @@ def first_images(loader, samples):
 
 
 def total_loss(snn, inputs, targets, *, forward, criterion, teacher, features):
-    """The loss of one batch, with gradients for weights and biases by `forward`, one of `GRADIENTS`."""
+    """The loss of one batch, differentiable in weights and biases. forward: one of `GRADIENTS`."""
     outputs, activations = forward(snn, inputs)
     loss = 0.0 if criterion is None else loss_of(criterion, outputs, targets)
     if teacher is not None:
@@ -183,12 +189,12 @@ def total_loss(snn, inputs, targets, *, forward, criterion, teacher, features):
 
 
 def relative_error(values, wanted):
-    """The squared error in shares of the square of what is wanted."""
+    """The squared error relative to the mean square of `wanted`."""
     return F.mse_loss(values, wanted) * (wanted.numel() / wanted.norm().square().clamp_min(1e-12))
 
 
 def ann_forward(dag, inputs):
-    """The outputs of a network that does not spike, and op name -> what the op returns."""
+    """The outputs of an ANN, and op name -> the op's activation."""
     returned = {}
 
     def watch(name, current, activation):
@@ -198,7 +204,7 @@ def ann_forward(dag, inputs):
 
 
 def forward_through_time(snn, inputs):
-    """The outputs of a converted network and [(op name, decoded rates)], as autograd can follow them through time."""
+    """The outputs of a converted network and [(op name, decoded rates)], differentiable through time."""
     stages, values, rates = Stages(snn), dict(zip(snn.inputs_nodes, inputs)), []
 
     def watch(name, current, spikes):
@@ -214,7 +220,7 @@ def forward_through_time(snn, inputs):
 
 @contextmanager
 def learning(snn):
-    """While it lasts, autograd follows the simulation to weights and biases."""
+    """Context in which the simulation is differentiable in weights and biases."""
     learners = [*snn.weighted_layers().values(), *snn.neurons().values()]
     for each in learners:
         each.learns = True
@@ -226,7 +232,7 @@ def learning(snn):
 
 
 def tandem_forward(snn, inputs):
-    """The outputs of a converted network, exactly, with the gradients of the ANN, and [(op name, decoded rates)]."""
+    """The exact outputs of a converted network and [(op name, decoded rates)], with the gradients of the ANN."""
     rates, sent = decoded_rates(snn, inputs), []
 
     def watch(name, current, activation):
@@ -244,7 +250,7 @@ GRADIENTS = {"time": forward_through_time, "tandem": tandem_forward}
 
 
 class SentInstead(torch.autograd.Function):
-    """The decoded rates, in place of the activation; the gradient passes as if it were clamped to lambda, if given."""
+    """Replaces an activation by decoded rates; the gradient is that of the activation, clamped to lambda if given."""
 
     @staticmethod
     def forward(ctx, activation, rates, scale):
@@ -259,9 +265,9 @@ class SentInstead(torch.autograd.Function):
 
 @torch.no_grad()
 def decoded_rates(snn, inputs):
-    """Op name -> the activation that its spikes stand for, [B, ...], of neurons and of max poolings.
+    """Op name -> decoded spikes, in units of activation [B, ...], for neurons and max poolings.
 
-    The batch is cut as in `spike_simulator.simulate`; on a CPU every thread simulates parts of its own.
+    The batch is split as in `spike_simulator.simulate`; on a CPU each thread simulates its own parts.
     """
     stages = Stages(snn)
     images, _ = cut(snn, inputs, snn.timesteps, stages)
@@ -284,28 +290,31 @@ def decoded_rates(snn, inputs):
 
 @torch.no_grad()
 def shadow_weights(snn, qnet=None):
-    """The layers to train; each weight gets a shadow in full precision, and what its integers say as its value.
+    """The layers to train; each weight gets a full-precision shadow, and the value that its integers represent.
 
-    The shadows are those of `qnet`, moved to the edge of the interval of their integer where they lie beyond it, or
-    else what the integers say. Raises ValueError for a qnet with other layers.
+    The shadows are those of `qnet`, clamped to the rounding interval of their integer; without `qnet` they are the
+    values that the integers represent. Raises ValueError for a qnet with other layers.
     """
     layers = list(snn.weighted_layers().values())
     for name, layer in snn.weighted_layers().items():
-        if layer.weight_scale is None:  # behind the last spikes, of a network that was not quantized before
+        if layer.weight_scale is None:  # a layer after the last spikes, never quantized
             layer.set_weight_scale(quantize_layer(layer, layer.weight, layer.weight_bits)[1])
         full = None if qnet is None else full_precision(qnet, name, layer)
         layer.weight.weight_back = layer.weight.detach().clone() if full is None else within_interval(layer, full)
         if layer.spiking and layer.bias_q is not None:
-            if layer.bias is None:  # a correction gave it one
+            if layer.bias is None:  # the correction added bias_q
                 layer.bias = nn.Parameter(torch.zeros(layer.output_channels, device=layer.weight.device))
                 layer.frozen -= {"bias"} if "weight" not in layer.frozen else set()
-            layer.bias.copy_(layer.bias_q * layer.per_output_unit())  # with what a correction added to it
+            layer.bias.copy_(layer.bias_q * layer.per_output_unit())  # includes the correction
     set_integers(layers)
     return layers
 
 
 def full_precision(qnet, name, layer):
-    """The shadow weights of op `name` of a quantized network for the converted `layer`, or None where it has none."""
+    """The shadow weights of op `name` in a quantized network, or None if it has none.
+
+    layer: the converted layer. Raises ValueError if `qnet` has no such layer of the same shape.
+    """
     weight = qnet.ops[name].op.weight if name in qnet.ops else None
     if weight is None or weight.shape != layer.weight.shape:
         raise ValueError(f"the quantized network has no layer {name} of this shape, give the one that was converted")
@@ -314,9 +323,9 @@ def full_precision(qnet, name, layer):
 
 
 def within_interval(layer, full):
-    """The weights nearest to `full` that round to the layer's integers; float weights have none, and stay.
+    """The weights nearest to `full` that round to the layer's integers; at 32 bits, the layer's own weights.
 
-    At 1 bit those of the other sign start at what the integer says.
+    At 1 bit, a weight of the wrong sign becomes the value of its integer.
     """
     bits, scale = layer.weight_bits, layer.weight_scale
     if bits == FLOAT_BITS:
@@ -324,7 +333,7 @@ def within_interval(layer, full):
     weight_q = round_layer(layer, layer.weight.detach(), scale, bits)
     if bits == 1:
         return torch.where(round_layer(layer, full, scale, bits) == weight_q, full, weight_q / scale)
-    largest, endless = largest_integer(bits), torch.inf  # the outermost integers stand for all beyond them
+    largest, endless = largest_integer(bits), torch.inf  # the outermost integers include all larger weights
     low = torch.where(weight_q <= -largest, -endless, weight_q - INTERVAL)
     high = torch.where(weight_q >= largest, endless, weight_q + INTERVAL)
     return (full * scale).clamp(low, high) / scale
@@ -332,7 +341,7 @@ def within_interval(layer, full):
 
 @torch.no_grad()
 def set_integers(layers):
-    """Round the shadows to integers, in units that stay as they are; weights and biases become what these say."""
+    """Round the shadows to integers in unchanged units, and set weights to the values of the integers."""
     for layer in layers:
         bits, scale, shadow = layer.weight_bits, layer.weight_scale, layer.weight.weight_back
         weight_q = shadow * scale if bits == FLOAT_BITS else round_layer(layer, shadow, scale, bits)

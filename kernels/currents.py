@@ -1,7 +1,8 @@
-"""Convolutions and linear layers of spikes with integer weights, each way exact, chosen by what the machine has.
+"""Exact currents of convolutions and linear layers with integer weights, computed in the fastest way of the machine.
 
-Int8Weights    CPU: 8-bit weights, by oneDNN in integers
-exact_type     the narrowest floating-point type in which currents are exact on a device, tried out
+Int8Weights    on a CPU: integer products by oneDNN
+GpuWeights     on a GPU: integer products by Triton (`kernels.currents_gpu`)
+exact_type     otherwise: the narrowest floating-point type whose currents are exact on a device, found by trial
 """
 
 import functools
@@ -12,15 +13,16 @@ from kernels.currents_gpu import GpuWeights
 from kernels.integer_state import IntegerState
 from kernels.memory_order import order
 
-EXACT_IN_FLOAT32 = 2**24  # integers up to here are exact in float32, which has 24 bits for them
+EXACT_IN_FLOAT32 = 2**24  # float32 has 24 significant bits, so integers up to here are exact in it
 LARGEST_EXACT = {torch.float16: 2**11, torch.float32: EXACT_IN_FLOAT32}
-MOST_SHAPES = 64  # that a layer remembers the choice for
+MOST_SHAPES = 64  # choices that a layer remembers, one per shape of spikes; beyond it, it starts anew
 
 
 class SpikeCurrents:
-    """Called with a layer and its spikes [T*B, ...]: their currents, exact in the type they come in.
+    """Called with a layer and its spikes [T*B, ...]; returns the currents [T*B, ...], exact in the type that they have.
 
-    The choice for a shape and a device holds until the layer's integers change; a copy of a layer makes its own.
+    The method is chosen once per shape and device, and again when the layer's integers change. A copy of a layer makes
+    its own choices.
     """
 
     def __init__(self):
@@ -32,10 +34,10 @@ class SpikeCurrents:
     def __call__(self, layer, spikes):
         if spikes.dtype != torch.uint8 or layer.weight_q.dtype != torch.int8:  # the reference engine, float weights
             return in_type(layer, spikes, torch.promote_types(spikes.dtype, torch.float32))
-        state = self.state  # of the threads that simulate, each may set it
+        state = self.state  # read once, because each simulating thread may set it
         if state is None or not state.holds(layer.weight_q, layer.bias_q) or len(state.made) > MOST_SHAPES:
             state = self.state = IntegerState({}, layer.weight_q, layer.bias_q)
-        # a CPU chooses no algorithm by the batch
+        # on a CPU the algorithm does not depend on the batch size
         key = (spikes.device, spikes.shape if spikes.device.type != "cpu" else spikes.shape[1:])
         run = state.made.get(key)
         if run is None:
@@ -44,7 +46,10 @@ class SpikeCurrents:
 
 
 def choose(layer, spikes, made):
-    """A function of spikes of this shape. made: what was chosen before; packed weights suit all shapes."""
+    """A function from spikes of this shape to their currents.
+
+    made: earlier choices, to which packed weights are added, because these suit every shape.
+    """
     device, largest, geometry = spikes.device, layer.largest_current(), layer.int8_arguments()
     if device.type == "cpu" and layer.packs_int8() and largest <= EXACT_IN_FLOAT32:
         if "int8" not in made:
@@ -59,17 +64,17 @@ def choose(layer, spikes, made):
 
 
 def in_type(layer, spikes, dtype):
-    """The currents of spikes, computed in a floating-point type."""
+    """The currents [T*B, ...] of spikes [T*B, ...], computed in a floating-point type."""
     if spikes.device.type != "cpu":
-        spikes = spikes.contiguous(memory_format=order(spikes))  # as `exact_type` tries them
+        spikes = spikes.contiguous(memory_format=order(spikes))  # the order that `exact_type` tried
     spikes = spikes.to(dtype)
     return layer.operate(spikes, layer.weight_q.to(dtype), None if layer.bias_q is None else layer.bias_q.to(dtype))
 
 
 def type_for(layer, shape, device):
-    """The narrowest type in which the currents of spikes of this shape are exact on a device.
+    """The narrowest floating-point type in which the currents of spikes of this shape are exact on a device.
 
-    A CPU is tried on two samples, and not in float16, in which it is slow.
+    On a CPU two samples are enough for the trial, and float16 is left out because it is slow there.
     """
     on_cpu = torch.device(device).type == "cpu"
     shape = (2, *shape[1:]) if on_cpu else shape
@@ -82,7 +87,10 @@ def type_for(layer, shape, device):
 
 
 class Int8Weights:
-    """The integer weights of a convolution or linear layer, packed for oneDNN: uint8 spikes in, exact float32 out."""
+    """Integer weights of a convolution or linear layer, packed for oneDNN: from uint8 spikes to exact float32 currents.
+
+    weight_q: int8 [C_out, ...]. bias_q: [C_out] or None.
+    """
 
     def __init__(self, weight_q, bias_q, conv=None):
         channels = len(weight_q)
@@ -96,7 +104,7 @@ class Int8Weights:
             self.packed = onednn.qconv_prepack(weight_q.contiguous(), self.scale, 1.0, 0, *conv)
 
     def __call__(self, spikes):
-        """Currents of uint8 spikes."""
+        """The currents, float32 [N, C_out, ...], of uint8 spikes [N, C_in, ...]."""
         weights = (self.packed, self.scale, self.zero, self.bias)
         if self.conv is None:
             tail = (1.0, 0, torch.float32, "none", [], "")
@@ -108,10 +116,10 @@ class Int8Weights:
 
 @functools.cache
 def int8_is_exact(largest=1):
-    """Whether this machine's int8 operators exist and are exact for inputs of 0 to `largest`, tried out once.
+    """Whether the int8 operators of this machine exist and are exact for inputs from 0 to `largest`; tried once.
 
-    Without VNNI a processor may add products in pairs of 16 bits, which the largest inputs and weights overflow: so
-    these are tried beside random ones.
+    A processor without VNNI may add pairs of products in 16 bits, which overflow for the largest inputs and weights.
+    The trial therefore uses these as well as random values.
     """
     generator = torch.Generator().manual_seed(0)
     spikes = torch.randint(0, largest + 1, (3, 32, 9, 9), generator=generator, dtype=torch.uint8)
@@ -121,7 +129,10 @@ def int8_is_exact(largest=1):
 
 
 def int8_gives_exact(spikes, weight):
-    """Whether int8 operators exist, and a convolution and a linear layer by them equal those in float64."""
+    """Whether int8 operators exist and give the float64 result for a convolution and a linear layer.
+
+    spikes: uint8 [N, C_in, H, W]. weight: int8 [C_out, C_in, 3, 3].
+    """
     bias = torch.arange(16, dtype=torch.int32)
     conv = ([1, 1], [1, 1], [1, 1], 1)
     try:
@@ -135,13 +146,15 @@ def int8_gives_exact(spikes, weight):
 
 
 def exact_type(operate, largest, shape, device, largest_input=1, types=LARGEST_EXACT):
-    """float16, float32 or float64: the narrowest type in which `operate(spikes)` has exact currents on this device.
+    """The narrowest of float16, float32 and float64 in which `operate(spikes)` returns exact currents on a device.
 
-    operate: a layer's function of spikes, in their type. largest: bound of |current|. shape: of the spikes.
-    largest_input: 1 for spikes, up to 255 for sums of them. Integers below 2^11 and 2^24 are exact in float16 and
-    float32 (TF32 included: it rounds the factors, which are at most 255, not their sums), but an algorithm that
-    transforms its inputs, as Winograd's does, rounds them; libraries choose by the shape. So each type is tried on
-    random spikes of that shape, and on the largest everywhere. types: those to try -> the largest integer exact in it.
+    operate: function from spikes to currents of the same type. largest: bound of |current|. shape: shape of the spikes.
+    largest_input: 1 for spikes, up to 255 for sums of spikes. types: type to try -> the largest integer exact in it.
+
+    Integers up to 2^11 are exact in float16, and up to 2^24 in float32. TF32 does not change this: it rounds factors,
+    which are at most 255, but not sums. Algorithms that transform their inputs, such as Winograd's, do round, and
+    libraries choose the algorithm by the shape. So each type is tried on random spikes of this shape, and with the
+    largest input everywhere.
     """
     generator = torch.Generator().manual_seed(0)
     random = torch.randint(0, largest_input + 1, shape, generator=generator, dtype=torch.uint8).to(device)
@@ -153,6 +166,6 @@ def exact_type(operate, largest, shape, device, largest_input=1, types=LARGEST_E
 
 
 def is_exact(operate, spikes, dtype):
-    """Whether an operator gives the same in `dtype` as in float64."""
+    """Whether an operator returns the same values in `dtype` as in float64."""
     spikes = spikes.contiguous(memory_format=order(spikes))
     return torch.equal(operate(spikes.to(dtype)).double(), operate(spikes.double()))

@@ -1,4 +1,4 @@
-"""Convolutions of spikes with integer weights on a GPU, by Triton in integers."""
+"""Integer convolutions of spikes on a GPU, compiled by Triton."""
 
 import math
 
@@ -10,7 +10,7 @@ if triton is not None:
 
     @triton.jit
     def window_of(pixel, H, W, C, out_H, out_W, stride_h, stride_w, pad_h, pad_w):
-        """Where the window of an output pixel begins in the inputs [N, H, W, C]: its first element, row and column."""
+        """`corner, top, left`: first element, row and column of an output pixel's window in inputs [N, H, W, C]."""
         image = pixel // (out_H * out_W)
         top = (pixel // out_W % out_H).to(tl.int32) * stride_h - pad_h
         left = (pixel % out_W).to(tl.int32) * stride_w - pad_w
@@ -22,9 +22,9 @@ if triton is not None:
         stride_w, pad_h, pad_w, dilation_h, dilation_w, kernel_w: tl.constexpr, taps: tl.constexpr,
         has_bias: tl.constexpr, block_pixels: tl.constexpr, block_out: tl.constexpr, block_in: tl.constexpr,
     ):  # fmt: skip
-        """currents [N, out_H, out_W, out_C] of inputs [N, H, W, C], 0 to 127, and int8 weights [taps * C, out_C].
+        """Fill currents [N, out_H, out_W, out_C] from inputs [N, H, W, C] of 0..127 and int8 weights [taps * C, out_C].
 
-        Each program has `block_pixels` of the N * out_H * out_W pixels, and `block_out` channels.
+        Each program computes `block_pixels` of the N * out_H * out_W output pixels for `block_out` output channels.
         """
         pixel = tl.program_id(0).to(tl.int64) * block_pixels + tl.arange(0, block_pixels)
         out_channel = tl.program_id(1) * block_out + tl.arange(0, block_out)
@@ -56,7 +56,7 @@ if triton is not None:
         dilation_h, dilation_w, kernel_w: tl.constexpr, taps: tl.constexpr, has_bias: tl.constexpr,
         block: tl.constexpr,
     ):  # fmt: skip
-        """As `convolve_integers` with int8 weights [taps, C], of every channel alone: `block` elements a program."""
+        """Like `convolve_integers`, but depthwise: int8 weights [taps, C]. Each program computes `block` elements."""
         i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         inside = i < elements
         channel, pixel = (i % C).to(tl.int32), i // C
@@ -75,14 +75,19 @@ if triton is not None:
 
 
 def convolves_on_gpu(largest, device):
-    """Whether `GpuWeights` can be used for inputs of 0 to `largest`: on GPUs that Triton compiles int8 products for."""
+    """Whether `GpuWeights` supports a GPU and inputs from 0 to `largest`.
+
+    Inputs are multiplied as int8, so they must be at most 127; Triton compiles int8 products for compute capability 8.0
+    and later.
+    """
     return triton is not None and largest <= 127 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class GpuWeights:
-    """The integer weights of a convolution for Triton: uint8 spikes in, exact integers out.
+    """The integer weights of a convolution for Triton; turns uint8 spikes into exact integer currents.
 
-    conv: (stride, padding, dilation, groups), of which groups are 1, or C_in = C_out. largest: bound of |current|.
+    weight_q: int8 [C_out, C_in / groups, kh, kw]. bias_q: [C_out] or None. conv: (stride, padding, dilation, groups);
+    groups is 1, or C_in = C_out for a depthwise convolution. largest: bound of |current|.
     """
 
     def __init__(self, weight_q, bias_q, conv, largest):
@@ -94,7 +99,7 @@ class GpuWeights:
         self.type = torch.int16 if largest < 2**15 else torch.int32
 
     def __call__(self, spikes):
-        """Currents [N, C_out, H', W'], channels last, of uint8 spikes [N, C_in, H, W]."""
+        """Currents [N, C_out, H', W'], int16 or int32 and channels last, of uint8 spikes [N, C_in, H, W]."""
         spikes = spikes.contiguous(memory_format=torch.channels_last)
         size, out_size = spikes.shape[2:], self.output_size(spikes.shape[2:])
         currents = torch.empty(
@@ -103,7 +108,9 @@ class GpuWeights:
             device=spikes.device,
             memory_format=torch.channels_last,
         )
-        bias = self.weight if self.bias is None else self.bias  # the former is not read
+        bias = (
+            self.weight if self.bias is None else self.bias
+        )  # without a bias the kernel reads no bias, any tensor will do
         tensors, geometry = (spikes, self.weight, bias, currents), (*self.stride, *self.padding, *self.dilation)
         kinds = {"kernel_w": self.kernel[1], "taps": math.prod(self.kernel), "has_bias": self.bias is not None}
         with on_its_gpu(spikes):
@@ -118,7 +125,7 @@ class GpuWeights:
         return currents
 
     def output_size(self, size):
-        """H', W'."""
+        """Height and width of the output for an input of `size`, (height, width)."""
         extents = zip(size, self.padding, self.dilation, self.kernel, self.stride)
         return [
             (x + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
@@ -126,7 +133,7 @@ class GpuWeights:
         ]
 
     def blocks(self):
-        """What one program computes, the fastest of those tried on an H200."""
+        """Block sizes and warps of one program, the fastest of those tried on an H200."""
         block_out = min(64, max(16, triton.next_power_of_2(self.channels)))
         if self.inputs > 32 and block_out == 64:
             return {"block_pixels": 256, "block_out": 64, "block_in": 64, "num_warps": 8}

@@ -1,4 +1,4 @@
-"""Triton, where PyTorch brings it along."""
+"""Triton, if it is installed; PyTorch's builds for GPUs include it."""
 
 from contextlib import nullcontext
 
@@ -7,10 +7,10 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # comes with PyTorch's builds for GPUs
+except ImportError:  # PyTorch's builds for CPUs do not include it
     triton = tl = None
 
 
 def on_its_gpu(tensor):
-    """A context in which Triton launches on the GPU of a tensor, which need not be the current one."""
+    """Context in which Triton launches on the tensor's GPU, even if another GPU is the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,16 +1,16 @@
-"""Whether tensors are still those that something was prepared from."""
+"""Detect whether the tensors behind a prepared object have changed."""
 
 
 class IntegerState:
-    """What was `made` of the tensors that are a layer's integers, and how often these were changed in place then."""
+    """An object `made` from a layer's integer tensors, with the versions that the tensors had at that time."""
 
     def __init__(self, made, *tensors):
         self.made = made
-        self.tensors = tensors  # kept, so that no other tensor takes their place in memory
+        self.tensors = tensors  # keeps the tensors alive, so that no other tensor can reuse their identity
         self.versions = versions_of(tensors)
 
     def holds(self, *tensors):
-        """Whether these are still the tensors, unchanged."""
+        """Whether the given tensors are the same objects as before, without changes in place."""
         same = len(tensors) == len(self.tensors)
         for mine, theirs in zip(self.tensors, tensors):
             same = same and mine is theirs
@@ -18,7 +18,7 @@ class IntegerState:
 
 
 def versions_of(tensors):
-    """How often each tensor was changed in place."""
+    """How often each tensor was changed in place; None for no tensor, and for inference tensors, which do not count."""
     versions = []
     for tensor in tensors:
         versions.append(None if tensor is None or tensor.is_inference() else tensor._version)

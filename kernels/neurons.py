@@ -1,4 +1,4 @@
-"""All timesteps of integrate-and-fire neurons in one pass, forward and, where autograd follows, back through time."""
+"""All timesteps of integrate-and-fire neurons in one pass: forward and, for training, back through time."""
 
 import torch
 
@@ -8,18 +8,19 @@ from kernels.memory_order import each_neuron, in_memory_order, in_usual_order, i
 
 
 def can_run_compiled(tensor):
-    """Whether compiled neurons can work on a tensor."""
+    """Whether a compiled kernel exists for the device of a tensor."""
     compiler = {"cpu": neurons_cpu.njit, "cuda": triton}.get(tensor.device.type)
     return compiler is not None
 
 
 def if_steps(steps, constant, extra, Vthr, membrane, subtract, timesteps):
-    """Spikes, uint8 [T*B, ...], of integrate-and-fire neurons; `membrane` [B, ...] float32 is changed in place.
+    """The spikes, uint8 [T*B, ...], of integrate-and-fire neurons.
 
-    steps: currents [T*B, ...], float32 or on a GPU float16 or integers too, or None. constant: a current that is the
-    same at every step, [B, ...] or None. extra: (spikes uint8 [T*B, ...], weight) that flow in too, or None. Vthr and
-    weight are broadcastable to a sample. `membrane` is in the memory order that `order` says; the others are brought
-    into it.
+    steps: currents [T*B, ...] or None; float32, on a GPU also float16 or integers. constant: current [B, ...] that is
+    the same at every step, or None. extra: (uint8 spikes [T*B, ...], weight) whose product is added to the current, or
+    None. Vthr and weight are broadcastable to a sample. membrane: membrane potentials, float32 [B, ...] in the memory
+    format `order(membrane)`, changed in place; the other tensors are converted to this format. subtract: whether a
+    spike subtracts Vthr, otherwise it resets to 0.
     """
     shape = (timesteps * len(membrane), *membrane.shape[1:])
     spikes = torch.empty(shape, dtype=torch.uint8, device=membrane.device, memory_format=order(membrane))
@@ -29,10 +30,10 @@ def if_steps(steps, constant, extra, Vthr, membrane, subtract, timesteps):
 
 
 def learning_steps(steps, Vthr, start, listen, subtract):
-    """Membrane potentials before the reset, and spikes, of integrate-and-fire neurons: float32 [T, B, ...].
+    """`potentials, spikes` of integrate-and-fire neurons, each float32 [T, B, ...]; potentials are before the reset.
 
-    steps: their currents, float32 [T, B, ...], of which `listen` come before the first spike. Vthr, start: each
-    broadcastable to a sample.
+    steps: currents, float32 [T, B, ...]. listen: steps that are integrated before the first spike. Vthr, start: the
+    threshold and the initial membrane potential, each broadcastable to a sample.
     """
     last = is_channels_last(steps)
     sample, steps = steps.shape[2:], in_memory_order(steps, last)
@@ -43,7 +44,10 @@ def learning_steps(steps, Vthr, start, listen, subtract):
 
 
 def learning_steps_back(gradient, potentials, Vthr, listen, subtract):
-    """The gradient for the currents of `learning_steps`, [T, B, ...], from that for the spikes."""
+    """The gradient with respect to the currents of `learning_steps`, from that with respect to its spikes.
+
+    gradient, potentials and the result: float32 [T, B, ...].
+    """
     last = is_channels_last(potentials)
     Vthr = each_neuron(Vthr, potentials.shape[2:], last)
     gradient, potentials = in_memory_order(gradient, last), in_memory_order(potentials, last)

@@ -1,4 +1,4 @@
-"""Integrate-and-fire neurons on a CPU, all timesteps in one pass, compiled by numba."""
+"""Integrate-and-fire neurons on a CPU: all timesteps in one pass, compiled by numba."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -13,14 +13,14 @@ try:
 except ImportError:  # optional: without it the neurons run in plain PyTorch
     njit = None
 
-CHUNK = 1024  # neurons whose membrane potentials stay in the L1 cache over all timesteps
+CHUNK = 1024  # neurons at a time, whose membrane potentials (4 KiB) stay in the L1 cache over all timesteps
 
 
 def compiled(function):
-    """Compile for the CPU without the interpreter's lock; on disk, too, where that can be written."""
+    """Compile a function without Python's global lock, and cache it on disk if numba can write there."""
     try:
         return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # numba has nowhere to keep the compiled code
+    except RuntimeError:  # numba found no writable folder for its cache
         return njit(nogil=True)(function)
 
 
@@ -28,10 +28,11 @@ if njit is not None:
 
     @compiled
     def run_neurons(current, constant, extra, extra_weight, Vthr, membrane, spikes, subtract):
-        """Integrate and fire: spikes[t, i] = u_i >= Vthr, then u_i -= Vthr or u_i = 0.
+        """Integrate and fire: spikes[t, i] = u_i >= Vthr, then u_i -= Vthr (if `subtract`) or u_i = 0.
 
-        The current of neuron i at step t is constant[i], or current[t, i] + extra[t, i] * extra_weight; what has no
-        elements is left out. Vthr and extra_weight repeat over the neurons. membrane, [N], is read and written.
+        The current of neuron i at step t is constant[i], or current[t, i] + extra[t, i] * extra_weight; an empty array
+        is left out. current, extra, spikes: [T, N]. constant: [N]. Vthr and extra_weight repeat over the neurons.
+        membrane, [N], holds u before and after.
         """
         timesteps, neurons = spikes.shape
         chunk = len(Vthr)
@@ -65,9 +66,9 @@ if njit is not None:
 
     @compiled
     def run_learning_neurons(first, stop, steps, Vthr, start, potentials, spikes, listen, subtract):
-        """Fill potentials, before the reset, and spikes, float32 [T, B, N] as steps, of samples `first` to `stop` - 1.
+        """Fill the membrane potentials before the reset and the spikes of the samples `first` to `stop` - 1.
 
-        Vthr, start: [N].
+        steps, potentials, spikes: float32 [T, B, N]. Vthr, start: float32 [N].
         """
         zero, one = np.float32(0), np.float32(1)
         timesteps, _, neurons = steps.shape
@@ -87,20 +88,25 @@ if njit is not None:
 
     @compiled
     def slope_of_spike(potential, Vthr):
-        """The triangle that stands for the derivative of a spike (`spike_layers.SpikesThroughTime`)."""
+        """The triangle that replaces the derivative of a spike (`spike_neurons.SpikesThroughTime`)."""
         away = potential / Vthr - np.float32(1)
-        slope = np.float32(1) - (away if away > np.float32(0) else -away)  # branches vectorise, max and abs do not
+        slope = np.float32(1) - (away if away > np.float32(0) else -away)  # branches vectorise; max and abs do not
         return (slope if slope > np.float32(0) else np.float32(0)) / Vthr
 
     @compiled
     def run_learning_neurons_back(first, stop, gradient, potentials, Vthr, of_steps, listen, subtract):
-        """Fill of_steps, what `gradient` of the spikes is for the currents, with a triangle for that of a spike."""
+        """Fill `of_steps`, the gradient with respect to the currents, from `gradient`, that with respect to the spikes.
+
+        gradient, potentials, of_steps: float32 [T, B, N]. Vthr: float32 [N].
+        """
         timesteps, _, neurons = gradient.shape
         for b in range(first, stop):
-            m = np.zeros(neurons, np.float32)  # the gradient for the membrane potential
+            m = np.zeros(neurons, np.float32)  # gradient with respect to the membrane potential
             for t in range(timesteps - 1, -1, -1):
                 g, p = gradient[t, b], potentials[t, b]
-                c = of_steps[min(t + listen, timesteps - 1), b]  # what is written there too early is overwritten
+                c = of_steps[
+                    min(t + listen, timesteps - 1), b
+                ]  # the last step is overwritten until its final value comes
                 if subtract:
                     for i in range(neurons):
                         slope = slope_of_spike(p[i], Vthr[i])
@@ -117,12 +123,12 @@ if njit is not None:
 
 
 def if_steps_on_cpu(steps, constant, extra, Vthr, membrane, spikes, subtract, timesteps):
-    """Fill `spikes` by the kernel that numba compiles."""
+    """Fill `spikes` with the kernel compiled by numba; arguments as for `neurons.if_steps`."""
     empty = torch.empty(0)
     Vthr = per_neuron(Vthr, membrane)
     weight = Vthr if extra is None else per_neuron(extra[1], membrane)
     period = math.lcm(len(Vthr), len(weight))
-    chunk = period * -(-CHUNK // period)  # neurons after which both begin anew
+    chunk = period * -(-CHUNK // period)  # a multiple of both periods, so that each chunk starts with their first value
     run_neurons(
         flat(empty if steps is None else steps, membrane, timesteps).numpy(),
         empty.numpy() if constant is None else flat(constant, membrane, 1)[0].numpy(),
@@ -136,17 +142,17 @@ def if_steps_on_cpu(steps, constant, extra, Vthr, membrane, spikes, subtract, ti
 
 
 def learning_steps_on_cpu(steps, Vthr, start, potentials, spikes, listen, subtract):
-    """Fill `potentials` and `spikes` by the kernel that numba compiles."""
+    """Fill `potentials` and `spikes` with the kernel compiled by numba."""
     share_samples(run_learning_neurons, (steps, Vthr, start, potentials, spikes), listen, subtract)
 
 
 def learning_steps_back_on_cpu(gradient, potentials, Vthr, of_steps, listen, subtract):
-    """Fill `of_steps` by the kernel that numba compiles."""
+    """Fill `of_steps` with the kernel compiled by numba."""
     share_samples(run_learning_neurons_back, (gradient, potentials, Vthr, of_steps), listen, subtract)
 
 
 def share_samples(kernel, tensors, listen, subtract):
-    """Run a learning kernel on tensors [T, B, ...] and [N]: every thread has some of the samples."""
+    """Run a learning kernel on tensors [T, B, ...] and [N]; the threads share the samples."""
     samples = tensors[0].shape[1]
     arrays = [tensor.flatten(2).numpy() if tensor.dim() > 1 else tensor.numpy() for tensor in tensors]
     threads = min(torch.get_num_threads(), samples)

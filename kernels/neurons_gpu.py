@@ -1,4 +1,4 @@
-"""Integrate-and-fire neurons on a GPU, all timesteps in one launch, compiled by Triton."""
+"""Integrate-and-fire neurons on a GPU: all timesteps in one launch, compiled by Triton."""
 
 from kernels.gpu import on_its_gpu, tl, triton
 from kernels.memory_order import flat, per_neuron
@@ -10,7 +10,7 @@ if triton is not None:
         current, extra, extra_weight, Vthr, membrane, spikes, timesteps, neurons, weight_period, Vthr_period,
         is_constant: tl.constexpr, has_extra: tl.constexpr, subtract: tl.constexpr, block: tl.constexpr,
     ):  # fmt: skip
-        """As `run_neurons`: each program has `block` neurons, whose membrane potentials stay in registers."""
+        """Like `run_neurons`; each program computes `block` neurons, with their membrane potentials in registers."""
         i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         inside = i < neurons
         u = tl.load(membrane + i, inside, 0.0)
@@ -37,7 +37,7 @@ if triton is not None:
         steps, Vthr, start, potentials, spikes, timesteps, neurons, period, listen, subtract: tl.constexpr,
         block: tl.constexpr,
     ):  # fmt: skip
-        """As `run_learning_neurons`, for `block` of B * N neurons; Vthr and start repeat after `period` of them."""
+        """Like `run_learning_neurons`, for `block` of the B * N neurons; Vthr and start repeat after `period`."""
         i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         inside = i < neurons
         u = tl.load(start + i % period, inside, 0.0)
@@ -61,7 +61,7 @@ if triton is not None:
         gradient, potentials, Vthr, of_steps, timesteps, neurons, period, listen, last, subtract: tl.constexpr,
         block: tl.constexpr,
     ):  # fmt: skip
-        """As `run_learning_neurons_back`, for `block` of B * N neurons; `last` is where the last step begins."""
+        """Like `run_learning_neurons_back`, for `block` of the B * N neurons; last: first element of the last step."""
         i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         inside = i < neurons
         V = tl.load(Vthr + i % period, inside, 1.0)
@@ -82,7 +82,7 @@ if triton is not None:
 
 
 def if_steps_on_gpu(steps, constant, extra, Vthr, membrane, spikes, subtract, timesteps):
-    """Fill `spikes` by the kernel that Triton compiles."""
+    """Fill `spikes` with the kernel compiled by Triton; arguments as for `neurons.if_steps`."""
     neurons, block = membrane.numel(), 512
     Vthr = per_neuron(Vthr, membrane)
     weight = Vthr if extra is None else per_neuron(extra[1], membrane)
@@ -105,7 +105,7 @@ def if_steps_on_gpu(steps, constant, extra, Vthr, membrane, spikes, subtract, ti
 
 
 def learning_steps_on_gpu(steps, Vthr, start, potentials, spikes, listen, subtract):
-    """Fill `potentials` and `spikes` by the kernel that Triton compiles."""
+    """Fill `potentials` and `spikes` with the kernel compiled by Triton."""
     neurons, block = steps[0].numel(), 512
     with on_its_gpu(steps):
         run_learning_neurons_on_gpu[(triton.cdiv(neurons, block),)](
@@ -114,7 +114,7 @@ def learning_steps_on_gpu(steps, Vthr, start, potentials, spikes, listen, subtra
 
 
 def learning_steps_back_on_gpu(gradient, potentials, Vthr, of_steps, listen, subtract):
-    """Fill `of_steps` by the kernel that Triton compiles."""
+    """Fill `of_steps` with the kernel compiled by Triton."""
     neurons, block = gradient[0].numel(), 512
     last = gradient[:-1].numel()
     with on_its_gpu(gradient):

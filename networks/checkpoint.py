@@ -1,4 +1,4 @@
-"""Trained weights from a file."""
+"""Load trained weights from a file."""
 
 import os
 
@@ -8,11 +8,13 @@ from runtime.torch_files import OtherFile, read_torch_file, unusual_kind
 
 
 def load_weights(net, path):
-    """Load the state dict in `path` into `net`; the file may contain it under "state_dict", as train_ann.py saves it.
+    """Load the state dict in the file `path` into `net`, and return `net`.
 
-    Raises OSError for a file that is missing or cannot be read, and ValueError for a file that is damaged, of another
-    kind, does not fit the network, or contains NaN or infinite weights; the message names the first wrong tensor. After
-    an error `net` is unchanged.
+    The file may also hold the state dict under the key "state_dict", the format of train_ann.py.
+
+    Raises OSError if the file is missing or unreadable. Raises ValueError, with the name of the first wrong tensor, if
+    the file is damaged or of another kind, does not fit the network, or has NaN or infinite weights. After an error
+    `net` is unchanged.
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"no checkpoint {path}, train one with train_ann.py or name another file")
@@ -29,7 +31,7 @@ def load_weights(net, path):
 
 
 def check_weights_fit(net, state, path):
-    """Raise ValueError, with the name of the first wrong tensor, unless `state` fits `net`."""
+    """Raise ValueError, with the name of the first wrong tensor, unless `state` fits `net` and is finite."""
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"the checkpoint {path} holds no state dict, save it with torch.save(net.state_dict(), path)")
     expected = net.state_dict()

@@ -1,7 +1,7 @@
-"""What would regain accuracy, measured: layers repaired one at a time, and conversions with other flags.
+"""Measure which changes regain accuracy: float weights in one layer at a time, and conversions with other flags.
 
-All are converted, corrected and measured on the same few images, so that they compare with each other and with the
-conversion "as asked for" that is done again on them.
+Every variant is converted, corrected and measured with the same numbers of images, and so is the conversion "as asked
+for". The results are therefore comparable.
 """
 
 import copy
@@ -21,16 +21,20 @@ NOT_ON_SPIKES = "not finetuned on spikes"
 
 
 def score_error(outputs, others, expected):
-    """RMS difference of class scores [B, classes], in percent of how the float ANN's, `expected`, vary over images."""
+    """RMS difference between class scores `outputs` and `others`, in percent of the standard deviation of `expected`.
+
+    All are [B, classes]. expected: the class scores of the float ANN; the deviation is that over the images.
+    """
     variation = (expected - expected.mean(0)).double().square().mean().sqrt()
     return (100 * (outputs - others).double().square().mean().sqrt() / variation.clamp_min(1e-30)).item()
 
 
 @torch.no_grad()
 def measure(net, images, targets, expected, batch=32):
-    """Of a network on images: "error", "loss", "top1" and "same_class" as the float ANN, both in percent.
+    """Measure a network on images [B, C, H, W] with labels [B]; returns "error", "loss", "top1" and "same_class".
 
-    expected: the class scores of the float ANN, [B, classes]. error: `score_error`.
+    error: `score_error`, in percent. top1: accuracy in percent. same_class: percentage of images with the class that
+    the float ANN chooses. expected: the class scores of the float ANN, [B, classes].
     """
     outputs = torch.cat([net(part) for part in images.split(batch)])
     return {
@@ -46,9 +50,10 @@ def measure(net, images, targets, expected, batch=32):
 
 
 def repair_layers(args, qnet, loader, device, images, targets, expected):
-    """Op name -> `measure` of the conversion with float weights in that layer alone, by what it regains, most first.
+    """Op name -> `measure` of the conversion with float weights in that layer alone, smallest error first.
 
-    "as asked for" is the conversion without a repair. Thresholds stay; potentials are corrected anew for every one.
+    The entry "as asked for" is the conversion without float weights. Thresholds do not change; the correction is made
+    anew for every entry. Float weights in all layers (32 bits) give an empty dictionary.
     """
     if args.weight_bitwidth == FLOAT_BITS:
         return {}
@@ -68,19 +73,19 @@ def repair_layers(args, qnet, loader, device, images, targets, expected):
 
 
 def unrounded_weight(layer):
-    """The weights that a layer's integers were rounded from: the shadow weights of `quantize_finetune`."""
+    """The layer's weights before rounding: the shadow weights of `quantize_finetune`."""
     return getattr(layer.weight, "weight_back", layer.weight).detach()
 
 
 @torch.no_grad()
 def repair(snn, ann, name, weight, scales):
-    """Give layer `name` of a spiking network, and of its ANN, float weights and a float bias in the neuron's unit."""
+    """Give layer `name` of a spiking network and of its ANN float weights, and a float bias in the neuron's unit."""
     layer = snn.ops[name].op
     layer.weight.copy_(weight)
     ann.ops[name].op.weight.copy_(weight)
     node = snn.ops[name].inputs[0]
     if not layer.spiking or node not in scales:
-        return  # it reads activations, and so its float weights
+        return  # it reads activations and uses its float weights directly
     unit = layer.unit.flatten() if layer.unit.numel() > 1 else layer.unit.squeeze()  # [C_out] or a scalar
     per_weight = layer.weight_view(unit) / layer.input_view(per_input(scales[node], layer))
     bias = None if layer.bias is None else layer.bias / unit
@@ -88,12 +93,19 @@ def repair(snn, ann, name, weight, scales):
 
 
 def snap(weight):
-    """Weights next to an integer as that integer: sums of integers may meet a threshold exactly, and then have to."""
+    """Round weights that are within 1e-4 of an integer.
+
+    Sums of integers can equal a threshold exactly, and the rounding errors of float weights must not prevent that. 1e-4
+    exceeds the rounding error of float32, which is 8e-6 at 127.
+    """
     return torch.where((weight - weight.round()).abs() < 1e-4, weight.round(), weight)
 
 
 def per_input(scale, layer):
-    """lambda of the spikes that a layer reads: a scalar, or one per input channel, [C_in]."""
+    """The lambda of the spikes that a layer reads: a scalar, or [C_in] with one per input channel.
+
+    scale: (lambda, shape of a sample), as in `input_scales`.
+    """
     scale, shape = scale
     if scale.numel() == 1:
         return scale.squeeze()
@@ -103,7 +115,7 @@ def per_input(scale, layer):
 
 @torch.no_grad()
 def input_scales(snn, image):
-    """Node of spikes -> (lambda, shape of a sample)."""
+    """Node -> (lambda, shape of a sample) for every node of spikes."""
     return {node: (spikes.scale_factor, spikes.data.shape[1:]) for node, spikes in spikes_of(snn, image).items()}
 
 
@@ -112,7 +124,10 @@ def input_scales(snn, image):
 
 
 def alternatives(args, net, qnet):
-    """Flags -> (network to convert, options of the conversion, what was not done), of conversions other than `args`."""
+    """Flags -> (network to convert, changed options, note) for the alternatives to `args`.
+
+    The note says which steps an alternative leaves out, such as "not finetuned".
+    """
     bits, T = args.weight_bitwidth, args.timesteps
     weights, spikes = args.per_channel in ("weights", "both"), args.per_channel in ("spikes", "both")
     asked_for = qnet, {}, NOT_ON_SPIKES if args.spike_epochs or args.spike_epochs_unlabelled else ""
@@ -128,7 +143,7 @@ def alternatives(args, net, qnet):
         found[f"--timesteps {2 * T}"] = qnet, {"timesteps": 2 * T}, ""
     if args.listen < T:
         found[f"--listen {T}"] = qnet, {"listen": T}, ""
-    is_learnt = args.activation_levels is not None  # lambda, which then no flag chooses
+    is_learnt = args.activation_levels is not None  # finetuning learnt lambda, so no flag chooses it
     if args.threshold != "mse" and not is_learnt:
         found["--threshold mse"] = qnet, {"threshold": "mse"}, ""
     if not spikes and not is_learnt:
@@ -143,7 +158,7 @@ def alternatives(args, net, qnet):
 
 
 def requantized(net, bits, per_channel):
-    """A copy of a network with its weights rounded, with a scale per output channel or per layer; nothing finetuned."""
+    """A copy of a network with weights quantized to `bits`, not finetuned; one scale per output channel or layer."""
     net = copy.deepcopy(net)
     init_quantize_net(net, bits, per_channel)
     return net
@@ -151,7 +166,7 @@ def requantized(net, bits, per_channel):
 
 @torch.no_grad()
 def unquantized(qnet):
-    """A copy of a quantized network with the weights that its integers were rounded from."""
+    """A copy of a quantized network with the weights before rounding (`unrounded_weight`)."""
     net = copy.deepcopy(qnet)
     for name, layer in net.weighted_layers().items():
         layer.weight.copy_(unrounded_weight(qnet.ops[name].op))
@@ -159,7 +174,7 @@ def unquantized(qnet):
 
 
 def try_alternatives(args, net, qnet, loader, device, images, targets, expected):
-    """Flags -> `measure` and the duration in steps of every alternative conversion, least error first."""
+    """Flags -> `measure`, duration in timesteps and note of every alternative conversion, smallest error first."""
     results = {}
     for flags, (network, changes, note) in tqdm(alternatives(args, net, qnet).items(), "alternatives", leave=False):
         options = {"calibration_samples": args.analysis_images, **changes}
@@ -176,12 +191,15 @@ def try_alternatives(args, net, qnet, loader, device, images, targets, expected)
 
 
 def sweep(args, net, train_loader, loader, device, images, targets, bit_widths, timesteps):
-    """bits -> {T: top-1 in percent} of conversions of their own, each bit width finetuned by the flags."""
+    """bits -> {T: top-1 in percent}; each bit width is finetuned by the flags, and each cell converted separately.
+
+    A cell that cannot be converted is None.
+    """
     expected = torch.cat([net(part) for part in images.split(32)]).detach()
     criterion, results = torch.nn.CrossEntropyLoss(), {}
     for bits in tqdm(bit_widths, "sweep", leave=False):
         with_bits = type(args)(**{**vars(args), "weight_bitwidth": bits})
-        seed_everything(args.seed)  # a cell is what a run of its own would give
+        seed_everything(args.seed)  # each cell equals a separate run with its flags
         leveled = with_levels(net, loader, device, with_bits)
         qnet = quantize_finetune(leveled, train_loader, criterion, device, with_bits)
         results[bits] = {}
@@ -194,7 +212,7 @@ def sweep(args, net, train_loader, loader, device, images, targets, bit_widths, 
 
 
 def try_to_convert(flags, network, loader, device, args, **options):
-    """As `pipeline.convert_by_options`; None, and a line that says why, where it cannot be converted so."""
+    """Like `pipeline.convert_by_options`; if the conversion fails, print one line with the reason and return None."""
     try:
         return convert_by_options(network, loader, device, args, **options)
     except ValueError as error:

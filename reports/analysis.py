@@ -1,6 +1,6 @@
-"""Where a conversion loses accuracy and what it costs: measured once, then drawn and written down.
+"""Measure where a conversion loses accuracy and what it costs, then write the report.
 
-analysis = analyse(args, net, qnet, snn, loaders, device, accuracies)
+analysis = analyse(args, made, loaders, device)    # made: pipeline.Networks
 write_report(folder, analysis)     # report.json, report.html, and every figure as PNG and SVG
 """
 
@@ -22,16 +22,16 @@ from reports.observe import activations_on_spikes, node_values, observe
 from runtime.files import write_folder
 from spike_simulator import cut, node_shapes
 
-BATCH = 32  # images that are looked into at a time, at most
-MOST_PAIRS = 20_000  # of activations and decoded rates a layer that a figure shows
-RASTER_NEURONS = 24
-SWEPT_BITS = (2, 3, 4, 6, 8)
-MOST_SWEPT_TIMESTEPS = 6
+BATCH = 32  # images at a time, at most
+MOST_PAIRS = 20_000  # pairs of activation and decoded rate per layer that a figure shows
+RASTER_NEURONS = 24  # neurons in a spike raster
+SWEPT_BITS = (2, 3, 4, 6, 8)  # weight bits of a sweep, besides those asked for
+MOST_SWEPT_TIMESTEPS = 6  # numbers of timesteps in a sweep, besides the one asked for
 
 
 @dataclass
 class Analysis:
-    """result: plain numbers and names, as report.json holds them. samples: tensors that the figures show, by figure."""
+    """result: numbers and names, the content of report.json. samples: figure -> the tensors that it shows."""
 
     result: dict
     samples: dict
@@ -40,8 +40,8 @@ class Analysis:
 def analyse(args, made, loaders, device):
     """The Analysis of a conversion.
 
-    made: its `pipeline.Networks`, measured with `every_step`. loaders: of the test images, of the training images and
-    of those that calibrate.
+    made: its `pipeline.Networks`, with the SNN measured at every step. loaders: (test images, training images,
+    calibration images).
     """
     net, qnet, snn = (each.to(device).eval() for each in (made.ann, made.qnet, made.snn))
     accuracies = [made.accuracies[kind] for kind in ("ann", "qnet", "snn")]
@@ -75,13 +75,13 @@ def analyse(args, made, loaders, device):
 
 
 def what_was_run(args):
-    """The network, all flags, versions and the seed."""
+    """The network, all flags, the versions and the seed of the run."""
     flags = {key: value for key, value in vars(args).items() if key != "debug"}
     return {"net": args.net_name, "flags": flags, "versions": versions(), "seed": args.seed}
 
 
 def measure_changes(args, net, qnet, loaders, device, images, targets, expected):
-    """What repairing single layers, other flags and, with --sweep, other bits and timesteps give."""
+    """The results of float weights in single layers, of other flags and, with --sweep, of other bits and timesteps."""
     train_loader, calibration_loader = loaders
     known = calibration_loader, device, images, targets
     repaired = repair_layers(args, qnet, *known, expected)
@@ -91,7 +91,10 @@ def measure_changes(args, net, qnet, loaders, device, images, targets, expected)
 
 
 def choose_images(dataset, most, seed, device):
-    """Images of a data set and their labels, at most `most`, chosen at random: in order they may be of one class."""
+    """At most `most` images [B, ...] of a data set and their labels [B].
+
+    They are chosen at random, because the first images of a data set may all have the same class.
+    """
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
     images, targets = zip(*[dataset[i] for i in sorted(order[:most].tolist())])
     return torch.stack(images).to(device), torch.tensor([int(target) for target in targets], device=device)
@@ -110,7 +113,7 @@ def scores(net, images):
 class LookedInto:
     """Sums over images. errors: op name -> ErrorSums. pairs: op name -> (activations [N], decoded rates [N]).
 
-    lowest, highest: op name -> membrane potential. spikes: node -> mean spike counts of a sample.
+    lowest, highest: op name -> extreme membrane potential. spikes: node -> mean spike counts over T steps, [...].
     """
 
     def __init__(self, names):
@@ -120,17 +123,17 @@ class LookedInto:
         self.spikes = Counter()
 
     def note_potentials(self, name, potentials, spikes):
-        """One step of one layer (`observe`)."""
+        """Update the extremes with one timestep of one layer (`on_step` of `observe`)."""
         self.lowest[name] = min(self.lowest[name], potentials.min().item())
         self.highest[name] = max(self.highest[name], potentials.max().item())
 
 
 @torch.no_grad()
 def look_into_layers(net, qnet, snn, images, share, is_corrected=True):
-    """LookedInto of every layer of neurons on images [B, ...].
+    """The LookedInto of every layer of neurons on images [B, ...].
 
-    share: of Vthr, the initial potential before its correction. is_corrected: whether the conversion moved currents
-    between it and the biases.
+    share: the initial potential before its correction, as a share of Vthr. is_corrected: whether the conversion moved
+    current between the initial potentials and the biases.
     """
     looked = LookedInto(snn.neurons())
     moved = {name: bias_beyond(snn, qnet, name) * snn.timesteps if is_corrected else 0 for name in snn.neurons()}
@@ -152,14 +155,16 @@ def look_into_layers(net, qnet, snn, images, share, is_corrected=True):
 
 
 def add_pairs(pairs, activations, rates, images):
-    """Keep evenly spaced values of both, so that all images together give about MOST_PAIRS."""
-    stride = max(1, activations[0].numel() * len(images) // MOST_PAIRS) | 1  # odd: it meets every column of a map
+    """Append evenly spaced values of both to `pairs`, so that all images together give about MOST_PAIRS pairs."""
+    stride = (
+        max(1, activations[0].numel() * len(images) // MOST_PAIRS) | 1
+    )  # odd, so that it visits every column of a map
     for store, values in zip(pairs, (activations, rates)):
         store.append(values.reshape(-1)[::stride].float().cpu())
 
 
 def layer_rows(snn, looked, firing_rate):
-    """Op name -> what the report says of a layer of neurons."""
+    """Op name -> the report's values for a layer of neurons."""
     rows = {}
     for name, neuron in snn.neurons().items():
         bound = potential_bound(neuron, snn.timesteps)
@@ -171,7 +176,7 @@ def layer_rows(snn, looked, firing_rate):
             "firing_rate": firing_rate[name],
             **looked.errors[name].summary(),
             "potential": [low, high],
-            # behind the image potentials are real numbers, which a chip holds in whatever steps it likes
+            # the first layer has real-valued potentials, so its number of bits is up to the chip
             "bits_observed": None if bound is None else signed_bits(low, high),
             "bits_bound": None if bound is None else signed_bits(-bound, bound),
         }
@@ -179,7 +184,7 @@ def layer_rows(snn, looked, firing_rate):
 
 
 def neuron_behind(snn, name):
-    """The first layer of neurons that op `name` leads to, None where none does."""
+    """The first layer of neurons that op `name` feeds, or None."""
     reached = {snn.ops[name].out}
     names = list(snn.ops)
     for each in names[names.index(name) :]:
@@ -192,7 +197,7 @@ def neuron_behind(snn, name):
 
 
 def choose_layers(snn, worst):
-    """The first layer of neurons, that of the worst layer, and the last one; fewer where they are the same."""
+    """The first layer of neurons, that behind the worst layer, and the last one, each once."""
     names = list(snn.neurons())
     middle = neuron_behind(snn, worst) or names[len(names) // 2]
     return sorted({names[0], middle, names[-1]}, key=names.index)
@@ -200,9 +205,9 @@ def choose_layers(snn, worst):
 
 @torch.no_grad()
 def watch_neurons(snn, image, names):
-    """Op name -> potentials in Vthr [steps, n] and spikes [steps, n] (NaN while listening) of n neurons on one image.
+    """Op name -> (potentials in Vthr, spikes) of n neurons on one image, both [steps, n]; NaN spikes while listening.
 
-    The neurons are spread over the active ones, from the least to the most active.
+    The neurons are evenly spaced among the active ones, from the least to the most active.
     """
     counts = observe(snn, image).counts
     chosen = {name: spread(counts[snn.ops[name].out].flatten(), RASTER_NEURONS) for name in names}
@@ -220,7 +225,7 @@ def watch_neurons(snn, image, names):
 
 
 def spread(counts, most):
-    """Indices of at most `most` neurons, evenly spaced among the active ones sorted by their spikes."""
+    """Indices of at most `most` neurons, evenly spaced among the active neurons sorted by their spike counts."""
     order = counts.argsort(stable=True)
     active = order[counts[order] > 0]
     active = active if len(active) else order
@@ -228,7 +233,7 @@ def spread(counts, most):
 
 
 def weight_samples(net, qnet):
-    """Op name -> (float weights, integer weights), both in integer steps; at 32 bits, before and after finetuning."""
+    """Op name -> (float, integer weights), each [N] in integer steps; at 32 bits, before and after finetuning."""
     samples = {}
     for name, layer in qnet.weighted_layers().items():
         before, after = net.ops[name].op.weight.detach(), layer.weight.detach()
@@ -244,7 +249,7 @@ def weight_samples(net, qnet):
 
 
 def accuracies_of(accuracies):
-    """The three networks' accuracies, and that after every timestep."""
+    """The accuracies of the three networks, and that of the SNN after every timestep."""
     ann, quantized, spiking = accuracies
     names = {"ann": ann, "qnet": quantized, "snn": spiking}
     curve = dict(enumerate(spiking["top1_by_timestep"], start=1))
@@ -252,7 +257,7 @@ def accuracies_of(accuracies):
 
 
 def output_errors(qnet, snn, images, expected):
-    """What weights and what the conversion to spikes do to the class scores, each and together: `score_error`."""
+    """The `score_error` caused by quantized weights, by the conversion to spikes, and by both together."""
     quantized, spiking = scores(qnet, images), scores(snn, images)
     pairs = {"weights": (quantized, expected), "spikes": (spiking, quantized), "both": (spiking, expected)}
     return {name: score_error(*pair, expected) for name, pair in pairs.items()}
@@ -266,14 +271,14 @@ def hardware_rows(net, args):
 
 
 def swept_values(args):
-    """Bit widths, and powers of two of timesteps up to twice those asked for."""
+    """`bits, timesteps` of a sweep: those asked for, SWEPT_BITS, and powers of two up to twice the timesteps."""
     bits, timesteps = args.weight_bitwidth, args.timesteps
     steps = [2**k for k in range(1, 18) if 2**k <= 2 * timesteps][-MOST_SWEPT_TIMESTEPS:]
     return sorted({*SWEPT_BITS, *([bits] if bits in range(1, 9) else [])}), sorted({*steps, timesteps})
 
 
 def worst_layer(result, snn):
-    """The layer whose repair regains most; without rounded weights, that of the largest error of its own."""
+    """The layer that regains most with float weights; if no weights are rounded, the layer with the largest error."""
     repaired = dict(result["repaired"])
     before = repaired.pop("as asked for", None)
     if repaired:
@@ -284,76 +289,78 @@ def worst_layer(result, snn):
 
 
 def verdict(result):
-    """Three sentences: what dominates the loss, which layer, and which flags regain most."""
+    """Three sentences: the main cause of the loss, the worst layer, and the flags that regain most."""
     sentences = [verdict_on_layer(result), verdict_on_flags(result)]
     before = "Before finetuning on spikes: " if on_spikes(result) else ""
     return [verdict_on_loss(result), *(before + sentence for sentence in sentences)]
 
 
 def verdict_on_loss(result):
-    """What the weights and what the spikes cost."""
+    """The sentence that compares the loss by the weights with the loss by the spikes."""
     top1 = {name: result["accuracy"][name]["top1"] for name in ("ann", "qnet", "snn")}
     error = result["output_error"]
     spikes = "the conversion with its finetuning" if on_spikes(result) else "the conversion"
     dominant = (
-        "the weights dominate the error" if error["weights"] >= error["spikes"] else f"{spikes} dominates the error"
+        "the weights cause more of the error" if error["weights"] >= error["spikes"] else f"{spikes} causes more of it"
     )
-    if max(error["weights"], error["spikes"]) < 0.05:
+    if max(error["weights"], error["spikes"]) < 0.05:  # percent; prints as 0.0
         dominant = "neither changes the class scores"
     return (
-        f"The float ANN has {top1['ann']:.2f} % top-1, the quantized ANN {top1['qnet']:.2f} % and the spiking network "
-        f"{top1['snn']:.2f} % ({top1['snn'] - top1['ann']:+.2f} points on {result['samples']} test images); "
-        f"{dominant}: quantized and finetuned weights move the class scores by {error['weights']:.1f} % of "
-        f"their standard deviation, {spikes} by {error['spikes']:.1f} %."
+        f"Top-1 is {top1['ann']:.2f} % for the float ANN, {top1['qnet']:.2f} % for the quantized ANN and "
+        f"{top1['snn']:.2f} % for the spiking network ({top1['snn'] - top1['ann']:+.2f} points against the float ANN, "
+        f"on {result['samples']} test images). The quantized, finetuned weights change the class scores by "
+        f"{error['weights']:.1f} % of their standard deviation, {spikes} by {error['spikes']:.1f} %: {dominant}."
     )
 
 
 def on_spikes(result):
-    """Whether the network was finetuned on its spikes, which repaired and alternative conversions are not."""
+    """Whether the network was finetuned on its own spikes; repaired and alternative conversions never are."""
     return bool(result["flags"].get("spike_epochs") or result["flags"].get("spike_epochs_unlabelled"))
 
 
 def verdict_on_layer(result):
-    """The worst layer, and what its repair regained."""
+    """The sentence about the worst layer and the error that float weights in it remove."""
     worst = result["worst_layer"]
     where = f"{worst['name']} ({worst['path']})" if worst["path"] not in ("", worst["name"]) else worst["name"]
     if worst["after"] is None:
         error = 100 * result["layers"][worst["name"]]["relative_squared_error"] ** 0.5
-        return f"The weights are not rounded; the neurons with the largest error are those of {where}, {error:.1f} %."
+        return f"The weights are not rounded. The neurons of {where} have the largest error, {error:.1f} %."
     before, after = worst["before"], worst["after"]
     if after["error"] >= before["error"]:
         return (
-            f"No layer stands out: float weights in any one of them alone leave the error at {before['error']:.1f} % "
-            f"or raise it, {where} the least, to {after['error']:.1f} %."
+            f"No single layer is to blame: float weights in any one layer do not lower the error of "
+            f"{before['error']:.1f} % (best: {where}, {after['error']:.1f} %)."
         )
     return (
-        f"The worst layer is {where}: float weights in it alone lower the error of the class scores from "
-        f"{before['error']:.1f} % to {after['error']:.1f} % (top-1 from {before['top1']:.1f} % to "
-        f"{after['top1']:.1f} %, on {result['analysis_images']} images)."
+        f"The worst layer is {where}: float weights in this layer alone lower the error of the class scores from "
+        f"{before['error']:.1f} % to {after['error']:.1f} % (top-1 {before['top1']:.1f} % before, "
+        f"{after['top1']:.1f} % after, on {result['analysis_images']} images)."
     )
 
 
 def verdict_on_flags(result):
-    """The alternative that regains most, and the one that does so with the same weights' bits."""
+    """The sentence about the alternative that regains most, and the best one with the same weight bits."""
     tried = dict(result["alternatives"])
     before = tried.pop("as asked for")
     best = min(tried, key=lambda flags: tried[flags]["error"], default=None)
     if best is None or tried[best]["error"] >= before["error"]:
-        return f"None of {len(tried)} alternatives that were converted lowers the error of {before['error']:.1f} %."
-    sentence = f"Of {len(tried)} alternatives that were converted, {regained(best, before, tried[best])}"
+        return f"None of the {len(tried)} alternatives lowers the error of {before['error']:.1f} %."
+    sentence = f"Of {len(tried)} alternatives, {regained(best, before, tried[best])}"
     same_bits = {flags: each for flags, each in tried.items() if not flags.startswith("--weight_bitwidth")}
     second = min(same_bits, key=lambda flags: same_bits[flags]["error"], default=best)
     if second != best and same_bits[second]["error"] < before["error"]:
-        sentence += f"; at the same bits {regained(second, before, same_bits[second])}"
+        sentence += f"; with the same weight bits, {regained(second, before, same_bits[second])}"
     return sentence + "."
 
 
 def regained(flags, before, after):
-    """What an alternative regains and costs, in words."""
-    words = f"{flags} regains most, the error falls from {before['error']:.1f} % to {after['error']:.1f} %, "
-    words += f"top-1 goes from {before['top1']:.1f} % to {after['top1']:.1f} %"
+    """The gain and the price of an alternative, in words."""
+    words = f"{flags} regains most: it lowers the error from {before['error']:.1f} % to {after['error']:.1f} %, "
+    words += f"with top-1 {before['top1']:.1f} % before and {after['top1']:.1f} % after"
     if after["duration"] != before["duration"]:
-        words += f", the answer takes {after['duration']['latency']} steps instead of {before['duration']['latency']}"
+        words += (
+            f", and the answer takes {after['duration']['latency']} steps instead of {before['duration']['latency']}"
+        )
     return words + (f" ({after['note']})" if after["note"] else "")
 
 
@@ -362,7 +369,10 @@ def regained(flags, before, after):
 
 
 def write_report(folder, analysis):
-    """Write report.json, report.html and the figures as PNG and SVG into a folder; other files in it stay."""
+    """Write report.json, report.html and the figures as PNG and SVG into a folder, whose other files stay.
+
+    Raises OSError if a file cannot be written.
+    """
     from reports.figures import draw_figures, render
     from reports.html import report_page
 
@@ -373,13 +383,13 @@ def write_report(folder, analysis):
         files[f"{name}.png"], files[f"{name}.svg"] = png, svg
         pictures[name] = png, caption
     page = report_page(analysis.result, pictures)
-    files["report.html"] = page.encode(errors="backslashreplace")  # a flag may name a file whose name is no UTF-8
+    files["report.html"] = page.encode(errors="backslashreplace")  # a file name in the flags may not be UTF-8
     files["report.json"] = (json.dumps(analysis.result, indent=2) + "\n").encode()
     write_folder(folder, files)
 
 
 def summary_rows(result):
-    """A short table: the error of every layer of neurons and its largest part."""
+    """Rows of a short table: the error of every layer of neurons, in percent, and its largest part."""
     rows = [("spiking layer", "module path", "spikes per neuron and step", "error %", "largest part")]
     for name, layer in result["layers"].items():
         largest = max(PARTS, key=lambda part: layer["rms_of_parts"][part])

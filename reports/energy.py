@@ -1,6 +1,6 @@
-"""What a network costs to run: operations, joules, bits of membrane potential. Pure functions of networks and counts.
+"""The cost of running a network: operations, joules, bits of the membrane potential. All functions are pure.
 
-An ANN multiplies and accumulates (MAC) once per synapse, a spiking network accumulates (AC) once per spike and synapse.
+An ANN needs one multiply-accumulate (MAC) per synapse, a spiking network one accumulate (AC) per spike and synapse.
 """
 
 from dataclasses import dataclass
@@ -10,31 +10,33 @@ import torch
 
 @dataclass(frozen=True)
 class Costs:
-    """Picojoules of one accumulate (`ac`) and of one multiply-accumulate (`mac`)."""
+    """Picojoules per accumulate (`ac`) and per multiply-accumulate (`mac`)."""
 
     ac: float
     mac: float
 
 
-# Horowitz, Computing's Energy Problem, ISSCC 2014: 45 nm, arithmetic alone, without memory and communication
+# Horowitz, Computing's Energy Problem, ISSCC 2014: 45 nm, arithmetic only, without memory and communication
 COSTS_45_NM = {"FP32": Costs(ac=0.9, mac=4.6), "INT8": Costs(ac=0.03, mac=0.23)}
 
 
 def count_operations(snn, shapes, spikes, timesteps):
-    """Op name -> operations per sample, as an ANN ("ann_mac", "ann_ac") and spiking ("snn_mac", "snn_ac", "synops").
+    """Op name -> operations per sample as an ANN ("ann_mac", "ann_ac") and as an SNN ("snn_mac", "snn_ac", "synops").
 
     shapes: node -> shape of a sample. spikes: node -> mean spike counts over `timesteps` steps, [C, H, W] or [N], for
-    every node of spikes. "synops", part of "snn_ac", are spikes times fan-out; the rest are biases, and the constant
-    current of the image, which are added at every step. What stays ANN costs the same in both. A folded pooling costs
-    nothing: the layer behind it has a synapse for every spike of a window, and reads as many as the window's sum. Where
-    signs were split (`--signed pair`), the ANN has half the synapses.
+    every node of spikes.
+
+    "synops" is spikes times fan-out. "snn_ac" is synops plus the biases and the constant current of the image, which
+    are added at every step. Layers that stay ANN cost the same in both networks. A folded pooling costs nothing,
+    because the next layer has a synapse for every spike of a window. With split signs (`--signed pair`), the ANN has
+    half the synapses.
     """
     pairs = {entry.out for entry in snn.ops.values() if entry.op.splits_signs}
     return {name: operations(entry, shapes, spikes, timesteps, pairs) for name, entry in snn.ops.items()}
 
 
 def operations(entry, shapes, spikes, timesteps, pairs):
-    """The operations of one op (`count_operations`). pairs: nodes of two channels for each of the ANN."""
+    """The operations of one op (`count_operations`). pairs: nodes that have two channels for each one of the ANN."""
     op, first = entry.op, entry.inputs[0]
     outputs = torch.Size(shapes[entry.out]).numel()
     mac, ac = op.ann_operations(shapes[first], outputs)
@@ -46,17 +48,20 @@ def operations(entry, shapes, spikes, timesteps, pairs):
     from_image = op.is_trained and first not in spikes
     additions = timesteps * outputs if from_image or getattr(op, "bias_q", None) is not None else 0.0
     if op.has_weights and not op.is_trained and first not in spikes:
-        additions = timesteps * ac  # a pooling of currents sums all of them at every step
+        additions = timesteps * ac  # a pooling of currents adds all of them at every step
     return {**ann, "snn_mac": mac if from_image else 0.0, "snn_ac": synops + additions, "synops": synops}
 
 
 def joules(mac, ac, costs):
-    """Energy of so many operations, in joules."""
+    """The energy of `mac` and `ac` operations, in joules. costs: Costs."""
     return (mac * costs.mac + ac * costs.ac) * 1e-12
 
 
 def energy_table(operations, costs_by_name=None):
-    """Name of the arithmetic -> {"ann", "snn"} joules per sample and the constants, for `count_operations`."""
+    """Name of the arithmetic -> joules per sample ("ann", "snn") and picojoules per operation.
+
+    operations: result of `count_operations`.
+    """
     totals = {key: sum(each[key] for each in operations.values()) for key in ("ann_mac", "ann_ac", "snn_mac", "snn_ac")}
     return {
         name: {
@@ -70,13 +75,13 @@ def energy_table(operations, costs_by_name=None):
 
 
 def signed_bits(lowest, highest):
-    """Bits of a two's complement integer that holds every value from `lowest` to `highest`: 8 for -128 to 127."""
+    """The bits that two's complement integers from `lowest` to `highest` need: 8 for -128 to 127."""
     magnitude = max(-int(lowest) - 1 if lowest < 0 else 0, int(highest) if highest > 0 else 0)
     return magnitude.bit_length() + 1
 
 
 def potential_bound(neuron, timesteps):
-    """The largest |u| that any input can cause in `timesteps` steps, None behind the first layer, which is float."""
+    """The largest |u| that any input can cause in `timesteps` steps; None for the first layer: its current is float."""
     if neuron.largest_current is None:
         return None
     return neuron.largest_current * timesteps + neuron.initial_potential.abs().max().item()

@@ -1,22 +1,20 @@
-"""Where the error of a spiking layer comes from, in parts that add up to it.
+"""Split the error of a spiking layer into parts that add up to it.
 
-The error of a neuron is what its spikes stand for, lambda * mean_t(spike), minus the activation of the float ANN. On
-the way from one to the other one thing changes at a time, and every change is a part (`PARTS`, in this order):
+The error of a neuron is its decoded activation, lambda * mean_t(spike), minus the activation of the float ANN. Between
+these two, one thing changes at a time. Each value below minus the value before it is one part (`PARTS`, in this order):
 
-    weights      activation of the quantized ANN minus that of the float ANN: rounded weights, here and in earlier
-                 layers, and what finetuning moved
-    clipping     clip(a, 0, lambda) - a: activations that a spike at every step cannot reach
-    rounding     activation quantization: T spikes can say lambda * 0/T, 1/T ... T/T; those that even input of exactly
-                 this activation causes, clip(floor(a T / lambda + u0 / Vthr), 0, T), minus the activation
-    inherited    the same count where the quantized ANN's layer reads what the spikes before it stand for, minus that:
-                 errors of earlier layers' spikes
-    integers     the count from the current that really came, minus that: weights rounded once more, where branches
-                 share a neuron, biases rounded to the neuron's integers or corrected (`--correction bias`), and what
-                 finetuning on spikes moved
-    correction   the same with the initial potential as it was corrected (`conversion.correction`), minus that
-    arrival      uneven arrival: the spikes that were really sent, minus that. Without listening, a spike is sent too
-                 early that later negative currents do not bear out, or too late to be sent at all. With reset to zero,
-                 what is over the threshold and lost at a reset is here too
+    weights      the activation a of the quantized ANN: weights rounded here and in earlier layers, and finetuning
+    clipping     clip(a, 0, lambda): one spike per step cannot represent a larger activation
+    rounding     activation quantization: T timesteps represent lambda * 0/T, 1/T ... T/T. Evenly spaced input of
+                 exactly this activation causes clip(floor(a T / lambda + u0 / Vthr), 0, T) spikes
+    inherited    the same count with the quantized ANN's layer on the decoded spikes of the layers before it: errors of
+                 earlier layers' spikes
+    integers     the count for the current that the neuron received: weights rounded again where branches share a
+                 neuron, biases rounded to integers or corrected (`--correction bias`), and finetuning on spikes
+    correction   the same count with the corrected initial potential (`conversion.correction`)
+    arrival      uneven arrival: the spikes that the neuron sent. Without listening, a neuron sends premature spikes,
+                 before its negative current arrives, or lacks the time to send late ones. With reset to zero, this part
+                 also includes the potential above the threshold that each reset discards
 """
 
 import torch
@@ -33,27 +31,33 @@ PARTS = {
 
 
 def timeless_count(current, initial, Vthr, timesteps):
-    """Spikes of neurons that know no time: clip(floor((sum of currents + u[0]) / Vthr), 0, T), float64."""
+    """Spike counts, float64, if all current came before the first spike: clip(floor((current + u[0]) / Vthr), 0, T).
+
+    current: the sum over T steps, [B, ...]. initial: u[0], broadcastable.
+    """
     return torch.div(current + initial, Vthr, rounding_mode="floor").clamp(0, timesteps)
 
 
 def split_error(activation, quantized, on_spikes, current, counts, neuron, timesteps, share, moved=0):
-    """The error of one layer's neurons on one batch, part -> float64 [B, ...] in units of activation (`PARTS`).
+    """Part (`PARTS`) -> the error of one layer's neurons on one batch, float64 [B, ...], in units of activation.
 
-    activation, quantized: of the float and of the quantized ANN; on_spikes: of the latter where it reads decoded
-    spikes, [B, ...]. current: the sum of T steps into the neurons, counts: the spikes that they sent, [B, ...]. share:
-    the initial potential before its correction, in Vthr. moved: what the biases give over T steps beyond the ANN's
-    (`conversion.correction.bias_beyond`), which the potential starts lower for; it counts as a part of the potential.
+    activation, quantized: activations of the float and of the quantized ANN, [B, ...].
+    on_spikes: activation of the quantized ANN's layer on decoded spikes, [B, ...].
+    current: the sum of T steps of current into the neurons, [B, ...]. counts: the spikes that they sent, [B, ...].
+    share: the initial potential before its correction, in Vthr.
+    moved: bias of the SNN minus bias of the ANN over T steps (`conversion.correction.bias_beyond`). The initial
+    potential is lower by it, so it is counted as a part of the potential.
+
     The parts add up to `decoded(counts, neuron, timesteps) - activation`.
     """
     activation, quantized = activation.double(), quantized.double()
     Vthr, corrected, scale = neuron.Vthr.double(), neuron.initial_potential.double(), neuron.scale_factor.double()
     current, corrected = current - moved, corrected + moved
     initial, nudge = Vthr * share, 0.0
-    if neuron.largest_current is not None:  # integers: sums lie on the edge of a step, float32 leaves some just below
+    if neuron.largest_current is not None:  # sums of integers can lie on the edge of a step, float32 just below
         initial, nudge = initial.floor(), 0.01
     clipped = quantized.clamp_min(0).minimum(scale)
-    per_activation = timesteps * Vthr / scale  # current of T steps that an activation of 1 stands for
+    per_activation = timesteps * Vthr / scale  # current of T steps for an activation of 1
     even = timeless_count(clipped * per_activation, initial, Vthr, timesteps)
     inherited = timeless_count(on_spikes.double() * per_activation + nudge, initial, Vthr, timesteps)
     came = timeless_count(current, initial, Vthr, timesteps)
@@ -64,21 +68,21 @@ def split_error(activation, quantized, on_spikes, current, counts, neuron, times
 
 
 def decoded(counts, neuron, timesteps):
-    """The activation that spike counts of one layer stand for, float64."""
+    """The activations that a layer's spike counts represent, counts * lambda / T, float64."""
     return counts * (neuron.scale_factor.double() / timesteps)
 
 
 def initial_share(initial_potential, reset_mode):
-    """The initial potential before its correction, in Vthr: the flag's, or its default."""
+    """The initial potential before its correction, in Vthr: the value of the flag, or its default."""
     default = 0.5 if reset_mode == "subtraction" else 0.0
     return default if initial_potential is None else initial_potential
 
 
 class ErrorSums:
-    """Sums over batches of one layer's squared error and of what every part has in it.
+    """Sums over batches of one layer's squared error and of the share of each part.
 
-    The error e is the sum of its parts, so its mean square is the sum of the mean products of e with each part: a share
-    that adds up, negative where a part cancels others.
+    The error e is the sum of its parts p, so mean(e^2) is the sum of mean(e p) over the parts. The share mean(e p) is
+    negative if a part cancels others.
     """
 
     def __init__(self):
@@ -88,7 +92,7 @@ class ErrorSums:
         self.values = 0
 
     def add(self, parts, activation):
-        """One more batch of `split_error` and the float activations."""
+        """Add one batch. parts: result of `split_error`. activation: of the float ANN, [B, ...]."""
         error = sum(parts.values())
         for part, value in parts.items():
             self.products[part] += (value * error).sum().item()
@@ -98,7 +102,7 @@ class ErrorSums:
         self.values += error.numel()
 
     def summary(self):
-        """RMS of activation, error and parts; mean squares of the error and its parts over that of the activation."""
+        """RMS of activation, error and parts; mean squared error and its parts relative to the squared activation."""
         return {
             "rms_activation": (self.activation / self.values) ** 0.5,
             "rms_error": (self.error / self.values) ** 0.5,

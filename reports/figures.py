@@ -1,6 +1,7 @@
 """The figures of a report: each function turns plain results into a matplotlib Figure, without opening a window.
 
-Colours come from seaborn's palette for colour-blind readers; markers, line styles and hatches distinguish them in grey.
+The colours are seaborn's palette for colour-blind readers; markers, line styles and hatches differ in print without
+colour.
 """
 
 import io
@@ -26,7 +27,7 @@ FINE_BINS = 64  # integers up to this size get two bins each (at most 257 edges)
 
 
 def draw_figures(result, samples):
-    """Name -> (Figure, caption), in the order of the report. result, samples: of `analysis.Analysis`."""
+    """Name -> (Figure, caption), in the order of the report. result, samples: the fields of an `analysis.Analysis`."""
     worst = result["worst_layer"]["name"]
     with matplotlib.rc_context(RENDERING):
         figures = {
@@ -47,22 +48,22 @@ def draw_figures(result, samples):
 
 
 CAPTIONS = {
-    "accuracy": "Top-1 accuracy after every timestep, from one simulation; on the right the last steps, enlarged.",
-    "alternatives": "Other flags, each converted and measured: RMS error of the class scores against the float ANN, in "
-    "percent of their standard deviation over the images, and top-1.",
+    "accuracy": "Top-1 accuracy after every timestep, from one simulation. The right panel enlarges the last steps.",
+    "alternatives": "Conversions with other flags: RMS error of the class scores against the float ANN, in percent of "
+    "their standard deviation over the images, and top-1 accuracy.",
     "error_parts": "Mean squared error of every layer of neurons against the float ANN, relative to its mean squared "
-    "activation, split into parts whose sum is the diamond. A part to the left of zero cancels others.",
-    "firing_rate": "Spikes per neuron and timestep. Fewer spikes cost less energy; more spikes resolve "
-    "activations more finely.",
-    "density": "Decoded spikes of T steps against the activation of the float ANN. On the dotted line both agree; the "
-    "dashed line is a spike at every step, which cannot express larger activations.",
+    "activation. The diamond is the sum of the parts. A part to the left of zero cancels others.",
+    "firing_rate": "Spikes per neuron and timestep. Fewer spikes cost less energy; more spikes represent activations "
+    "more finely.",
+    "density": "Decoded spikes of T steps against the activation of the float ANN. On the dotted line both agree. The "
+    "dashed line is one spike at every step; spikes cannot represent larger activations.",
     "weights": "Integer weights (bars) and the float weights before rounding (line), in integer steps.",
     "neurons": "Membrane potential of two neurons before each reset, and the spikes of up to 24 neurons, for one "
     "test image.",
     "operations": "Operations per image: multiply-accumulates of the ANN, accumulates of the spiking network.",
-    "repaired": "Error of the class scores with float weights in one layer only. The further left of the line, the "
-    "more the rounding of this layer costs.",
-    "sweep": "Top-1 accuracy by weight bits and timesteps; each bit width is finetuned and each cell converted.",
+    "repaired": "Error of the class scores with float weights in one layer only. A point further left of the line "
+    "means that rounding this layer costs more.",
+    "sweep": "Top-1 accuracy by weight bits and timesteps. Each bit width is finetuned, each cell converted.",
 }
 
 
@@ -71,7 +72,7 @@ def render(figure, file_format):
     buffer = io.BytesIO()
     metadata = {"Date": None} if file_format == "svg" else {"Software": None}
     with matplotlib.rc_context(RENDERING):
-        if figure.get_layout_engine() is not None:  # only once, not for every format
+        if figure.get_layout_engine() is not None:  # lay out once, not for every format
             figure.get_layout_engine().execute(figure)
             figure.set_layout_engine("none")
         figure.savefig(buffer, format=file_format, dpi=PNG_DPI, metadata=metadata)
@@ -105,7 +106,7 @@ def rows_height(count):
 
 
 def draw_accuracy(accuracy):
-    """Accuracy over timesteps. accuracy: of `analysis.accuracies_of`."""
+    """Accuracy over timesteps. accuracy: result of `analysis.accuracies_of`."""
     steps, top1 = zip(*[(int(t), value) for t, value in accuracy["by_timestep"].items()])
     figure, axes = new_figure(8, 3.8, columns=2, width_ratios=[3, 2])
     for axis in axes[0]:
@@ -134,7 +135,7 @@ def zoom_in(axis, steps, top1, levels):
 
 
 def draw_alternatives(tried):
-    """The error of every alternative conversion, with its top-1 and latency in words beside it."""
+    """The error of every alternative conversion, with its top-1 and latency written beside it."""
     figure, axes = new_figure(8, rows_height(len(tried)))
     axis, names = axes[0, 0], list(tried)[::-1]
     draw_lollipops(axis, names, [tried[name]["error"] for name in names], tried["as asked for"]["error"])
@@ -169,7 +170,7 @@ def write_beside(axis, x, y, words):
 
 
 def draw_lollipops(axis, labels, values, reference):
-    """A line from the reference to each value; ends below the reference are filled, ends above it open."""
+    """A line from the reference to each value; markers below the reference are filled, markers above it are open."""
     for y, value in enumerate(values):
         better = value < reference
         axis.plot([reference, value], [y, y], color="0.6", linewidth=2, zorder=1)
@@ -323,7 +324,7 @@ def draw_neurons(neurons, layers):
 
 
 def draw_potentials(axis, steps, potentials, spikes):
-    """Membrane potential before each reset, of a moderately and of the most active neuron, with marks at spikes."""
+    """Membrane potentials before each reset, with marks at spikes, of a moderately and of the most active neuron."""
     last = potentials.shape[1] - 1
     styles = {last // 2: ("-", "o", COLOURS[0], "middle"), last: ("--", "s", COLOURS[1], "most active")}
     for neuron, (line, marker, colour, title) in styles.items():
@@ -356,5 +357,5 @@ def draw_operations(operations):
 
 
 def totals(operations):
-    """`ann, snn`: the sum of a layer's operations as ANN and as SNN."""
+    """`ann, snn`: the sum of a layer's operations in the ANN and in the SNN."""
     return operations["ann_mac"] + operations["ann_ac"], operations["snn_mac"] + operations["snn_ac"]

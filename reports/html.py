@@ -1,6 +1,6 @@
-"""The report as one HTML page that opens from disk, needs no network, and fits a phone.
+"""Write the report as one HTML page that opens from disk, needs no internet, and fits a phone.
 
-All names that come from a user or a network are escaped.
+All names that come from a user or a neural network are escaped.
 """
 
 import base64
@@ -28,7 +28,7 @@ details { margin: 0.8rem 0; }
 
 
 def report_page(result, pictures):
-    """The page as text. result: of `analysis.Analysis`. pictures: name -> (PNG bytes, caption)."""
+    """The page as text. result: that of an `analysis.Analysis`. pictures: name -> (PNG bytes, caption)."""
     title = f"{result['net']} on {result['flags']['dataset']}"
     sections = [
         f"<h1>Error analysis: {escape(title)}</h1>",
@@ -66,7 +66,7 @@ def section(title, *parts):
 
 
 def picture(pictures, name):
-    """A figure with its caption, the image embedded in the page; empty for a picture that does not exist."""
+    """A figure with its caption and the image embedded in the page; empty if the picture does not exist."""
     if name not in pictures:
         return ""
     png, caption = pictures[name]
@@ -100,8 +100,9 @@ def what_was_converted(result):
     return (
         f"{result['net']} ({weights}) with {weights_in_words(flags['weight_bitwidth'])}, finetuned for "
         f"{flags['finetune_epochs']} epochs ({flags['spike_epochs']} more on its spikes), converted for "
-        f"{flags['timesteps']} timesteps with reset by {flags['reset_mode']}. Accuracies are of {result['samples']} "
-        f"test images; figures about layers and alternatives use {result['analysis_images']} of them."
+        f"{flags['timesteps']} timesteps with reset by {flags['reset_mode']}. The accuracies are measured on "
+        f"{result['samples']} test images, the results for layers and alternatives on {result['analysis_images']} of "
+        "them."
     )
 
 
@@ -141,9 +142,9 @@ def layer_table(result):
 
 
 PARTS_NOTE = (
-    '<p class="note">RMS over all neurons and images, in units of activation. From column to column one thing changes, '
-    "so for each neuron the parts add up to the error (their RMS values do not). Membrane bits: width of two's "
-    "complement integers for every potential that occurred, and for every potential that any input could cause.</p>"
+    '<p class="note">RMS over all neurons and images, in units of activation. For each neuron the parts add up to the '
+    "error; their RMS values do not. Membrane bits: the width of two's complement integers that hold every potential "
+    "that occurred, or every potential that any input could cause.</p>"
 )
 
 
@@ -156,10 +157,11 @@ def energy(result):
         rows.append((name, each["pj_per_ac"], each["pj_per_mac"], *joules, ratio))
     steps = result["duration"]
     note = (
-        "An estimate of arithmetic alone, without memory, communication and leakage; constants of 45 nm: Horowitz, "
-        "Computing's Energy Problem, ISSCC 2014. The SNN accumulates once per spike and synapse, adds biases (and the "
-        "image's current) at every step, and multiplies in layers that read the image or stay ANN. Timesteps: "
-        f"{steps['firing']} of firing, {steps['interval']} from image to image, {steps['latency']} to the answer."
+        "This estimate covers arithmetic only, without memory, communication and leakage. Its constants are for 45 nm "
+        "(Horowitz, Computing's Energy Problem, ISSCC 2014). The SNN accumulates once per spike and synapse, adds "
+        "biases (and the image's current) at every step, and multiplies in layers that read the image or stay ANN. "
+        f"Timesteps per image: every layer fires for {steps['firing']}, the next image starts after "
+        f"{steps['interval']}, the answer is ready after {steps['latency']}."
     )
     return table(rows) + f'<p class="note">{escape(note)}</p>'
 

@@ -1,4 +1,4 @@
-"""A look into a simulation: what flows into every neuron, its membrane potential, and the spikes it sends."""
+"""Observe a simulation: the current into every neuron, its membrane potential, and the spikes that it sends."""
 
 from functools import partial
 
@@ -10,26 +10,28 @@ from spike_tensor import Memory, SpikeTensor
 
 
 class Observation:
-    """Of one batch. currents: op name -> sum of the currents of T steps into its neurons, float64 [B, ...].
+    """Currents and spikes of one batch.
 
-    counts: node of spikes -> spikes of T steps, float64 [B, ...], of a folded pooling those of each window. scales:
-    node of spikes -> lambda, of a folded pooling that of one spike of a window.
+    currents: op name -> sum over T steps of the current into its neurons, float64 [B, ...].
+    counts: node of spikes -> spikes in T steps, float64 [B, ...]; for a folded pooling, spikes of each window.
+    scales: node of spikes -> lambda; for a folded pooling, the lambda of one spike of a window.
     """
 
     def __init__(self):
         self.currents, self.counts, self.scales = {}, {}, {}
 
     def add(self, store, key, value):
-        """Add what some more timesteps brought."""
+        """Add the sum of some more timesteps to `store[key]`."""
         store[key] = store.get(key, 0) + value
 
 
 @torch.no_grad()
 def observe(snn, images, on_step=None):
-    """The Observation of a converted network on images [B, ...], some timesteps at a time as it simulates itself.
+    """The Observation of a converted network on images [B, ...]; the simulation computes some timesteps at a time.
 
-    on_step: called as `on_step(name, potentials, spikes)` for every neuron and step, with u before it is reset and the
-    spikes, both [B, ...] float64; spikes is None while a layer only listens. It costs as much as the simulation.
+    on_step: called as `on_step(name, potentials, spikes)` for every layer of neurons and step, with the membrane
+    potentials before the reset and the spikes, both float64 [B, ...]; spikes is None while a layer only listens. It
+    costs as much as the simulation itself.
     """
     seen, membranes = Observation(), {}
 
@@ -49,7 +51,7 @@ def observe(snn, images, on_step=None):
 
 @torch.no_grad()
 def spikes_of(snn, images):
-    """Node -> SpikeTensor of every op that sends spikes, all timesteps at a time."""
+    """Node -> SpikeTensor with all timesteps, for every op that sends spikes."""
     stages, values = Stages(snn), {snn.inputs_nodes[0]: images}
     run_ops(stages.before, values)
     run_ops(stages.between, values, snn.timesteps, Memory(snn.timesteps))
@@ -58,7 +60,7 @@ def spikes_of(snn, images):
 
 @torch.no_grad()
 def node_values(dag, images):
-    """Node -> value of every op of an ANN, [B, ...]."""
+    """Node -> activation [B, ...] of every op of an ANN."""
     values = {dag.inputs_nodes[0]: images}
     run_ops(dag.ops.values(), values)
     return values
@@ -66,7 +68,10 @@ def node_values(dag, images):
 
 @torch.no_grad()
 def activations_on_spikes(qnet, seen, images, timesteps):
-    """Node -> what the quantized ANN's op returns for what the spikes before it stand for, [B, ...]."""
+    """Node -> activation [B, ...] of the quantized ANN's op when it reads the decoded spikes of the ops before it.
+
+    seen: the Observation of the converted network on the same images.
+    """
     returned = {qnet.inputs_nodes[0]: images}
 
     def watch(name, current, activation):
@@ -81,14 +86,17 @@ def activations_on_spikes(qnet, seen, images, timesteps):
 
 
 def total_current(current):
-    """The sum of a current over its steps, float64 [B, ...]."""
+    """The sum of a current over its timesteps, float64 [B, ...]."""
     if current.constant:
         return current.total().double() * current.timesteps
     return current.per_step().sum(0, dtype=torch.float64)
 
 
 def replay(neuron, current, membrane, on_step):
-    """Run neurons step by step in float64 from `membrane` (None: the initial one); the membrane potentials after."""
+    """Run neurons step by step in float64; returns the membrane potentials after the last step, [B, ...].
+
+    membrane: membrane potentials before the first step, or None for the initial ones. on_step: as in `observe`.
+    """
     steps = current.per_step().double()  # [T, B, ...]
     Vthr = neuron.Vthr.double()
     u = neuron.initial_potential.double().expand(steps.shape[1:]) if membrane is None else membrane

@@ -1,8 +1,8 @@
-"""Data loaders: the forms of batch that they may yield, and the four loaders of a data set.
+"""Data loaders: the batch formats that a loader may yield, and the four loaders of a data set.
 
 inputs, labels = split_batch(batch)                             # (tensor, ...), labels or None
-loader = reusable(loader)                                       # a list of its batches, if it can run only once
-test, val, train, train_val = four_loaders(*four_sets, args)    # of data sets that fetch whole batches
+loader = reusable(loader)                                       # a list of its batches if it can run only once
+test, val, train, train_val = four_loaders(*four_sets, args)    # for data sets that fetch whole batches
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,15 +12,16 @@ from torch.utils.data import DataLoader
 
 INPUT_KEYS = ("image", "images", "img", "pixel_values", "input", "inputs", "x", "data")
 LABEL_KEYS = ("label", "labels", "target", "targets", "y", "class")
-MOST_NAMED = 6  # keys or types of a batch that a message lists, so that it stays one short line
+MOST_NAMED = 6  # number of keys or types that a message lists, so that it stays one short line
 FORMS = "(inputs, labels), (inputs, labels, ...), a dict with 'image' and 'label', or inputs alone"
 
 
 def split_batch(batch):
-    """`inputs, labels` of a batch: a tuple of tensors [B, ...], and the labels as they are, or None.
+    """`inputs, labels` of a batch: a tuple of tensors [B, ...], and the unchanged labels or None.
 
     batch: a tensor; a tuple or list of inputs, labels and anything else; or a mapping with one of `INPUT_KEYS` and one
-    of `LABEL_KEYS`. Several inputs form a tuple or list. Raises ValueError for another form.
+    of `LABEL_KEYS`. Several inputs form a tuple or list. Raises ValueError for other formats, and for inputs with
+    different batch sizes.
     """
     if isinstance(batch, torch.Tensor):
         inputs, labels = batch, None
@@ -56,9 +57,10 @@ def in_words(batch):
 
 
 def labelled_batch(batch, device, dtype=torch.float32):
-    """`inputs, labels` of a batch on a device, the inputs in `dtype`.
+    """`inputs, labels` of a batch on a device: a tuple of tensors [B, ...] in `dtype`, and a tensor of labels.
 
-    Raises ValueError where it has no labels, or another number of labels than of inputs.
+    Raises ValueError if the batch has no labels, labels that are not numbers, or a different number of labels than
+    inputs, and for the inputs that `on_device` refuses.
     """
     inputs, labels = split_batch(batch)
     if labels is None:
@@ -73,10 +75,10 @@ def labelled_batch(batch, device, dtype=torch.float32):
 
 
 def on_device(inputs, device, most=None, dtype=torch.float32):
-    """The first `most` samples of every input on a device, in `dtype`.
+    """The first `most` samples of each input [B, ...], or all, on a device and in `dtype`.
 
-    Raises ValueError for NaN and infinite values, and for integers: only the user knows the scale that the network was
-    trained with.
+    Raises ValueError for NaN or infinite values, and for integers, because only the user knows the input scale that the
+    network was trained with.
     """
     for x in inputs:
         if not x.is_floating_point():
@@ -94,27 +96,27 @@ def type_of(net):
 
 
 def memory_format(inputs):
-    """Channels last for [B, C, H, W], on which convolutions are faster; otherwise the order that the inputs have."""
+    """Channels last for [B, C, H, W], because convolutions are faster on it; otherwise the inputs' own order."""
     return torch.channels_last if inputs.dim() == 4 else torch.preserve_format
 
 
 def first_batch(loader):
-    """The first batch of a loader with at least one sample. Raises ValueError where there is none."""
+    """The first batch of a loader with at least one sample. Raises ValueError if there is none."""
     for batch in batches_of(loader):
         return batch
     raise ValueError("the data loader is empty, give it at least one batch")
 
 
 def batches_of(loader):
-    """The batches of a loader, without the empty ones that a filter may leave."""
+    """The batches of a loader without empty ones, which a filter may produce."""
     return (batch for batch in loader if len(split_batch(batch)[0][0]))
 
 
 def reusable(loader, samples=None):
-    """The loader itself if it can run again, else a list of its batches.
+    """The loader itself if it can run again, otherwise a list of its batches.
 
-    An iterator runs only once. With `samples` given, a loader without a length counts as one too, and the list stops at
-    `samples` inputs or slightly more.
+    An iterator can run only once. If `samples` is given, a loader without a length is treated like an iterator, and the
+    list ends with the batch that reaches `samples` inputs.
     """
     if not isinstance(loader, Iterator) and (samples is None or has_length(loader)):
         return loader
@@ -128,7 +130,7 @@ def reusable(loader, samples=None):
 
 
 def count_batches(loader):
-    """The number of batches of a loader; a loader without a length is run through to count them."""
+    """The number of batches of a loader; a loader without a length is iterated once to count them."""
     return len(loader) if has_length(loader) else sum(1 for _ in loader)
 
 
@@ -150,10 +152,10 @@ def first_output(outputs):
 
 
 def fit_labels(outputs, targets):
-    """The labels in the form that fits the outputs.
+    """The labels in the shape and type that fit the outputs.
 
-    outputs [B, C]: classes [B], or shares [B, C]. One score, [B] or [B, 1]: labels of the same shape and type. Raises
-    ValueError with both shapes where the labels do not fit.
+    For outputs [B, C] these are classes [B] or class probabilities [B, C]; for one score per sample, [B] or [B, 1],
+    labels with the shape and type of the outputs. Raises ValueError, with both shapes, if the labels do not fit.
     """
     is_one_score = outputs.dim() == 1 or (outputs.dim() == 2 and outputs.shape[1] == 1)
     if is_one_score and targets.numel() == len(outputs):
@@ -170,10 +172,10 @@ def fit_labels(outputs, targets):
 
 
 def loss_of(criterion, outputs, targets):
-    """The loss for the labels as they are or, if the criterion refuses them, in the form of `fit_labels`.
+    """The loss with the labels unchanged or, if the criterion rejects them, as `fit_labels` returns them.
 
-    With several outputs the criterion gets the tuple or, if it refuses a tuple, the first output. Raises ValueError
-    with both shapes where the criterion takes neither form of the labels.
+    With several outputs the criterion gets the tuple or, if it rejects a tuple, the first output. Raises ValueError,
+    with both shapes, if the criterion accepts neither form of the labels.
     """
     if isinstance(outputs, (tuple, list)):
         try:
@@ -204,10 +206,10 @@ def loss_of(criterion, outputs, targets):
 
 
 def four_loaders(test_set, val_set, train_set, train_val_set, args):
-    """`test_loader, val_loader, train_loader, train_val_loader` of data sets whose `__getitems__` gives whole batches.
+    """`test_loader, val_loader, train_loader, train_val_loader` for data sets whose `__getitems__` returns a batch.
 
-    Only the training loader shuffles. Of `args` it reads, with defaults, batch_size 128, test_batch_size 100,
-    num_workers 0 and seed 0.
+    Only the training loader shuffles. The attributes of `args`, with their defaults, are batch_size 128,
+    test_batch_size 100, num_workers 0 and seed 0.
     """
     workers, seed = getattr(args, "num_workers", 0), getattr(args, "seed", 0)
     batch_size, test_batch_size = getattr(args, "batch_size", 128), getattr(args, "test_batch_size", 100)
@@ -220,7 +222,9 @@ def four_loaders(test_set, val_set, train_set, train_val_set, args):
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=already_a_batch,
-            generator=torch.Generator().manual_seed(seed),  # one each: a pass over one loader does not change another
+            generator=torch.Generator().manual_seed(
+                seed
+            ),  # one per loader, so that a pass over one does not affect another
         )
 
     return (
@@ -237,6 +241,6 @@ def already_a_batch(batch):
 
 
 def check_some_train(count, args):
-    """Raise ValueError where --val_share leaves no image to train on."""
+    """Raise ValueError if --val_share leaves no image to train on."""
     if not count:
         raise ValueError(f"--val_share {args.val_share} leaves no image to train on, make it smaller")

@@ -1,6 +1,7 @@
-"""What the command-line scripts share: a parser with one-line errors, exit statuses. Imports nothing slow.
+"""Shared code of the command-line scripts: a parser with one-line errors, and exit statuses. Imports nothing slow.
 
-Exit status 0 is success; 1 an interrupted run (Ctrl-C, SIGTERM, SIGHUP), or a traceback; 2 what the user can mend.
+Exit status 0 means success, 1 an interrupted run (Ctrl-C, SIGTERM, SIGHUP) or a traceback, 2 an error that the user can
+correct.
 """
 
 import argparse
@@ -15,10 +16,10 @@ from runtime.streams import steady_streams
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Ends a wrong command line with `error: WHAT, WHERE, what to do` and status 2.
+    """Argument parser that answers a wrong command line with `error: WHAT, WHERE, what to do` and exit status 2.
 
-    given: the options that the command line named, by dest. main_actions: what `--help` shows, with a short help each,
-    where `--help-all` shows the rest; where there are none, it shows all.
+    given: the dest of each option that the command line named. main_actions: action -> short help of the options that
+    `--help` shows; `--help-all` shows every option. If main_actions is empty, `--help` shows every option too.
     """
 
     def __init__(self, *args, **kwargs):
@@ -42,7 +43,7 @@ class OneLineParser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, error.message + did_you_mean(value, action.choices)) from error
 
     def format_help(self):
-        """The help of all flags, or of the main ones."""
+        """The help of all flags, or only of the main ones."""
         full = {action: action.help for action in self._actions}
         try:
             if self.main_actions and not self.shows_all:
@@ -68,7 +69,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class HelpAll(argparse.Action):
-    """`--help-all`: the help of all flags."""
+    """The action of `--help-all`: print the help of all flags and exit."""
 
     def __init__(self, option_strings, dest, **kwargs):
         super().__init__(option_strings, dest, nargs=0, help="show all flags and exit", default=argparse.SUPPRESS)
@@ -80,19 +81,19 @@ class HelpAll(argparse.Action):
 
 
 def did_you_mean(word, known):
-    """ ", did you mean ...?" for a word that is next to a known one, else ""."""
+    """ ", did you mean ...?" for a word that resembles a known one, otherwise ""."""
     close = difflib.get_close_matches(str(word), [str(each) for each in known or ()], 1)
     return f", did you mean {close[0]}?" if close else ""
 
 
 def exit_with_error(message):
-    """Print one line on stderr and end with status 2: the user's input cannot work."""
+    """Print a one-line error on stderr and exit with status 2."""
     print("error:", squeeze(message), file=sys.stderr)
     sys.exit(2)
 
 
 def check_printed(output):
-    """End with an error where stdout, a SteadyStream, refused what was printed, unless its reader has had enough."""
+    """Exit with an error if writing to stdout, a SteadyStream, failed. A pipe that its reader closed is no error."""
     output.flush()
     failure = output.failure
     if failure is not None and not isinstance(failure, BrokenPipeError):
@@ -100,9 +101,10 @@ def check_printed(output):
 
 
 def run_script(main, args):
-    """Call `main(args)`; what the user can cause becomes one line and status 2 (`--debug` shows the traceback).
+    """Call `main(args)`. Errors that the user can cause become one line and status 2; --debug shows the traceback.
 
-    A stdout that is closed, or whose reader has gone, does not stop the work; one that is full is an error at the end.
+    A closed stdout, or a pipe without a reader, does not stop the work. A full disk behind stdout is an error at the
+    end.
     """
     with steady_streams() as output, signals_as_interrupts():
         try:
@@ -120,7 +122,7 @@ def run_script(main, args):
 
 
 def check_alone():
-    """Raise ValueError in one of several processes of torchrun: each would do all of the work, and write it."""
+    """Raise ValueError if torchrun started several processes: each would repeat the work and write the same files."""
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes not in ("", "0", "1"):
         raise ValueError(f"started as one of {processes} processes (WORLD_SIZE), start it without torchrun")
@@ -128,9 +130,10 @@ def check_alone():
 
 @contextlib.contextmanager
 def signals_as_interrupts():
-    """Within it SIGTERM and SIGHUP end the run as Ctrl-C does, so that no temporary file stays.
+    """Context in which SIGTERM and SIGHUP end the run like Ctrl-C, so that no temporary file is left.
 
-    A signal that is ignored, as nohup does with SIGHUP, stays ignored; threads cannot set handlers, and keep them.
+    A signal that is already ignored, such as SIGHUP under nohup, stays ignored. Outside the main thread nothing
+    changes, because only the main thread can set handlers.
     """
 
     def interrupt(number, frame):

@@ -1,4 +1,4 @@
-"""Which device to run on, seeds, and eval mode for a while."""
+"""The choice of the device, random seeds, and temporary eval mode."""
 
 import math
 import random
@@ -9,9 +9,9 @@ import torch
 
 
 def choose_device(name):
-    """`torch.device` for "auto" (the least loaded GPU by GPUtil, else the CPU), "cpu", "cuda" or "cuda:N".
+    """The `torch.device` for "auto" (the least loaded GPU by GPUtil, else the CPU), "cpu", "cuda" or "cuda:N".
 
-    Raises ValueError for an unknown name, and for a device that this machine does not have.
+    Raises ValueError for an unknown name or a GPU that torch does not see.
     """
     if name == "auto":
         return torch.device(least_loaded_gpu() if torch.cuda.is_available() else "cpu")
@@ -27,10 +27,10 @@ def choose_device(name):
 
 
 def least_loaded_gpu():
-    """The name of the GPU with the lowest load; the first GPU if nvidia-smi does not answer."""
+    """The name of the GPU with the lowest load, such as "cuda:1"; the first GPU if nvidia-smi does not answer."""
     import GPUtil
 
-    # nvidia-smi numbers all GPUs, torch only those in CUDA_VISIBLE_DEVICES and in another order: compare their UUIDs
+    # nvidia-smi numbers all GPUs; torch numbers those in CUDA_VISIBLE_DEVICES, in another order. So compare UUIDs.
     visible = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     index_of = {f"GPU-{each.uuid}": index for index, each in enumerate(visible)}
     loads = {gpu.uuid: gpu.load for gpu in GPUtil.getGPUs() if gpu.uuid in index_of and not math.isnan(gpu.load)}
@@ -38,7 +38,7 @@ def least_loaded_gpu():
 
 
 def seed_everything(seed):
-    """Seed all random generators: on one machine, with one thread count, the same seed gives the same bits."""
+    """Seed all random generators. With the same machine and thread count, the same seed gives the same bits."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -46,7 +46,7 @@ def seed_everything(seed):
 
 @contextmanager
 def in_eval_mode(net):
-    """Within it a network and all of its modules are in eval mode; afterwards each has its own mode again."""
+    """Context in which a network and all its modules are in eval mode; afterwards each module has its old mode."""
     modes = {module: module.training for module in net.modules()}
     try:
         net.eval()

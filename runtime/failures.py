@@ -1,13 +1,13 @@
-"""Turn an error into one line for the user: what failed, where, and what to do."""
+"""Turn an error into one line for the user that says what failed, where, and what to do."""
 
 import errno
 import re
 
 from runtime.packages import PIP_NAMES
 
-LONGEST_WORD = 500  # letters: more than a file name (255) with its folder, far less than a screen
-LONGEST_LINE = 2000  # letters: 25 lines of a terminal of 80 columns
-MEMORY_FLAGS = (  # flags that determine the memory of a run, the largest share first
+LONGEST_WORD = 500  # letters; longer than a file name (255 letters) with its folder, far shorter than a screen
+LONGEST_LINE = 2000  # letters; 25 lines of a terminal with 80 columns
+MEMORY_FLAGS = (  # flags that determine how much memory a run needs, in order of their share
     "test_batch_size",
     "batch_size",
     "memory_budget",
@@ -25,7 +25,10 @@ FROM_A_WORKER = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.")
 
 
 def in_one_line(error, args):
-    """The message for an error, or None for a fault of the program, whose traceback is needed."""
+    """The message for an error, or None for a bug of the program, which needs a traceback.
+
+    args: the script's flags, to which the message may refer.
+    """
     if any(map(is_out_of_memory, causes(error))):
         return out_of_memory(error, args)
     if "DataLoader worker" in str(error):
@@ -39,21 +42,21 @@ def in_one_line(error, args):
 
 
 def causes(error):
-    """The error, and the chain of errors that caused it."""
+    """Yield the error and the chain of errors that caused it."""
     while error is not None:
         yield error
         error = error.__cause__
 
 
 def is_out_of_memory(error):
-    """Whether memory ran out, on the CPU or a GPU; torch reports this in a RuntimeError."""
+    """Whether the CPU or a GPU ran out of memory; torch reports this as a RuntimeError."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(NO_MEMORY.search(str(error))))
 
 
 def out_of_memory(error, args):
-    """The message: the requested size, if known, and the flags of the script that reduce it."""
+    """The message: the size that could not be allocated, if known, and the flags of the script that save memory."""
     said = " ".join(str(each) for each in causes(error))
     size = re.search(r"tried to allocate ([\d.]+ ?\w+)", said, re.IGNORECASE)
     what = f"out of memory{f', {size[1]} more were needed' if size else ''}"
@@ -64,7 +67,7 @@ def out_of_memory(error, args):
 
 
 def worker_failed(message, args):
-    """The message for a data loader's worker: the error that it raised, or that it died."""
+    """The message for a data loader worker: the error that it raised, or that it ended."""
     workers = f"a worker of --num_workers {getattr(args, 'num_workers', 1)}"
     raised = FROM_A_WORKER.search(message)
     if not raised:
@@ -75,11 +78,11 @@ def worker_failed(message, args):
 
 
 def shorten(text, most):
-    """The text; beyond `most` letters its middle is left out."""
+    """The text; if it has more than `most` letters, "..." replaces its middle."""
     half = most // 2
     return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
 
 
 def squeeze(message):
-    """A message as one line; long words, such as a value of thousands of letters, and long lines are shortened."""
+    """A message as one line; long words, such as a value of thousands of letters, and a long line are shortened."""
     return shorten(" ".join(shorten(word, LONGEST_WORD) for word in str(message).split()), LONGEST_LINE)

@@ -1,4 +1,4 @@
-"""Writing files so that a failure leaves the old file as it was."""
+"""Write files so that a failure leaves the old file unchanged."""
 
 import contextlib
 import io
@@ -14,9 +14,9 @@ TORCH_WRITER = re.compile("PytorchStreamWriter|inline_container|unexpected pos")
 
 
 def check_writable(path):
-    """Raise OSError unless a file can be created beside `path`; called before the work that fills it.
+    """Raise OSError unless a file can be created beside `path`; called before the work whose result it will hold.
 
-    Half-written files that ended processes left beside it are removed.
+    Also removes half-written files that ended processes left beside `path`.
     """
     if path is None:
         return
@@ -26,7 +26,7 @@ def check_writable(path):
         raise OSError(f"cannot write {path}, it is a device or a pipe, name a file")
     if os.path.isdir(path):
         raise OSError(f"cannot write {path}, it is a folder, name a file")
-    target = os.path.realpath(path) if os.path.islink(path) else path  # a link stays; its file is replaced
+    target = os.path.realpath(path) if os.path.islink(path) else path  # keep a link, replace its file
     folder = os.path.dirname(target) or "."
     if not os.path.isdir(folder):
         raise OSError(f"cannot write {path}, there is no folder {folder}, create it first")
@@ -40,13 +40,13 @@ def check_writable(path):
 
 
 def check_regular(path):
-    """Raise OSError for a pipe, a socket or a device, which a reader might wait for without end."""
+    """Raise OSError for a pipe, a socket or a device, because reading one may block forever."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(f"{path} is not a regular file")
 
 
 def check_room(path, size):
-    """Raise OSError unless a file of `size` bytes fits at `path`; called before the work."""
+    """Raise OSError unless `path` has room for a file of `size` bytes; called before the work."""
     folder = os.path.dirname(os.path.realpath(path))
     free, limit = shutil.disk_usage(folder).free, largest_file()
     if size > free:
@@ -56,7 +56,7 @@ def check_room(path, size):
 
 
 def largest_file():
-    """The largest file that this process may write, in bytes."""
+    """The size limit for files of this process (`ulimit -f`), in bytes; infinity without a limit."""
     try:
         import resource
     except ImportError:  # Windows
@@ -66,14 +66,14 @@ def largest_file():
 
 
 def check_different(*paths):
-    """Raise ValueError where two of the files to write are the same."""
+    """Raise ValueError if two of the paths are the same file. A path may be None."""
     targets = [os.path.realpath(path) for path in paths if path]
     if len(set(targets)) < len(targets):
         raise ValueError(f"two results would be written to the same file {targets[0]}, name another")
 
 
 def check_folder(path):
-    """Raise OSError unless `path` is a folder that accepts new files or can be created."""
+    """Raise OSError unless `path` is a folder that accepts new files, or a folder that can be created."""
     if path is None:
         return
     if not path:
@@ -94,15 +94,15 @@ def check_folder(path):
 
 
 def temporary_beside(path):
-    """The name under which `path` is written before it is renamed."""
+    """The temporary name under which a file is written before it is renamed to `path`."""
     return f"{path}.{os.getpid()}.tmp"
 
 
 def remove_stale(path):
-    """Remove the temporary files and folders of `path` that belong to ended processes, as after a kill or power loss.
+    """Remove temporary files and folders of `path` that ended processes left, for example after a kill or power loss.
 
-    A file with this process's own number is stale too, because in containers every run has the same number. If several
-    machines share a folder, a process of another machine counts as ended: it then fails, and the file stays whole.
+    A file with this process's own id is stale too, because in containers every run has the same id. If several machines
+    share a folder, a process of another machine counts as ended; that process then fails, and the file stays complete.
     """
     folder, name = os.path.split(os.path.abspath(path))
     pattern = re.compile(re.escape(name) + r"\.([1-9][0-9]{0,9})\.tmp")
@@ -114,20 +114,20 @@ def remove_stale(path):
 
 
 def is_running(number):
-    """Whether another process has this number."""
+    """Whether another process has this process id."""
     if number == os.getpid():
         return False
     try:
         os.kill(number, 0)
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # a process of another user; a number too large for a process: keep the file
+    except (OSError, OverflowError):  # another user's process, or too large an id: keep the file
         return True
     return True
 
 
 def remove(entry):
-    """Remove a file or a folder with its contents; links and pipes stay, because this program writes none."""
+    """Remove a file, or a folder with its contents; links and pipes stay, because this program creates none."""
     if entry.is_dir(follow_symlinks=False):
         shutil.rmtree(entry.path, ignore_errors=True)
     elif entry.is_file(follow_symlinks=False):
@@ -137,7 +137,7 @@ def remove(entry):
 
 @contextlib.contextmanager
 def naming(path):
-    """Within it a failed write, as on a full disk, raises an OSError that names `path` and says what to do."""
+    """Context in which a failed write, as on a full disk, raises an OSError that names `path` and says what to do."""
     try:
         yield
     except OSError as error:
@@ -153,7 +153,7 @@ def naming(path):
 
 @contextlib.contextmanager
 def after_writing(*paths):
-    """Within it the message of an OSError or ValueError also lists the files already written."""
+    """Context in which the message of an OSError or ValueError also lists the files already written."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -163,12 +163,13 @@ def after_writing(*paths):
 
 
 def write_atomically(path, write):
-    """Call `write(temporary_path)` beside `path`, then rename: `path` is always the old file or the whole new one.
+    """Call `write(temporary_path)`, then rename: `path` is always the old file or the complete new one.
 
-    Raises OSError that names `path` where the disk is full.
+    The temporary file is in the folder of `path`. Raises OSError, with `path`, if the folder refuses files or the disk
+    is full.
     """
     check_writable(path)
-    target = os.path.realpath(path)  # a link stays; its file is replaced
+    target = os.path.realpath(path)  # keep a link, replace its file
     temporary = temporary_beside(target)
     try:
         with naming(path):
@@ -180,9 +181,10 @@ def write_atomically(path, write):
 
 
 def write_torch(path, value):
-    """Write `value` as torch.save does, but through memory.
+    """Write `value` like torch.save, but through memory. Raises OSError if the file cannot be written.
 
-    So a failed write has a reason, which torch.save does not give, and the file does not contain its own name.
+    Because of the detour a failed write has a reason, which torch.save does not give, and the file does not contain its
+    own name.
     """
     import torch
 
@@ -197,7 +199,7 @@ def write_torch(path, value):
 
 
 def write_json(path, value):
-    """Write `value` as indented JSON. Raises ValueError for NaN and infinite numbers."""
+    """Write `value` as indented JSON. Raises ValueError for NaN or infinite numbers, OSError for a failed write."""
 
     def write(temporary):
         with open(temporary, "w", encoding="utf-8") as file:
@@ -205,7 +207,7 @@ def write_json(path, value):
 
     try:
         text = json.dumps(value, indent=2, allow_nan=False)
-    except ValueError as error:  # JSON has no NaN: other programs would refuse the whole file
+    except ValueError as error:  # JSON has no NaN; other programs would reject the whole file
         raise ValueError(f"cannot write {path}, one of the results is NaN or infinite ({error})") from error
     write_atomically(path, write)
 
@@ -213,7 +215,8 @@ def write_json(path, value):
 def write_folder(path, files):
     """Write `files`, name -> bytes, into the folder `path`; its other files stay.
 
-    Files are first written into a new folder inside it, then moved up one by one, so that none is ever half-written.
+    The files are first written into a new folder inside `path`, then moved up one by one, so none is ever half-written.
+    Raises OSError, with the file's name, if one cannot be written.
     """
     check_folder(path)
     path = os.path.realpath(path)
@@ -221,7 +224,7 @@ def write_folder(path, files):
         if os.path.isdir(os.path.join(path, name)):
             raise OSError(f"cannot write {os.path.join(path, name)}, it is a folder, move it away")
     is_new = not os.path.exists(path)
-    new = os.path.join(path, "new")  # inside: `path` may be a mount of its own
+    new = os.path.join(path, "new")  # inside `path`, which may be a mount: a rename cannot leave a mount
     remove_stale(new)
     temporary = temporary_beside(new)
     try:
@@ -236,5 +239,5 @@ def write_folder(path, files):
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if is_new:
-            with contextlib.suppress(OSError):  # not empty: the files were written
+            with contextlib.suppress(OSError):  # fails if the files were written
                 os.rmdir(path)

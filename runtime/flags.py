@@ -1,6 +1,6 @@
-"""Flags: what their values may be, and those of a dataclass of options (`options.py`). Imports nothing slow.
+"""Flags: the parsers of their values, and the flags for dataclasses of options (`options.py`). Imports nothing slow.
 
-add_options(parser, ConversionOptions, DataOptions)    # a flag for each field, in the groups of the help
+add_options(parser, ConversionOptions, DataOptions)    # one flag per field
 """
 
 import argparse
@@ -10,7 +10,7 @@ from dataclasses import fields
 from runtime.cli import HelpAll
 from runtime.ranges import Whole
 
-LARGEST = 2**31 - 1  # of whole numbers: what counters of any library hold
+LARGEST = 2**31 - 1  # largest whole number; 32-bit counters of any library can hold it
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -34,7 +34,7 @@ def whole_number(least, most=None, also=()):
 
 
 def number_in(span):
-    """An argparse type: a number in a range of `runtime.ranges`, as the calls in Python check it."""
+    """An argparse type: a number in a range of `runtime.ranges`, checked as in the Python calls."""
 
     def convert(text):
         try:
@@ -59,7 +59,7 @@ def is_over(text, most):
 
 
 def bitwidths(text):
-    """An argparse type: weight bits of all layers, of each ("8,4,4,4"), or "auto"."""
+    """An argparse type: one number of weight bits for all layers, one per layer ("8,4,4,4"), or "auto"."""
     if text == "auto":
         return text
     widths = tuple(map(whole_number(1, 8, also=(32,)), text.split(",")))
@@ -82,7 +82,7 @@ def real_number(least, most=float("inf")):
 
 
 def memory_size(text):
-    """An argparse type: bytes, with K, M or G behind the number for powers of 1024."""
+    """An argparse type: a number of bytes; a suffix K, M or G multiplies it by 1024, 1024^2 or 1024^3."""
     number, factor = text, 1
     if text[-1:].upper() in UNITS:
         number, factor = text[:-1], UNITS[text[-1].upper()]
@@ -96,7 +96,7 @@ def memory_size(text):
 
 
 def threshold(text):
-    """An argparse type: a quantile above 0 up to 1, max, or mse; `quantile` stands for the default one."""
+    """An argparse type: a quantile above 0 and up to 1, "max" or "mse"; "quantile" means the default quantile."""
     if text in ("quantile", "max", "mse"):
         return text
     try:
@@ -117,20 +117,20 @@ PARSERS = {"bitwidths": bitwidths, "threshold": threshold, "names": names, "memo
 
 
 def add_options(parser, *classes, groups=(), **defaults):
-    """A flag for every field of some dataclasses of options, under its own name and, hidden, under its former ones.
+    """Add a flag for every field of the dataclasses of options; former names become hidden flags.
 
-    groups: the titles of the help, in order. defaults: other ones than the fields'.
+    groups: titles of the help groups, in order. defaults: defaults that replace those of the fields.
     """
     by_title = {title: parser.add_argument_group(title) for title in groups}
     for cls in classes:
         for each in fields(cls):
-            if f"--{each.name}" not in parser._option_string_actions:  # the base of two dataclasses has its flags once
+            if f"--{each.name}" not in parser._option_string_actions:  # two dataclasses may share a base class
                 group = by_title.get(each.metadata["group"], parser)
                 add_option(parser, group, each, defaults.get(each.name, each.default))
 
 
 def add_option(parser, group, each, default):
-    """The flag of one field."""
+    """Add the flag of one field, and its hidden former flags, to a group of the parser."""
     facts = each.metadata
     in_words = facts.get("default_help", "off" if default is False else "%(default)s")
     details = {"default": default, "help": f"{facts['help']} ({in_words})"}
@@ -155,7 +155,7 @@ def add_option(parser, group, each, default):
 
 
 def add_help_all(parser):
-    """`--help-all`."""
+    """Add `--help-all`, and a usage line without the flags, to a OneLineParser."""
     parser.add_argument("--help-all", action=HelpAll)
     parser.main_actions |= {action: action.help for action in parser._actions if action.dest in ("help", "help_all")}
     parser.usage = "%(prog)s net_name [flags]"

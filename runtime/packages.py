@@ -1,13 +1,13 @@
-"""Packages that only some flags need, looked for before the work."""
+"""Checks, before the work, for packages that only some flags need."""
 
 import importlib.util
 
 REPORT_PACKAGES = ("matplotlib", "seaborn")
-PIP_NAMES = {"sklearn": "scikit-learn", "PIL": "pillow"}  # where a package is installed by another name
+PIP_NAMES = {"sklearn": "scikit-learn", "PIL": "pillow"}  # modules whose package has another name
 
 
 def check_packages(what, *modules):
-    """Raise ValueError, with the name to install, where one of `modules`, which `what` needs, is missing."""
+    """Raise ValueError, with the package to install, if one of `modules` is missing. what: the flag that needs them."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
             name = PIP_NAMES.get(module, module)

@@ -1,4 +1,4 @@
-"""Ranges of numbers, for flags and for the calls in Python alike.
+"""Ranges of numbers, shared by the flags and the Python calls.
 
 check_number("finetune_lr", 0.01, Real(0))     # the number, or a ValueError that names it and its range
 """
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Whole:
-    """Whole numbers from `least` to `most`; 8.0, and NumPy's numbers, count as 8."""
+    """Whole numbers from `least` to `most`, of any numeric type: 8.0 and NumPy's 8 count as 8."""
 
     least: int
-    most: int = 2**31 - 1  # what counters of any library hold
+    most: int = 2**31 - 1  # 32-bit counters of any library can hold it
 
     def accepts(self, value):
         """The value as a plain number, or None where it is none of these."""
@@ -28,7 +28,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Real:
-    """Numbers from `least` to `most`, without `least` itself where it is `open`; never NaN, and finite."""
+    """Finite numbers from `least` to `most`; if `open`, without `least` itself."""
 
     least: float
     most: float = math.inf
@@ -48,7 +48,7 @@ class Real:
 
 
 def check_number(name, value, span, hint=""):
-    """The value as a plain number. Raises ValueError, with `name`, where it is not in the span."""
+    """The value as a plain number. Raises ValueError, with `name` and the range, if it is not in `span`."""
     number = span.accepts(value)
     if number is None:
         raise ValueError(f"{name} {value!r}: use {span}{hint}")

@@ -1,6 +1,6 @@
-"""Rules: what one field of a saved network may hold, and in words which values those are.
+"""Rules for the fields of a saved network: a check of the value, and a description of the allowed values.
 
-A rule never fails on a value, whatever it is: files come from strangers.
+A rule never raises an error, whatever the value, because a file may come from anyone.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from runtime.torch_files import FLOATS, unusual_kind
 
 @dataclass(frozen=True)
 class Rule:
-    """Whether a field may hold a value, and in words which ones."""
+    """holds: value -> whether a field may have it. words: the allowed values in words."""
 
     holds: Callable
     words: str
@@ -32,7 +32,7 @@ def instance(kind, words):
 
 
 def one_of(*choices):
-    """One of these strings."""
+    """A rule that allows one of the given strings."""
     return Rule(lambda value: isinstance(value, str) and value in choices, ", ".join(map(repr, choices)))
 
 
@@ -41,7 +41,7 @@ def either(*rules):
 
 
 def several(rule, least, most):
-    """A tuple or list of `least` to `most` such values."""
+    """A rule for a tuple or list of `least` to `most` values that each follow `rule`."""
 
     def holds(value):
         return isinstance(value, (tuple, list)) and least <= len(value) <= most and all(map(rule.holds, value))
@@ -51,12 +51,15 @@ def several(rule, least, most):
 
 
 def pair(rule):
-    """One value for height and width, or two."""
+    """A rule for one value, or one for height and one for width, that follow `rule`."""
     return Rule(either(rule, several(rule, 2, 2)).holds, f"{rule.words}, or two of them")
 
 
 def tensor(*dtypes, positive=False):
-    """A tensor of one of these types with finite values, which lie in memory as often as it says."""
+    """A rule for a plain tensor of one of these types with finite values; its storage must hold every element.
+
+    A small storage with stride 0 could claim any number of elements.
+    """
 
     def holds(value):
         is_plain = isinstance(value, torch.Tensor) and unusual_kind(value) is None and value.dtype in dtypes
@@ -78,9 +81,9 @@ POSITIVE = Rule(
 )
 STEPS = whole(1, 65536)
 CHANNELS = whole(1, 2**31 - 1)
-SIZE = pair(whole(1, 65536))  # of a window, and between windows
-PADDING = pair(whole(0, 4096))  # beyond it, zeros alone would fill the memory
+SIZE = pair(whole(1, 65536))  # size or stride of a window
+PADDING = pair(whole(0, 4096))  # with a larger padding the zeros alone would fill the memory
 DIM = whole(1, 8)
 WEIGHTS = tensor(*FLOATS)
-INTEGERS = tensor(torch.int8, torch.int32, *FLOATS)  # floats at 32 bits
+INTEGERS = tensor(torch.int8, torch.int32, *FLOATS)  # with 32-bit weights these are floats
 POTENTIALS = tensor(torch.int32, *FLOATS)

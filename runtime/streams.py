@@ -1,8 +1,8 @@
-"""Standard streams that never stop the work: closed ones, pipes whose reader has gone, full disks.
+"""Standard streams whose failure does not stop the work: closed streams, pipes without a reader, full disks.
 
-with steady_streams() as output:      # a `| head -1` ends what is printed, not what is computed
+with steady_streams() as output:      # `| head -1` cuts the output but does not stop the computation
     work()
-output.failure                        # the first error of stdout in the meantime, or None
+output.failure                        # the first error while writing to stdout, or None
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import sys
 
 
 class SteadyStream:
-    """A text stream that drops its output after the first failed write and keeps the error as `failure`."""
+    """A text stream that discards its output after the first failed write and keeps that error as `failure`."""
 
     def __init__(self, stream):
         self.stream, self.failure = stream, None
@@ -38,25 +38,25 @@ class SteadyStream:
 
 
 def printable(text, stream):
-    """The text, with escapes for letters that the stream cannot encode, as in a file name that is not UTF-8."""
+    """The text with letters escaped that the stream cannot encode, such as those of a file name not in UTF-8."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def drop_output(stream):
-    """Redirect a stream to the null device, so that Python does not fail at exit when it flushes the buffer."""
-    with contextlib.suppress(OSError, ValueError):  # a stream in memory has no number
+    """Redirect a stream to the null device; otherwise Python would fail when it flushes the buffer at exit."""
+    with contextlib.suppress(OSError, ValueError):  # a stream in memory has no file descriptor
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
 
 
 def open_missing_streams():
-    """Give a process without stdin, stdout or stderr (`>&-`) the null device in their place.
+    """Open the null device in place of a missing stdin, stdout or stderr (`>&-`).
 
-    Otherwise the next file that is opened gets the descriptor of stdout, and libraries print into it.
+    Otherwise the next opened file would get the file descriptor of stdout, and libraries would print into that file.
     """
-    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:  # os.open takes the lowest free number
+    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:  # os.open returns the lowest free descriptor
         os.set_inheritable(null, True)
     os.close(null)
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
@@ -66,7 +66,7 @@ def open_missing_streams():
 
 @contextlib.contextmanager
 def steady_streams():
-    """Within it stdout and stderr are SteadyStreams; yields the one of stdout."""
+    """Context in which stdout and stderr are SteadyStreams; yields that of stdout."""
     open_missing_streams()
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (each if isinstance(each, SteadyStream) else SteadyStream(each) for each in before)

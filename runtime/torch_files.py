@@ -1,6 +1,6 @@
-"""Read files of torch.save: checked for damage first, and without running Python code from the file.
+"""Read files of torch.save: check them for damage first, and never run Python code from the file.
 
-state = read_torch_file("weights.pth")     # for another file, OtherFile (a ValueError) says what was found
+state = read_torch_file("weights.pth")     # raises OtherFile, a ValueError, for a file of another kind
 """
 
 import os
@@ -13,11 +13,11 @@ import torch
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # 8-bit floats can only be stored
 ZIP = b"PK\x03\x04"
 DOS_FOLDER = 0x10  # the attribute of a folder in zip files; torch.save writes no folders
-BEGINNING = 64  # bytes of a file that are read to recognise it; the patterns below need at most 23 after blanks
-LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before PyTorch 1.6
+BEGINNING = 64  # bytes read to recognise a file; the patterns below need at most 23 bytes after blanks
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # magic number of torch.save before PyTorch 1.6
 SAVE_STATE = "save a state dict with torch.save(net.state_dict(), path)"
 OF_PYTORCH = "take the PyTorch network that it was made of, and torch.save(net.state_dict(), path)"
-# Files that users mistake for one of torch.save: the pattern at their beginning, what they are, and what to do.
+# Files that users mistake for files of torch.save: the pattern of their first bytes, their kind, and advice.
 BEGINNINGS = (
     (rb"version https://git-lfs", "it is a pointer of Git LFS, not the file itself", "fetch that with git lfs pull"),
     (rb"\s*<(!DOCTYPE|!doctype|html|\?xml)", "it is a web page", "download the file itself"),
@@ -28,7 +28,7 @@ BEGINNINGS = (
     (rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "it is a compressed file", "unpack it"),
     (rb"\x80[\x02-\x05]", "it is a pickle that torch.save did not write", SAVE_STATE),
 )
-# The same for zip files, by the name of an entry.
+# The same for zip files, with a pattern for the name of an entry.
 ENTRIES = (
     (r".*/constants\.pkl", "it is TorchScript", OF_PYTORCH),
     (r".*/archive_format|serialized_exported_program.*", "it is a program of torch.export", OF_PYTORCH),
@@ -37,7 +37,7 @@ ENTRIES = (
 
 
 class OtherFile(ValueError):
-    """A file is damaged or of another kind. found: what it is. advice: what to do, or None."""
+    """Error for a file that is damaged or of another kind. found: its kind or damage. advice: what to do, or None."""
 
     def __init__(self, found, advice=None):
         super().__init__(found if advice is None else f"{found}: {advice}")
@@ -45,10 +45,10 @@ class OtherFile(ValueError):
 
 
 def read_torch_file(path, takes_legacy=True):
-    """Load what torch.save wrote into `path`, to the CPU.
+    """Load a file of torch.save to the CPU.
 
-    takes_legacy: accept files of PyTorch before 1.6 too, which have no checksums. Raises OSError, with the path and a
-    reason, where the file is missing or cannot be read, and OtherFile where it is damaged or of another kind.
+    takes_legacy: whether to accept files from before PyTorch 1.6, which have no checksums. Raises OSError, with the
+    path and the reason, if the file is missing or unreadable, and OtherFile if it is damaged or of another kind.
     """
     start = beginning_of(path)
     if start.startswith(ZIP):
@@ -57,19 +57,19 @@ def read_torch_file(path, takes_legacy=True):
         raise kind_of(start)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OtherFile:  # raised by the code that rebuilds a network
+    except OtherFile:  # from the code that rebuilds a network
         raise
     except Exception as error:  # damaged bytes can make torch.load raise anything, even OSError
         raise refused(error) from error
 
 
 def beginning_of(path):
-    """The first bytes of a file. Raises OSError for a path that is not a file or cannot be read."""
+    """The first bytes of a file. Raises OSError if the path is not a file or cannot be read."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist, name another file")
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path} is a folder, name a file")
-    if not os.path.isfile(path):  # reading a pipe would wait for ever
+    if not os.path.isfile(path):  # reading a pipe could block forever
         raise OSError(f"{path} is a pipe or a device, name a file")
     try:
         with open(path, "rb") as file:
@@ -79,7 +79,7 @@ def beginning_of(path):
 
 
 def kind_of(start):
-    """The OtherFile error for a file that begins with `start` and that torch.save did not write."""
+    """The OtherFile error for a file that torch.save did not write. start: its first bytes."""
     if not start:
         return OtherFile("it is empty")
     for beginning, found, advice in BEGINNINGS:
@@ -89,9 +89,9 @@ def kind_of(start):
 
 
 def check_zip(path):
-    """Raise OtherFile unless `path` is a complete zip file of torch.save and every entry has its saved checksum.
+    """Raise OtherFile unless `path` is a complete zip file of torch.save and every entry matches its checksum.
 
-    torch.load does not check them: a flipped bit would silently change weights.
+    torch.load does not check the checksums, so a flipped bit would silently change weights.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -107,7 +107,7 @@ def check_zip(path):
 
 
 def check_kind(names):
-    """Raise OtherFile where torch.save did not write a zip file with these entries."""
+    """Raise OtherFile if the names of a zip file's entries show that torch.save did not write it."""
     for pattern, found, advice in ENTRIES:
         if any(re.fullmatch(pattern, name) for name in names):
             raise OtherFile(found, advice)
@@ -116,7 +116,7 @@ def check_kind(names):
 
 
 def first_not_stored(parts):
-    """The first entry that torch.save would not write: compressed, with two sizes, or a folder; else None."""
+    """The name of the first entry that torch.save would not write (compressed, of two sizes, or a folder), or None."""
     odd = (part for part in parts if part.compress_type or part.compress_size != part.file_size)
     folders = (part for part in parts if part.external_attr & DOS_FOLDER)
     return next((part.filename for part in (*odd, *folders)), None)
@@ -128,7 +128,7 @@ def has_checksums(parts):
 
 
 def refused(error):
-    """The OtherFile error for an error of torch.load, with the class or function that it refused to unpickle."""
+    """The OtherFile error for an error of torch.load; it names the class or function that was not unpickled."""
     name = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
     if name is None:
         return OtherFile(f"it is damaged, or holds what torch.load does not take ({type(error).__name__})", SAVE_STATE)
@@ -140,7 +140,7 @@ def refused(error):
 
 
 def unusual_kind(tensor):
-    """Words for a tensor that cannot be a weight of a network; None for a plain tensor."""
+    """The kind of a tensor that cannot be a network's weight, in words; None for a plain tensor."""
     if tensor.is_meta:
         return "meta (without values)"
     if tensor.is_quantized:

@@ -2,7 +2,7 @@
 
     python3 tools/write_flags.py
 
-A test asserts that docs/flags.md is what this writes.
+A test asserts that docs/flags.md is up to date.
 """
 
 import os
@@ -14,8 +14,8 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 from options import CONVERSION, FIELDS, GROUPS, PRESETS, OutputOptions, preset_options
 
 PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "docs", "flags.md")
-SHOWN_TIMESTEPS = (4, 16, 64)  # presets set other options for few timesteps than for many
-FORMER = {  # flags that became a value of another one; plain renamings stand in the fields
+SHOWN_TIMESTEPS = (4, 16, 64)  # presets set different options for few and for many timesteps
+FORMER = {  # flags that became values of other flags; renamed flags are in the fields of options.py
     "--quantile Q": "--threshold Q",
     "--threshold quantile": "--threshold 0.999",
     "--weight_granularity channel": "--per_channel weights",
@@ -48,14 +48,14 @@ def all_fields():
 
 
 def row(each):
-    """The cells of one flag."""
+    """The table cells of one flag."""
     facts = each.metadata
     flag = " ".join(f"`{name}`" for name in (facts.get("short"), f"--{each.name}") if name)
     return flag, values_of(each), default_of(each), facts["help"]
 
 
 def values_of(each):
-    """What a flag takes, in words."""
+    """The values that a flag accepts, in words."""
     facts = each.metadata
     if isinstance(each.default, bool):
         return f"`--no-{each.name}` switches it off"
@@ -74,12 +74,12 @@ def default_of(each):
 
 
 def is_real(value):
-    """Whether a default is a number with a fraction."""
+    """Whether a default is a float."""
     return isinstance(value, float)
 
 
 def presets_in_words():
-    """What each preset sets, for a few numbers of timesteps."""
+    """The section on presets: the flags that each preset sets for SHOWN_TIMESTEPS."""
     rows = []
     for name in PRESETS:
         for timesteps in SHOWN_TIMESTEPS:
@@ -92,13 +92,13 @@ def presets_in_words():
 
 
 def flag_of(name, value, timesteps):
-    """A flag of a preset as a user writes it; a number of steps of listening is T."""
+    """A flag of a preset as a user writes it; `listen` is written as T if it equals the timesteps."""
     value = "T" if name == "listen" and value == timesteps else f"{value:g}" if is_real(value) else value
     return f"--{name} {value}"
 
 
 def former_flags():
-    """The names that flags had before; they still work."""
+    """The section on former names of flags, which still work."""
     rows = [(f"`{old}`", f"`--{each.name}`") for each in FIELDS.values() for old in each.metadata.get("old", ())]
     rows += [(f"`{old}`" if old.startswith("-") else old, f"`{new}`") for old, new in FORMER.items()]
     return f"## Former names\n\nThey work as before; `--help` does not show them.\n\n{table(('former', 'now'), rows)}"
