@@ -28,8 +28,8 @@ from runtime.batches import reusable
 def trans_ann2snn_weight(qnet, loader, device, timesteps, weight_bitwidth, **options):
     """The spiking network of a quantized one; `qnet` is not changed. A plain nn.Module is parsed first.
 
-    loader: images without random augmentation, of which the first `calibration_samples` are used; batches as
-    `batches.split_batch` takes them, with labels, which are not read, or without. For a network with several inputs, a
+    loader: images without random augmentation; the first `calibration_samples` are used. Batches are as
+    `runtime.batches.split_batch` takes them; labels are not read. For a network with several inputs, a
     tuple of them stands in the place of the images.
     timesteps: T, steps per image. weight_bitwidth: 1 to 8, one number or one for each layer with weights, or 32 for
     float weights (thresholds then are floats too).

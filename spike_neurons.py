@@ -28,7 +28,7 @@ def if_step(membrane, current, Vthr, reset_mode):
 class SpikesThroughTime(torch.autograd.Function):
     """The spikes of integrate-and-fire neurons, [T, B, ...], from their currents, with a surrogate gradient.
 
-    steps: currents of T steps, [T, B, ...], of which the first `listen` come before the first spike. The gradient of a
+    steps: currents of T steps, [T, B, ...]; the first spike comes after `listen` of them. The gradient of a
     spike is a triangle of area 1 over the membrane potential, from u = 0 over Vthr to 2 Vthr (piecewise linear; Bellec
     et al., Long Short-Term Memory and Learning-to-Learn in Networks of Spiking Neurons, NeurIPS 2018); it passes
     through the reset too.

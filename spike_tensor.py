@@ -120,7 +120,7 @@ class Current:
 class Memory:
     """What a part of a simulation keeps from step to step: membrane potentials and counts, by layer.
 
-    timesteps: of the whole simulation, of which the layers may be given some at a time.
+    timesteps: of the whole simulation; the layers may get them in chunks.
     """
 
     def __init__(self, timesteps):

@@ -160,10 +160,10 @@ def calibration_images(loader, device, samples, qnet, timesteps):
 
 
 def bias_beyond(snn, qnet, name):
-    """What the biases of the converted network give the neuron of op `name` at a step beyond those of the ANN.
+    """Bias of the SNN minus bias of the ANN for the neuron of op `name`, per step, in units of its potential.
 
-    By rounding, what is held back, and corrections; in units of its potential, shaped as Vthr, or [C, 1, 1] ([N]).
-    It is 0 with reset to zero, which forgets what came before the first step.
+    The difference comes from rounding, from holding back and from corrections. It is shaped as Vthr, or [C, 1, 1]
+    ([N]). With reset to zero it is 0, because a neuron then forgets its potential before the first step.
     """
     op = snn.ops[name].op
     neuron, beyond = op.neuron, torch.zeros_like(op.neuron.Vthr, dtype=torch.float32)
@@ -180,7 +180,7 @@ def bias_beyond(snn, qnet, name):
 
 
 def hold_back_neuron(snn, qnet, name, share):
-    """Start the neuron of op `name` lower, by what its bias then makes up for (`current_held_back`)."""
+    """Start the neuron of op `name` lower; its bias returns the difference over T steps (`current_held_back`)."""
     current, rounded = current_held_back(snn, qnet, name, share)
     neuron, lower = snn.ops[name].op.neuron, (current - rounded) * snn.timesteps
     if lower.any():
@@ -192,13 +192,13 @@ def hold_back_neuron(snn, qnet, name, share):
 
 @torch.no_grad()
 def current_held_back(snn, qnet, name, share):
-    """What the bias of the neuron of op `name` gets more when it starts lower by `share` of Vthr, and what it lacked.
+    """`extra, missing`: the bias per step that compensates a start `share` * Vthr lower, and the bias's rounding error.
 
-    Both are currents a step; T times the difference is what the neuron starts lower by. After T steps it has got what
-    it would have got else. A bias takes whole numbers only, so a T-th of the share is rounded. Where it is below 1, at
-    few bits, the rounding of the bias itself weighs as much (`bias_beyond`): then the sum of both is rounded, and the
-    rest goes into the start. Nothing is held back where no layer can carry it, and with reset to zero. Of a neuron that
-    listens for d steps first, the share is 1 - d / T times as large: at d = T no spike comes too early.
+    The neuron starts T * (extra - missing) lower, and after T steps its sum is the same as without. A bias is a whole
+    number, so share * Vthr / T is rounded. At few bits it can be below 1; then the rounding error of the bias itself
+    matters as much (`bias_beyond`), and both are rounded together. Nothing is held back with reset to zero, or where no
+    layer has a bias that reaches only this neuron. A neuron that listens for d steps is held back 1 - d / T times as
+    much: at d = T no spike is premature.
     """
     neuron, carrier = snn.ops[name].op.neuron, carrier_of(snn, name)
     nothing = torch.zeros_like(neuron.Vthr)
@@ -247,7 +247,7 @@ def correct_means(neuron, each_current, carrier, timesteps, rounds=4):
 
 
 def mean_difference(neuron, each_current, added):
-    """What the spikes lack to the ANN's activations on average, with a current `added`: [C, 1, 1] or [N]."""
+    """Mean ANN activation minus mean decoded rate of each channel, with a current `added`: [C, 1, 1] or [N]."""
 
     def sums(current, target):
         difference = target - neuron(shifted(current, added) if added.any() else current).to_float()

@@ -20,8 +20,8 @@ def largest_spikes(dag, plan):
 def spike_targets(dag, plan, statistics, shapes):
     """Node of spikes -> the lambda that its neuron aims at, a tensor.
 
-    One a layer, of which spikes that a concatenation joins share the largest; where channels have lambdas of their own,
-    they keep them. A ReLU with a ceiling never aims above it, for its neuron has to stop there.
+    Each layer has one lambda; layers whose spikes a concatenation joins share the largest. Where every channel has a
+    lambda of its own, it keeps it. A ReLU with a ceiling never aims above it, because its neuron has to stop there.
     """
     if any(statistics[name].scales.dim() for name in plan.firing):
         return channel_targets(dag, plan, statistics, shapes)

@@ -49,7 +49,7 @@ def plan_conversion(dag, ann_layers=()):
 
 
 class LookAhead:
-    """What lies behind each node of a network, of which the ops `stays_ann` do not spike.
+    """What lies behind each node of a network whose ops `stays_ann` do not spike.
 
     feeds_neuron: node -> whether its value reaches a neuron as a current. before_neuron: node -> whether any neuron
     lies behind it. needs_spikes: node -> whether a layer with weights reads it, so that it has to be spikes.

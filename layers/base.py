@@ -8,7 +8,7 @@ All that is true of a layer stands in its class: a new one is one class here and
 import torch
 from torch import nn
 
-# What the value of a node is in the converted network.
+# The kinds of values in a converted network.
 ANALOG = "activations"  # of the image, of layers that stay ANN, and behind the last spiking layer
 CURRENT = "currents"  # what flows into a neuron
 SPIKES = "spikes"
@@ -65,7 +65,7 @@ class SpikeLayer(nn.Module):
     # what it computes
 
     def forward(self, *inputs, memory=None):
-        """What the layer makes of activations [B, ...], or of spikes and currents [T*B, ...]."""
+        """The layer's output for activations [B, ...], or for spikes and currents [T*B, ...]."""
         if isinstance(inputs[0], torch.Tensor):
             activation = self.activation(*inputs)
             return activation if self.levels is None else self.levels(activation)
@@ -143,7 +143,7 @@ class SpikeLayer(nn.Module):
 
 
 def frozen_names(weight, bias):
-    """Which of "weight" and "bias" are parameters that shall not be trained, or are none at all.
+    """The names among "weight" and "bias" that are frozen parameters, or not parameters at all.
 
     While a network is traced without gradients, only a parameter still tells: what is computed from one does not.
     """

@@ -15,7 +15,7 @@ class SpikeAvgPool2d(SpikeConv2d):
 
     Spikes get a neuron of its own; of what flows into a neuron behind it, it is the sum. folded: part of the layers
     behind it, which then weigh every spike of a window: it has no neuron and hands on sums of spikes, in their type.
-    Before the conversion, whether it shall be folded where it can (`conversion.plan.folded_poolings`).
+    Before the conversion it is a wish: `conversion.plan.folded_poolings` decides where folding is possible.
     input_size: (height, width) that the windows were chosen for, where they depend on it, as in an adaptive pooling;
     the threshold depends on the windows, so that an input of another size is refused. None for any size.
     """
