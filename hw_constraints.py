@@ -7,7 +7,7 @@ import argparse
 import sys
 from dataclasses import dataclass, fields
 
-from options import FIELDS, ChipOptions, ConversionOptions
+from options import DEFAULT_CHIP, FIELDS, ChipOptions, ConversionOptions
 from runtime.cli import OneLineParser, run_script
 from runtime.flags import add_option, add_options, whole_number
 
@@ -29,7 +29,7 @@ class Hardware:
         return self.fan_in_bits // (kernel_size * kernel_size * bits)
 
 
-HARDWARE = {"v1.0": Hardware("v1.0", fan_in_bits=1024)}
+HARDWARE = {"v1.0": Hardware("v1.0", fan_in_bits=1024)}  # its names stand in `options.CHIPS`, too
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def parse_args(argv=None):
         help="channels of the images (those of the network's first layer)",
     )
     parser.add_argument("--num_classes", type=whole_number(1), default=10, help="number of classes (%(default)s)")
-    add_options(parser, ChipOptions, hardware="v1.0")
+    add_options(parser, ChipOptions, hardware=DEFAULT_CHIP)
     add_option(parser, parser, FIELDS["weight_bitwidth"], 4)
     for each in fields(ConversionOptions):
         if each.metadata["group"] == "what a layer leaves open":

@@ -15,6 +15,8 @@ FLOAT_BITS = 32
 TIMESTEPS = Whole(1, 65536)
 SHARE = Real(0, 1)
 EPOCHS = Whole(0)
+CHIPS = ("v1.0",)  # names of `hw_constraints.HARDWARE`
+DEFAULT_CHIP = "v1.0"  # whose limits warn where no chip is named
 GROUPS = (
     "network and data",
     "preset",
@@ -478,8 +480,8 @@ class ChipOptions(Options):
         None,
         "chip whose limits the network must meet; a table shows them for each layer",
         "weights",
-        choices=("v1.0",),
-        default_help="the limits of v1.0 only cause a warning",
+        choices=CHIPS,
+        default_help=f"the limits of {DEFAULT_CHIP} only cause a warning",
         main=True,
     )
 

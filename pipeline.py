@@ -34,6 +34,7 @@ from hw_constraints import (
     violations,
 )
 from options import (
+    DEFAULT_CHIP,
     ConversionOptions,
     QuantizeOptions,
     RunOptions,
@@ -110,7 +111,7 @@ def convert_network(net, train_loader, test_loader=None, *, criterion=None, pres
     seed_everything(args.seed)
     train_loader = reusable(train_loader)
     graph = prepare_conversion(as_dag(net, train_loader), args.maxpool, args.signed, args.avgpool)
-    args.weight_bitwidth = choose_bitwidths(graph, args.weight_bitwidth, HARDWARE["v1.0"], args.ann_layers)
+    args.weight_bitwidth = choose_bitwidths(graph, args.weight_bitwidth, HARDWARE[DEFAULT_CHIP], args.ann_layers)
 
     def measure(network, **details):
         return None if test_loader is None else evaluate(network, test_loader, device, criterion, **details)
@@ -174,8 +175,8 @@ def with_levels(net, loader, device, args):
     """The network for `quantize_finetune` to train: with activation levels if `args` ask for them, else `net`."""
     if args.activation_levels is None:
         return net
-    granularity = "channel" if QuantizeOptions.of(args).spikes_per_channel else "layer"
-    options = args.activation_levels, args.ann_layers, args.calibration_samples, granularity
+    per_channel = QuantizeOptions.of(args).spikes_per_channel
+    options = args.activation_levels, args.ann_layers, args.calibration_samples, per_channel
     return quantize_activations(net, loader, device, *options)
 
 
@@ -223,7 +224,7 @@ def load_network(args, images):
     net = prepare_conversion(net, args.maxpool, args.signed, args.avgpool)
     plan_conversion(net, args.ann_layers)
     args = copy.copy(args)
-    hardware = HARDWARE[args.hardware or "v1.0"]
+    hardware = HARDWARE[args.hardware or DEFAULT_CHIP]
     args.weight_bitwidth = choose_bitwidths(net, args.weight_bitwidth, hardware, args.ann_layers)
     check_outputs = check_detects if args.dataset in DETECTION_DATASETS else check_classifies
     check_outputs(net, args.net_name, images)
@@ -256,7 +257,7 @@ def check_limits(net, args):
         print(format_table(hardware_table(layers, bits, hardware)), flush=True)
         check_hardware(layers, bits, hardware)
         return
-    hardware = HARDWARE["v1.0"]
+    hardware = HARDWARE[DEFAULT_CHIP]
     over = violations(layers, bits, hardware)
     if over:
         names = ", ".join(layer.where for layer, _ in over[:3]) + (", ..." if len(over) > 3 else "")

@@ -40,7 +40,7 @@ def parse_args(argv=None):
         "--reference", action=argparse.BooleanOptionalAction, default=True, help="time --engine reference too"
     )
     parser.add_argument(
-        "--special", action="store_true", help="time --granularity channel, --listen T and --avgpool fold too"
+        "--special", action="store_true", help="time --per_channel spikes, --listen T and --avgpool fold too"
     )
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=False, help="peak memory too")
     parser.add_argument("--save_file", default=None, help="write the results as JSON")
@@ -173,7 +173,7 @@ def special_contenders(net_name, timesteps, batch, device):
 def special_networks(net_name, timesteps, batch, device):
     """Mode -> spiking network, for each mode that changes the computation of this network."""
     modes = {
-        "--granularity channel": {"granularity": "channel"},
+        "--per_channel spikes": {"per_channel": "spikes"},
         "--listen T": {"listen": timesteps},
         "--avgpool fold": {"avgpool": "fold"},
     }

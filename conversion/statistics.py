@@ -28,7 +28,7 @@ class LayerStatistics:
 def calibrate(dag, loader, device, samples, threshold, timesteps, per_channel=False):
     """`statistics, shapes` of an ANN on the first `samples` images of `loader`.
 
-    statistics: op name -> LayerStatistics, with scales that `threshold` chooses for T timesteps (`choose_scales`), one
+    statistics: op name -> LayerStatistics, with scales that `threshold` chooses for T timesteps (`choose_lambdas`), one
     a layer or one a channel. shapes: node -> shape of one sample. Raises ValueError for no images and for NaN.
     """
     pools, shapes = pool_activations(dag, loader, device, samples, per_channel)
@@ -38,17 +38,17 @@ def calibrate(dag, loader, device, samples, threshold, timesteps, per_channel=Fa
         if not torch.isfinite(outputs).all():
             raise ValueError(f"{dag.where(name)} has NaN or infinite activations, train the network again")
         channels = torch.zeros_like(outputs, dtype=torch.long)
-        max_o = choose_scales(outputs, channels, 1, largest.max().reshape(1), threshold, timesteps).squeeze()
+        max_o = choose_lambdas(outputs, channels, 1, largest.max().reshape(1), threshold, timesteps).squeeze()
         scales = max_o
         if per_channel:
-            scales = choose_scales(outputs, pool.channels(), pool.count, largest, threshold, timesteps)
+            scales = choose_lambdas(outputs, pool.channels(), pool.count, largest, threshold, timesteps)
             scales = torch.where(scales > 0, scales, max_o).clamp_min(LEAST_SHARE * max_o)
             scales = scales.view(-1, *[1] * (pool.dim - 2))
         statistics[name] = LayerStatistics(max_o.item(), scales.cpu(), outputs.double().square().mean().item())
     return statistics, shapes
 
 
-def choose_scales(values, channels, count, largest, threshold, timesteps):
+def choose_lambdas(values, channels, count, largest, threshold, timesteps):
     """The lambda of every channel, [C]: the "max" of its activations, a quantile, or that of least error ("mse").
 
     values, channels: [N], a sample of the activations. largest: of all of them, [C].

@@ -20,27 +20,27 @@ import torch
 from conversion.plan import plan_conversion
 from conversion.statistics import calibrate, use_learnt_scales
 from conversion.units import Units
-from options import check_option
+from options import TIMESTEPS, check_option
 from quantization import as_dag
 from runtime.batches import reusable
+from runtime.ranges import check_number
 from spike_neurons import ClipFloorShift
 
 
-def quantize_activations(net, loader, device, levels, ann_layers=(), calibration_samples=1000, granularity="layer"):
+def quantize_activations(net, loader, device, levels, ann_layers=(), calibration_samples=1000, per_channel=False):
     """A copy of `net` in which every op that will fire returns activations in `levels` steps from 0 to lambda.
 
-    granularity: "layer" for one lambda per layer, "channel" for one per channel. The initial lambdas minimise the
+    per_channel: one lambda per channel instead of one per layer. The initial lambdas minimise the
     squared error on the first `calibration_samples` images of `loader`; finetuning learns them with the weights.
 
     Raises ValueError for fewer than 1 level, for a converted network, and for a network that cannot be converted
     (`plan_conversion`).
     """
-    levels = check_option("activation_levels", levels)
+    levels = check_number("activation_levels", levels, TIMESTEPS)
     calibration_samples = check_option("calibration_samples", calibration_samples)
     loader = reusable(loader, calibration_samples)
     net = as_dag(net, loader).to(device).eval()
 
-    per_channel = granularity == "channel"
     statistics, shapes = calibrate(net, loader, device, calibration_samples, "mse", levels, per_channel)
     plan = plan_conversion(net, ann_layers)
     for name in plan.firing:

@@ -7,7 +7,7 @@ from torch.overrides import resolve_name
 
 from layers.base import ANALOG, CURRENT, SPIKES, SpikeLayer, frozen_names, widened
 from runtime.rules import BOOL, CHANNELS, DIM, NONE, POSITIVE, either, whole
-from spike_tensor import Current, SpikeTensor
+from spike_tensor import Current
 
 NEXT_TO_NOTHING = 1e-4  # of the largest weight of a BatchNorm: a channel below it sends only its bias
 
@@ -67,9 +67,6 @@ class SpikeReLU(SpikeLayer):
 
     def current(self, x):
         return x
-
-    def send(self, current, memory=None):
-        return current if isinstance(current, SpikeTensor) else super().send(current, memory)
 
     def plan(self, place):
         return SPIKES if place.reads[0] == CURRENT else place.reads[0]

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from conversion.correction import bias_beyond
 from hw_constraints import HARDWARE, bitwidths_by_name, hardware_layers, hardware_table
+from options import DEFAULT_CHIP
 from pipeline import versions
 from quantization import FLOAT_BITS, round_to_integers
 from reports.alternatives import repair_layers, score_error, sweep, try_alternatives
@@ -265,7 +266,7 @@ def output_errors(qnet, snn, images, expected):
 
 def hardware_rows(net, args):
     """The table of `hw_constraints` as lists, its head first."""
-    hardware = HARDWARE[args.hardware or "v1.0"]
+    hardware = HARDWARE[args.hardware or DEFAULT_CHIP]
     rows = hardware_table(hardware_layers(net, args.ann_layers), bitwidths_by_name(net, args.weight_bitwidth), hardware)
     return {"name": hardware.name, "rows": [list(row) for row in rows]}
 

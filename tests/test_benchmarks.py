@@ -69,7 +69,7 @@ def test_speed_has_a_row_for_every_mode(tmp_path):
     argv = f"--networks example_net --timesteps 3 --batch 2 --rounds 1 --special --save_file {table}".split()
     simulate.main(simulate.parse_args(argv))
     rows = {row["contender"]: row for row in json.loads(table.read_text())["rows"]}
-    modes = ["", ", --granularity channel", ", --listen T", ", --avgpool fold"]
+    modes = ["", ", --per_channel spikes", ", --listen T", ", --avgpool fold"]
     assert {f"this toolkit{mode}" for mode in modes} | {"ANN", "its reference engine"} <= set(rows)
     assert all(row["images/s"] > 0 and row["x T x ANN"] > 0 for row in rows.values())
     networks = simulate.special_networks("example_net", 3, 2, torch.device("cpu"))

@@ -21,6 +21,7 @@ from hw_constraints import (
     largest_bitwidth,
     violations,
 )
+from options import CHIPS, DEFAULT_CHIP
 
 ROOT = Path(__file__).parents[1]
 V1 = HARDWARE["v1.0"]
@@ -223,3 +224,8 @@ def test_a_wrong_flag_is_named_in_one_line(capsys, flags):
     message = capsys.readouterr().err
     assert end.value.code == 2
     assert message.startswith("error: ") and message.count("\n") == 1 and flags[0] in message
+
+
+def test_every_chip_has_a_name_among_the_options():
+    assert tuple(hw_constraints.HARDWARE) == CHIPS and DEFAULT_CHIP in CHIPS
+    assert all(name == chip.name for name, chip in hw_constraints.HARDWARE.items())

@@ -49,7 +49,7 @@ def test_levels_and_gradients_of_channels():
 def test_the_network_that_listens_is_the_network_of_levels(name, T, granularity):
     """Float weights, every step of input heard before the first spike: the same outputs, up to float32."""
     net, images = small_model(name)
-    ann = quantize_activations(prepared(net, images), [(images,)], "cpu", T, granularity=granularity)
+    ann = quantize_activations(prepared(net, images), [(images,)], "cpu", T, per_channel=granularity == "channel")
     levels = [entry["op"].levels for entry in ann.ops.values() if entry["op"].levels is not None]
     assert len(levels) >= 3 and all((each.scale.numel() > 1) == (granularity == "channel") for each in levels)
     options = {"listen": T, "correction": "none", "granularity": granularity}
@@ -86,7 +86,7 @@ def test_lambdas_are_learnt_and_converted():
 def test_integers_of_finetuning_are_those_of_the_conversion(of_lambdas, of_weights):
     """Layers that meet in one neuron are finetuned in its unit: the conversion rounds no weight again."""
     net, images = small_model("shortcuts")
-    ann = quantize_activations(prepared(net, images), [(images,)], "cpu", 4, granularity=of_lambdas)
+    ann = quantize_activations(prepared(net, images), [(images,)], "cpu", 4, per_channel=of_lambdas == "channel")
     flags = SimpleNamespace(
         weight_bitwidth=4,
         weight_granularity=of_weights,
