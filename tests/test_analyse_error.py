@@ -343,6 +343,7 @@ def run(tmp_path_factory):
     return finished
 
 
+@pytest.mark.slow
 def test_the_command_writes_figures_and_report(run):
     assert (run.returncode, errors_of(run.stderr)) == (0, [])
     files = {f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")} | {"report.html", "report.json"}
@@ -356,6 +357,7 @@ def test_the_command_writes_figures_and_report(run):
     ]
 
 
+@pytest.mark.slow
 def test_the_table_says_what_the_report_holds(run):
     result, lines = run.result, run.stdout.splitlines()
     for key, label in (("ann", "ANN"), ("qnet", "quantized ANN"), ("snn", "SNN, T=16")):
@@ -368,6 +370,7 @@ def test_the_table_says_what_the_report_holds(run):
     assert len(lines) < 20
 
 
+@pytest.mark.slow
 def test_the_report_is_of_the_conversion_that_the_flags_ask_for(run, tmp_path):
     """ann2snn.py with the same flags measures the same."""
     results, threads = tmp_path / "results.json", torch.get_num_threads()
@@ -385,6 +388,7 @@ def test_the_report_is_of_the_conversion_that_the_flags_ask_for(run, tmp_path):
     assert {name: layer["firing_rate"] for name, layer in run.result["layers"].items()} == expected["firing_rate"]
 
 
+@pytest.mark.slow
 def test_the_report_agrees_with_itself(run):
     result = run.result
     assert (result["samples"], result["analysis_images"], result["seed"]) == (359, 48, 0)
@@ -425,6 +429,7 @@ class References(HTMLParser):
         self.found += [value for name, value in attributes if name in ("src", "href", "srcset", "action", "data")]
 
 
+@pytest.mark.slow
 def test_the_page_is_one_file_that_needs_no_network(run):
     page = (run.folder / "report.html").read_text()
     parser = References()
@@ -437,6 +442,7 @@ def test_the_page_is_one_file_that_needs_no_network(run):
     assert parser.tags.count("table") >= 6
 
 
+@pytest.mark.slow
 def test_everything_that_a_user_names_is_escaped(run):
     result = copy.deepcopy(run.result)
     attack = '<img src="http://example.com/x"> & "quoted"'
@@ -454,6 +460,7 @@ def test_everything_that_a_user_names_is_escaped(run):
     assert "<img" not in page and page.count(escape(attack)) >= 12
 
 
+@pytest.mark.slow
 def test_the_verdict_says_when_nothing_helps(run):
     result = copy.deepcopy(run.result)
     for group in ("repaired", "alternatives"):

@@ -18,6 +18,7 @@ NETWORK = f"example_net:{ROOT}/checkpoint/example_net_ann.pth"
 FLAGS = "-e 1 --threshold mse --granularity channel --calibration_epochs 1 --calibration_samples 100 --finetune_snn 1"
 
 
+@pytest.mark.slow
 def test_accuracy_is_that_of_ann2snn(tmp_path, capsys):
     table = tmp_path / "table.json"
     argv = ["--networks", NETWORK, "--timesteps", "3", "--methods", f"own: {FLAGS} --listen T"]

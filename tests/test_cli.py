@@ -134,6 +134,7 @@ def results_of(run):
 # runs that succeed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", DEBUG_NETS)
 def test_debug_nets_convert(runs, net):
     run = runs[net]
@@ -143,6 +144,7 @@ def test_debug_nets_convert(runs, net):
     assert results["ann_top1"] == results["qnet_top1"] == results["snn_top1"] == 100.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*DEBUG_NETS, "digits", "seed3"])
 def test_results_hold_every_key(runs, name):
     results, dag = results_of(runs[name]), load_dag(runs[name].save)
@@ -164,6 +166,7 @@ def test_results_hold_every_key(runs, name):
     assert results["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_table_on_stdout_holds_the_results(runs):
     results, lines = results_of(runs["digits"]), runs["digits"].stdout.splitlines()
     for label, key in (("ANN", "ann"), ("quantized ANN", "qnet"), ("SNN, T=16", "snn")):
@@ -173,6 +176,7 @@ def test_table_on_stdout_holds_the_results(runs):
         assert [line.split()[-1] for line in lines if line.startswith(layer)] == [f"{rate:.4f}"]
 
 
+@pytest.mark.slow
 def test_example_net_loses_at_most_two_points_at_8_bits(runs):
     results = results_of(runs["digits"])
     assert runs["digits"].returncode == 0 and results["samples"] == 359
@@ -180,6 +184,7 @@ def test_example_net_loses_at_most_two_points_at_8_bits(runs):
     assert abs(results["snn_top1"] - results["ann_top1"]) <= 2
 
 
+@pytest.mark.slow
 def test_a_limit_that_was_not_asked_for_is_a_warning(runs):
     assert [line for line in runs["digits"].stderr.splitlines() if line.startswith("warning:")] == [
         "warning: 1 layer exceeds Hardware v1.0 with 8-bit weights (conv3 (conv3)), see hw_constraints.py"
@@ -187,6 +192,7 @@ def test_a_limit_that_was_not_asked_for_is_a_warning(runs):
     assert "random weights" in runs["seed3"].stderr
 
 
+@pytest.mark.slow
 def test_saved_network_loads_in_a_new_process(runs):
     run = python("-c", LOADER, runs["debug_net3"].save)
     assert (run.returncode, errors_of(run.stderr)) == (0, [])
@@ -195,6 +201,7 @@ def test_saved_network_loads_in_a_new_process(runs):
     assert loaded["firing_rate"] == results["firing_rate"]
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_results_and_the_same_network(runs):
     first, again = results_of(runs["seed3"]), results_of(runs["seed3_again"])
     assert all(first[key] == again[key] for key in (*ACCURACIES, "firing_rate"))
@@ -202,6 +209,7 @@ def test_same_seed_gives_the_same_results_and_the_same_network(runs):
     assert list(tensors) == list(same) and all(torch.equal(tensors[name], same[name]) for name in tensors)
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_network(runs, tmp_path):
     save = tmp_path / "snn.pth"
     ann2snn.main(ann2snn.parse_args(f"{TRAINED} --seed 4 --save_file {save}".split()))
@@ -233,6 +241,7 @@ def test_hardware_flag_accepts_what_fits(tmp_path, capsys):
 # runs that fail, in a process of their own
 
 
+@pytest.mark.slow
 def test_a_bad_input_ends_in_one_line_and_status_2(runs, files):
     run = runs["shape"]
     assert run.returncode == 2 and run.stdout == "" and "Traceback" not in run.stderr
@@ -242,6 +251,7 @@ def test_a_bad_input_ends_in_one_line_and_status_2(runs, files):
     assert run.save.read_bytes() == b"old" and not run.results.exists()
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback(runs):
     run = runs["debug"]
     assert run.returncode == 1 and "Traceback (most recent call last)" in run.stderr
@@ -249,6 +259,7 @@ def test_debug_shows_the_traceback(runs):
     assert run.save.read_bytes() == b"old"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "net, words",
     [("squashed", ["sigmoid", "body.sigmoid", "ReLU"]), ("bare", ["conv2 (body.conv)", "no ReLU", "add one"])],
@@ -384,6 +395,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_name(tmp_path, contents, loa
         load(str(path))
 
 
+@pytest.mark.slow
 def test_a_truncated_spiking_network_is_refused_by_name(runs, tmp_path):
     whole, path = runs["debug_net0"].save.read_bytes(), tmp_path / "cut.pth"
     for share in (0.0, 0.2, 0.5, 0.9):

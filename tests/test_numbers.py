@@ -172,7 +172,7 @@ def test_what_is_frozen_does_not_hold_back_what_is_trained():
     head.load_state_dict({"0.weight": nets[1][3].weight, "0.bias": nets[1][3].bias})
     alone = quantize_finetune(head, [(features, labels)], nn.CrossEntropyLoss(), "cpu", options)
     assert torch.allclose(with_frozen.ops["linear1"]["op"].weight, alone.ops["linear1"]["op"].weight, atol=1e-5)
-    assert not torch.allclose(alone.ops["linear1"]["op"].weight, nets[1][3].weight, atol=1e-2)
+    assert not torch.allclose(alone.ops["linear1"]["op"].weight, nets[1][3].weight, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [np.array(4), torch.tensor(4), np.array([4, 4, 4])])

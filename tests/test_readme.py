@@ -201,6 +201,7 @@ def example_of(page, first_lines):
     return code
 
 
+@pytest.mark.slow
 def test_the_example_of_the_readme_runs(tmp_path):
     code = example_of(README, "import torch\nfrom sklearn")
     assert sum(1 for line in code.splitlines() if line.strip()) <= LARGEST_EXAMPLE
@@ -210,6 +211,7 @@ def test_the_example_of_the_readme_runs(tmp_path):
     assert 90 < ann <= 100 and 90 < quantized <= 100 and quantized - 3 < spiking <= 100
 
 
+@pytest.mark.slow
 def test_the_example_of_the_transformer_runs(tmp_path):
     out = run_example(example_of(ROOT / "docs/transformer.md", "import torch\nfrom sklearn"), tmp_path)
     ann, spiking = map(float, re.search(r"ANN ([\d.]+) %, with a spiking backbone ([\d.]+) %", out).groups())

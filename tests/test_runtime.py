@@ -237,6 +237,7 @@ def test_a_run_under_nohup_goes_on(tmp_path):
     assert (run.returncode, run.stderr) == (0, "") and (tmp_path / "file").read_text() == "half"
 
 
+@pytest.mark.slow
 def test_a_training_that_is_terminated_keeps_its_last_epoch(tmp_path):
     command = [sys.executable, "train_ann.py", "debug_net0", "--dataset", "debug0", "--epochs", "1000000"]
     save = [*command, "--save_file", str(tmp_path / "ann.pth")]

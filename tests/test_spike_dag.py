@@ -240,7 +240,7 @@ def test_table_has_a_row_for_every_op():
         ("op", "layer", "module path", "inputs", "output"),
         ("relu1", "SpikeReLU()", "block.relu", "x", "relu1_out1"),
         ("add1", "SpikeAdd()", "", "relu1_out1, y", "add1_out1"),
-        ("concat1", "ConcatOp()", "", "add1_out1, x", "concat1_out1"),
+        ("concat1", "ConcatOp(dim=1)", "", "add1_out1, x", "concat1_out1"),
     ]
 
 
