@@ -39,21 +39,26 @@ def run_ops(entries, values, timesteps=None, memory=None, watch=None, wanted=Non
     """
     readers = None if wanted is None else count_readers(entries, wanted)
     for entry in entries:
-        op, inputs = entry.op, [values[node] for node in entry.inputs]
-        try:
-            if timesteps is None or not op.spiking:
-                current, value = None, op(*[x.to_float() if isinstance(x, SpikeTensor) else x for x in inputs])
-            else:
-                current = current_into(op, inputs, timesteps)
-                value = op.send(current, memory)
-        except (RuntimeError, IndexError, ValueError) as error:
-            if isinstance(error, (Misfit, NotImplementedError, torch.OutOfMemoryError)):
-                raise
-            raise misfit(entry, inputs, error) from error
-        seen = None if watch is None else watch(entry.name, current, value)
-        values[entry.out] = value if seen is None else seen
+        values[entry.out] = run_op(entry, [values[node] for node in entry.inputs], timesteps, memory, watch)
         if readers is not None:
             forget_read(values, entry, readers)
+
+
+def run_op(entry, inputs, timesteps, memory, watch):
+    """The output of one op. A function of its own, so that the current is freed before the next op needs memory."""
+    op = entry.op
+    try:
+        if timesteps is None or not op.spiking:
+            current, value = None, op(*[x.to_float() if isinstance(x, SpikeTensor) else x for x in inputs])
+        else:
+            current = current_into(op, inputs, timesteps)
+            value = op.send(current, memory)
+    except (RuntimeError, IndexError, ValueError) as error:
+        if isinstance(error, (Misfit, NotImplementedError, torch.OutOfMemoryError)):
+            raise
+        raise misfit(entry, inputs, error) from error
+    seen = None if watch is None else watch(entry.name, current, value)
+    return value if seen is None else seen
 
 
 def current_into(op, inputs, timesteps):
