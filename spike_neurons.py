@@ -15,7 +15,8 @@ RESET_MODES = ("zero", "subtraction")
 def if_step(membrane, current, Vthr, reset_mode):
     """One timestep of integrate-and-fire neurons: `membrane, spike`, both in the shape and type of `membrane`.
 
-    A neuron fires if u >= Vthr. Then "subtraction" subtracts Vthr from the membrane potential u, and "zero" sets u to 0.
+    A neuron fires if its membrane potential u is at least Vthr. Then "subtraction" subtracts Vthr from u, and "zero"
+    sets u to 0.
     """
     membrane = membrane + current
     fires = membrane >= Vthr
@@ -128,7 +129,7 @@ class IFNeuron(nn.Module):
     def membrane_type(self, timesteps):
         """float32 if it represents every membrane potential within `timesteps` steps exactly, else float64.
 
-        float32 for float currents, too.
+        Always float32 for float currents; otherwise always float64 in the reference engine.
         """
         if self.largest_current is None:
             return torch.float32

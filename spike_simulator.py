@@ -310,9 +310,9 @@ one_thread_per_operator = OneThreadPerOperator()
 def duration(dag, timesteps):
     """Timesteps that a chip needs: a dict of "firing", "interval" and "latency".
 
-    "firing" is T. "interval" is the time from image to image: T + d if the slowest layer listens for d steps before it
-    fires. "latency" is the time from image to answer: T, plus d for every listening layer on the longest path, plus T
-    for every layer between spiking ones that stays ANN, because it needs the spikes of all steps.
+    "firing" is T. "interval" is the time from image to image: T + d, where d is the longest time that a layer listens
+    before it fires. "latency" is the time from image to answer, along the longest path: T, plus d for every listening
+    layer, plus T wherever an ANN layer between spiking ones reads spikes, because it needs those of all steps.
     """
     delays, sent, longest = dict.fromkeys(dag.inputs_nodes, 0), set(), 0
     between = Stages(dag).between
