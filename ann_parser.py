@@ -199,8 +199,8 @@ def check_same_output(expected, dag, traced, inputs, name):
     """Raise ValueError unless the graph `dag` computes the tensors `expected` from `inputs`, up to rounding.
 
     The limit is `SAME_SHARE` of the largest output. Outputs that are small differences of large values can exceed it by
-    rounding alone. Then the limit is `ROUNDINGS` times the rounding error of `traced`, the graph before BatchNorms were
-    folded, which a float64 run shows. name: what messages call the graph.
+    rounding alone. Then the limit rises to `ROUNDINGS` times the rounding error of `traced`, the graph before
+    BatchNorms were folded, measured against a float64 run. name: the name of the graph in messages.
     """
     if not all(torch.isfinite(x).all() for x in expected):
         raise ValueError("the network returns NaN or infinite values for finite inputs, train it again")
@@ -266,7 +266,7 @@ class Trace(TorchFunctionMode):
             try:
                 output = self.model(*inputs)
             except NotImplementedError:
-                raise  # a refusal; it is a RuntimeError too
+                raise  # a refusal by the tracer; NotImplementedError is a RuntimeError, too
             except (RuntimeError, IndexError, TypeError) as error:
                 shape = " and ".join(f"[B, {str(list(x.shape[1:]))[1:]}" for x in inputs)
                 message = str(error).splitlines()[0]
@@ -399,6 +399,7 @@ class Trace(TorchFunctionMode):
 
 
 def record_dropout(trace, function, input, p=0.5, training=False, inplace=False):
+    """Record nothing: dropout in eval mode is the identity. Raises NotImplementedError if it is on."""
     if training:
         trace.refuse(function, "dropout must be off in eval mode, pass training=self.training")
     return input

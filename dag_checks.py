@@ -42,7 +42,7 @@ class DamagedData(OtherFile):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Plain data
+# The fields of plain data, each with its rule
 
 NETWORK = {
     "inputs_nodes": NAMES,
@@ -69,7 +69,7 @@ OP_OF_LATER_FILES = {
     ),
     "levels": either(NONE, STEPS),
     "weight_bits": either(NONE, whole(1, 8), whole(32, 32)),
-    "largest_input": either(NONE, whole(1, 255)),
+    "largest_input": either(NONE, whole(1, 255)),  # as many spikes as uint8 counts
     "weight_back": either(NONE, WEIGHTS),
 }
 NEURON = {
@@ -79,7 +79,7 @@ NEURON = {
     "reset_mode": one_of(*RESET_MODES),
 }
 NEURON_OF_LATER_FILES = {
-    "largest_current": either(NONE, whole(0, 2**53)),
+    "largest_current": either(NONE, whole(0, 2**53)),  # up to here float64 holds every integer
     "spike_type": Rule(lambda value: value in (torch.uint8, torch.float64), "torch.uint8 or torch.float64"),
     "listen": whole(0, 65536),
 }
@@ -97,7 +97,7 @@ TENSORS = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Plain data
+# Checks of plain data
 
 
 def check_network_data(data):
@@ -222,7 +222,7 @@ def broadcasts(values, shape):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What ops read
+# The kinds that ops read
 
 
 def check_spikes(dag):

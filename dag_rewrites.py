@@ -174,7 +174,7 @@ def pool_behind_relus(dag):
         is_view_of_pool = isinstance(entry.op, ViewOp) and dag.writer(entry.inputs[0]) in pools
         if isinstance(entry.op, SpikeMaxPool2d) or is_view_of_pool:
             pools.append(name)
-    for name in reversed(pools):  # the one next to the ReLU first; then the ReLU follows the one before
+    for name in reversed(pools):  # the last one first: its swap brings the ReLU next to the one before it
         pool, node = dag.ops[name].op, dag.ops[name].out
         behind = dag.only_reader(node)
         if behind is not None and isinstance(dag.ops[behind].op, SpikeReLU):
@@ -271,7 +271,10 @@ def equalize_channels(dag):
 
 
 def next_weighted_layer(dag, name):
-    """The only layer that reads op `name`, through ReLUs, average poolings and views. None if it has groups."""
+    """The only layer with weights that reads op `name`, through ReLUs, average poolings and views.
+
+    None if there is no such layer, or if it is a grouped convolution.
+    """
     node = dag.ops[name].out
     while (behind := dag.only_reader(node)) is not None:
         op, node = dag.ops[behind].op, dag.ops[behind].out

@@ -142,6 +142,7 @@ class PackedSpikes:
         self.bits = np.packbits(data.to(torch.uint8).numpy())
 
     def unpack(self):
+        """The SpikeTensor that was packed."""
         bits = np.unpackbits(self.bits, count=self.shape.numel())
         data = torch.from_numpy(bits).view(self.shape).to(self.dtype)
         data = data.permute(0, 3, 1, 2) if self.is_channels_last else data
@@ -190,7 +191,7 @@ def bias_beyond(snn, qnet, name):
 
 
 def hold_back_neuron(snn, qnet, name, share):
-    """Start the neuron of op `name` lower, and add to its bias what returns the difference (`current_held_back`)."""
+    """Start the neuron of op `name` lower, and return the difference through its bias (`current_held_back`)."""
     current, rounded = current_held_back(snn, qnet, name, share)
     neuron, lower = snn.ops[name].op.neuron, (current - rounded) * snn.timesteps
     if lower.any():

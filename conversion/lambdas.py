@@ -61,12 +61,14 @@ class Groups:
         self.parent = {}
 
     def find(self, item):
+        """The item that represents the set of `item`; a new item becomes a set of its own."""
         self.parent.setdefault(item, item)
         while self.parent[item] != item:
             item = self.parent[item]
         return item
 
     def join(self, first, *others):
+        """Join the sets of all these items."""
         for other in others:
             self.parent[self.find(other)] = self.find(first)
         self.find(first)

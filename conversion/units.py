@@ -178,7 +178,7 @@ class Units:
         weight = op.weight.detach()
         if op.weight_scale is not None:
             weight_q = round_layer(op, weight, op.weight_scale, op.weight_bits)
-            if torch.allclose(weight_q / op.weight_scale, weight, rtol=1e-5, atol=0):
+            if torch.allclose(weight_q / op.weight_scale, weight, rtol=1e-5, atol=0):  # equal up to float rounding
                 return weight_q, op.weight_scale
         return quantize_layer(op, weight, op.weight_bits, self.per_channel)
 
