@@ -45,7 +45,7 @@ class SpikeSetter(Units):
     def check_range(self, name, value):
         """Raise ValueError if a bias or threshold of op `name` is not finite, or beyond `LARGEST_INT32`."""
         largest = value.abs().max().item()
-        if not largest <= (torch.finfo(torch.float32).max if self.is_float else LARGEST_INT32):  # `not <=` is true for NaN, too
+        if not largest <= (torch.finfo(torch.float32).max if self.is_float else LARGEST_INT32):  # also for NaN
             raise ValueError(
                 f"{self.dag.where(name)} needs a threshold or a bias of {largest:.3g}, beyond the integers of a chip: "
                 "its weights or biases are of very different sizes, or not finite, train the network again"
