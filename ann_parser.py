@@ -1,8 +1,8 @@
-"""The tracer: runs a network once and records what it computes as a SpikeDAGModule.
+"""The tracer: runs a network once and records its operations as a SpikeDAGModule.
 
-`wrapped_functions` is the table of what can be traced: the name of a torch function -> (the function, the function
-that runs and records it instead). A `TorchFunctionMode` sends every call on a traced tensor through that table; torch
-itself is not patched, so nothing has to be restored after an error. What is not in the table is refused by name.
+`RECORDING_FUNCTIONS` is the table of all functions that can be traced: recorder -> the torch functions that it runs and
+records. A `TorchFunctionMode` sends every call on a traced tensor through this table. torch itself is not patched, so
+nothing has to be restored after an error. A function outside the table is refused by name.
 """
 
 import copy
@@ -37,7 +37,7 @@ CAN_BE_TRACED = (
 ON_THE_IMAGE = "normalise the images in the data set or its loader instead, or write a BatchNorm as the first layer"
 EXPORTED = "is an exported program and cannot be traced, pass the Python module that was given to torch.export instead"
 
-# what a user can write instead of functions that are refused, by their names
+# advice -> names of the refused functions that it helps with
 ADVICE_FOR = {
     "use BatchNorm, whose statistics are constant in eval mode": ("instance_norm", "layer_norm", "group_norm"),
     "the indices of the maxima are not supported, use conv_transpose2d to go back up": ("max_pool2d_with_indices",),
@@ -85,28 +85,31 @@ PRODUCTS = (
 )
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
-SAME_SHARE = 1e-4  # of the largest output: what folding and another order of summing leave between two equal networks
-ROUNDINGS = 10  # of the graph's own rounding that may lie between them, where outputs are small sums of large values
+# Largest difference between a network and its graph, relative to the largest output. Folded BatchNorms and another
+# order of summing leave such differences.
+SAME_SHARE = 1e-4
+# Largest difference relative to the graph's own float32 rounding error, where outputs are small sums of large values.
+ROUNDINGS = 10
 
 
 def parse_ann_model(model, inputs, fold=True):
-    """The SpikeDAGModule that computes what `model.eval()` computes, with its own copy of the weights.
+    """A SpikeDAGModule with the function of `model.eval()` and its own copy of the weights.
 
-    inputs: a tuple of example inputs, [B, C, H, W] each; the batch size is not recorded. fold: BatchNorm becomes part
-    of the layer before or behind it where that is exact (`fold_batch_norms`). Dropout and identities leave no op.
-    Weights that two calls share become two copies. A float16 or bfloat16 network is traced as a float32 copy, on
-    float32 copies of `inputs`, and autocast is off. `model` and torch stay as they were, also after an error.
+    inputs: a tensor or tuple of example inputs, [B, C, H, W] each. The batch size is not recorded. fold: fold each
+    BatchNorm into the layer before or behind it if that is exact (`fold_batch_norms`). Dropout and identities leave no
+    op. Weights shared by two calls become two copies. A float16 or bfloat16 network is traced as a float32 copy, on
+    float32 copies of `inputs`, with autocast off. `model` and torch are not changed, even after an error.
 
-    Raises NotImplementedError for a function that cannot be traced, with its name, module path and advice, and
-    ValueError for values that are not finite, where the network cannot run on `inputs`, or where the graph does not
-    compute the network's output.
+    Raises NotImplementedError for a function that cannot be traced; the message gives its name, its module path and
+    advice. Raises ValueError for weights, inputs or outputs that are not finite, if the network cannot run on `inputs`
+    or cannot be copied, or if the graph's output differs from the network's.
     """
     inputs = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
     check_example(inputs)
     refuse_compiled(model)
     check_finite_weights(model)
     model, inputs = in_float32(model), tuple(as_float32(x) for x in inputs)
-    # two images at least: with one, a view that mixes up batch and channels could pass unnoticed
+    # at least two images: a view that mixes batch and channels can go unnoticed with one
     traced = Trace(copy_of(model).eval()).run(*[torch.cat([x, x]) if len(x) == 1 else x for x in inputs])
     dag = copy.deepcopy(traced)
     if fold:
@@ -119,7 +122,7 @@ def parse_ann_model(model, inputs, fold=True):
 
 
 def check_example(inputs):
-    """Raise ValueError unless there are example inputs, with an image each, and all values are finite."""
+    """Raise ValueError unless there are example inputs, each has at least one image, and all values are finite."""
     if not inputs or not all(isinstance(x, torch.Tensor) and x.dim() and len(x) for x in inputs):
         raise ValueError("no example input, give a tuple of tensors [B, C, H, W] with one image or more")
     if not all(torch.isfinite(x).all() for x in inputs):
@@ -133,14 +136,14 @@ def in_float32(model):
 
 
 def as_float32(value):
-    """A float16 or bfloat16 tensor in float32, anything else as it is."""
+    """A float16 or bfloat16 tensor as float32; any other value unchanged."""
     is_half = isinstance(value, torch.Tensor) and value.dtype in HALF_TYPES
     return value.float() if is_half else value
 
 
 @contextmanager
 def autocast_off():
-    """Within it autocast is off, on every device where it is on."""
+    """A context in which autocast is off on every device."""
     with ExitStack() as stack:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
@@ -149,7 +152,7 @@ def autocast_off():
 
 
 class WithoutAutocast(TorchFunctionMode):
-    """Within it no call runs under autocast, also where a network's own forward switches it on."""
+    """A context in which no torch call runs under autocast, even if the network's forward switches it on."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         with autocast_off():
@@ -157,7 +160,7 @@ class WithoutAutocast(TorchFunctionMode):
 
 
 def copy_of(model):
-    """A deep copy. Raises ValueError where PyTorch cannot make one."""
+    """A deep copy of a network. Raises ValueError if PyTorch cannot copy it."""
     try:
         return copy.deepcopy(model)
     except RuntimeError as error:  # torch.nn.utils.weight_norm leaves tensors that cannot be copied
@@ -168,7 +171,11 @@ def copy_of(model):
 
 
 def refuse_compiled(model):
-    """Raise NotImplementedError for what is no Python module, or has one inside whose calls cannot be seen."""
+    """Refuse a network whose calls cannot be traced.
+
+    Raises NotImplementedError for an exported program and for modules compiled by torch.jit, and ValueError for
+    anything else that is not a torch.nn.Module.
+    """
     if isinstance(model, torch.export.ExportedProgram):
         raise NotImplementedError(f"the network {EXPORTED}")
     if not isinstance(model, nn.Module):
@@ -181,7 +188,7 @@ def refuse_compiled(model):
 
 
 def check_finite_weights(model):
-    """Raise ValueError that names the first tensor with NaN or infinite values."""
+    """Raise ValueError if weights or buffers have NaN or infinite values; it names the first such tensor."""
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, torch.Tensor) and not torch.isfinite(tensor).all():
             raise ValueError(f"{name} of the network has NaN or infinite values, train the network again")
@@ -189,10 +196,11 @@ def check_finite_weights(model):
 
 @torch.no_grad()
 def check_same_output(expected, dag, traced, inputs, name):
-    """Raise ValueError unless the graph `name` computes the tensors `expected` from `inputs`, but for rounding.
+    """Raise ValueError unless the graph `dag` computes the tensors `expected` from `inputs`, up to rounding.
 
-    The measure is the largest output, however small. Where outputs are small differences of large values, it is how far
-    rounding moves the outputs of `traced`, the graph with no BatchNorm folded, which a run in float64 shows.
+    The limit is `SAME_SHARE` of the largest output. Outputs that are small differences of large values can exceed it by
+    rounding alone. Then the limit rises to `ROUNDINGS` times the rounding error of `traced`, the graph before
+    BatchNorms were folded, measured against a float64 run. name: the name of the graph in messages.
     """
     if not all(torch.isfinite(x).all() for x in expected):
         raise ValueError("the network returns NaN or infinite values for finite inputs, train it again")
@@ -210,13 +218,13 @@ def check_same_output(expected, dag, traced, inputs, name):
 
 
 def differences(outputs, others):
-    """The largest difference between each two tensors; infinite between two shapes, or where one has NaN."""
+    """The largest difference within each pair of tensors; infinite if shapes differ or a difference is NaN."""
     pairs = zip(outputs, others, strict=True)
     return [(a - b).abs().nan_to_num(nan=torch.inf).max().item() if a.shape == b.shape else torch.inf for a, b in pairs]
 
 
 def rounding_errors(dag, inputs):
-    """How far each output of the graph is from the same computed in float64."""
+    """The largest float32 rounding error of each output of the graph, compared with a float64 run."""
     with autocast_off():
         outputs = as_tuple(dag(*inputs))
         exact = as_tuple(copy.deepcopy(dag).double()(*[x.double() for x in inputs]))
@@ -224,14 +232,15 @@ def rounding_errors(dag, inputs):
 
 
 def as_tuple(value):
-    """A tuple of outputs, also for a single one."""
+    """The outputs as a tuple, even if there is only one."""
     return value if isinstance(value, tuple) else (value,)
 
 
 class Trace(TorchFunctionMode):
-    """One run of a network with every call on a traced tensor recorded.
+    """One run of a network that records every call on a traced tensor.
 
-    names: id of a tensor -> its node. kept: those tensors, alive so that no id is used twice.
+    names: id of a tensor -> its node, None after its memory was overwritten. kept: the tensors themselves, kept alive
+    so that no id is used twice. paths: module paths of the modules that are running, innermost last.
     """
 
     def __init__(self, model):
@@ -245,9 +254,9 @@ class Trace(TorchFunctionMode):
         self.paths = [""]
 
     def run(self, *inputs):
-        """The graph of the model on `inputs`."""
+        """The graph of the model, traced on `inputs`. Raises as `parse_ann_model`."""
         self.batch_size = len(inputs[0])
-        inputs = [x.clone() for x in inputs]  # the network may change its input in place
+        inputs = [x.clone() for x in inputs]  # copies: the network may change its input in place
         for i, x in enumerate(inputs, start=1):
             self.dag.add_input(f"input{i}_out1")
             self.remember(x, f"input{i}_out1")
@@ -257,7 +266,7 @@ class Trace(TorchFunctionMode):
             try:
                 output = self.model(*inputs)
             except NotImplementedError:
-                raise  # a refusal; it is a RuntimeError too
+                raise  # a refusal by the tracer; NotImplementedError is a RuntimeError, too
             except (RuntimeError, IndexError, TypeError) as error:
                 shape = " and ".join(f"[B, {str(list(x.shape[1:]))[1:]}" for x in inputs)
                 message = str(error).splitlines()[0]
@@ -266,7 +275,7 @@ class Trace(TorchFunctionMode):
         return self.dag
 
     def follow(self, module, path):
-        """Keep `self.paths` the stack of modules that are running."""
+        """Register hooks that keep `self.paths` the stack of running modules."""
 
         def enter(module, inputs):
             self.paths.append(path)
@@ -278,7 +287,7 @@ class Trace(TorchFunctionMode):
         module.register_forward_hook(leave)
 
     def output_node(self, value):
-        """The node of an output. Raises NotImplementedError for what was not computed from the input."""
+        """The node of an output. Raises NotImplementedError for a value that was not computed from the input."""
         if not isinstance(value, torch.Tensor) or id(value) not in self.names:
             raise NotImplementedError(
                 f"the network returns a {type(value).__name__} that is not computed from its input by traced "
@@ -287,16 +296,16 @@ class Trace(TorchFunctionMode):
         return self.node_of(value)
 
     def here(self):
-        """The running module, for messages."""
+        """The path of the running module, for messages."""
         return self.paths[-1] or "the network's forward"
 
     def remember(self, tensor, node):
-        """From now on `tensor` is the value of `node`."""
+        """Note that `tensor` now holds the value of `node`."""
         self.names[id(tensor)] = node
         self.kept.append(tensor)
 
     def record_in_place(self, op_type, op, inputs, output):
-        """As `record`; other tensors that share the memory of `output` no longer hold their node's value."""
+        """As `record`, for an in-place function: other tensors with the same memory lose their node."""
         self.record(op_type, op, inputs, output)
         memory = output.untyped_storage().data_ptr()
         for other in self.kept:
@@ -305,13 +314,13 @@ class Trace(TorchFunctionMode):
         return output
 
     def is_traced(self, value):
-        """Whether the value is, or holds, a traced tensor."""
+        """Whether a value is a traced tensor, or a list or tuple that contains one."""
         if isinstance(value, (list, tuple)):
             return any(self.is_traced(item) for item in value)
         return isinstance(value, torch.Tensor) and id(value) in self.names
 
     def refuse(self, function, advice=None, operands=()):
-        """Raise NotImplementedError with the function, the module path and what to write instead."""
+        """Raise NotImplementedError that names the function, the module path and a replacement."""
         if isinstance(function, torch._ops.OpOverload):
             raise NotImplementedError(f"{self.paths[-1] or 'the network'} {EXPORTED}")
         name = resolve_name(function) or getattr(function, "__name__", str(function))
@@ -321,7 +330,7 @@ class Trace(TorchFunctionMode):
         raise NotImplementedError(f"{name} in {self.here()} cannot be converted: {advice}")
 
     def advice_on_numbers(self, word, operands):
-        """What to write instead of a difference, product or quotient `word` of `operands`; None for what is none."""
+        """Advice for a difference, product or quotient called `word`; None for any other function."""
         if word not in SUBTRACTIONS + PRODUCTS:
             return None
         if sum(map(self.is_traced, operands)) > 1:
@@ -334,12 +343,12 @@ class Trace(TorchFunctionMode):
         return "put the factor into the weights of the layer before or behind it"
 
     def is_image(self, operands):
-        """Whether one of the operands is an input of the network, before any layer."""
+        """Whether one of the operands is an input of the network itself."""
         return any(self.is_traced(x) and self.names.get(id(x)) in self.dag.inputs_nodes for x in operands)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        with autocast_off():  # the network's own forward may have switched it on
+        with autocast_off():  # the network's forward may have switched it on
             if function in SHAPE_QUESTIONS or not self.is_traced([*args, *kwargs.values()]):
                 return function(*args, **kwargs)
             if function not in self.recorders:
@@ -347,7 +356,7 @@ class Trace(TorchFunctionMode):
             return self.recorders[function](self, function, *args, **kwargs)
 
     def record(self, op_type, op, inputs, output):
-        """Append an op that computes the tensor `output` from the tensors `inputs`."""
+        """Append an op that computes `output` from `inputs` (tensors), and return `output`."""
         in_nodes = [self.node_of(x) for x in inputs]
         op.to(output.device, output.dtype)
         self.counts[op_type] = self.counts.get(op_type, 0) + 1
@@ -357,7 +366,7 @@ class Trace(TorchFunctionMode):
         return output
 
     def record_nothing(self, function, input, *args, **kwargs):
-        """The same values: the result is another name of the input's node."""
+        """Run a function that changes no values: its result belongs to the input's node."""
         output = function(input, *args, **kwargs)
         if output.dtype != input.dtype:
             self.refuse(function, f"the type must stay {input.dtype}")
@@ -365,18 +374,18 @@ class Trace(TorchFunctionMode):
         return output
 
     def refuse_traced_weights(self, function, weight, bias):
-        """Refuse weights that are computed from the input."""
+        """Raise NotImplementedError for weights that are computed from the network's input."""
         if self.is_traced([weight, bias]):
             self.refuse(function, "the weights must not be computed from the input")
 
     def refuse_constants(self, function, input, other):
-        """Refuse a sum with what is not computed from the input."""
+        """Raise NotImplementedError for a sum with a constant."""
         if not self.is_traced(input) or not self.is_traced(other):
             into_bias = "adding a constant is not supported, move it into the bias of the layer before"
             self.refuse(function, ON_THE_IMAGE if self.is_image([input, other]) else into_bias)
 
     def node_of(self, tensor):
-        """The node of a traced tensor. Raises NotImplementedError for another value."""
+        """The node of a traced tensor. Raises NotImplementedError for a constant or an overwritten tensor."""
         if not self.is_traced(tensor):
             raise NotImplementedError(
                 f"an operand in {self.here()} is a constant, not an activation: move it into a bias or a weight"
@@ -390,13 +399,14 @@ class Trace(TorchFunctionMode):
 
 
 def record_dropout(trace, function, input, p=0.5, training=False, inplace=False):
+    """Record nothing: dropout in eval mode is the identity. Raises NotImplementedError if it is on."""
     if training:
         trace.refuse(function, "dropout must be off in eval mode, pass training=self.training")
     return input
 
 
-# The tracer's table: what records a function -> the functions. A recorder is called as (trace, function, the function's
-# own arguments) and returns the function's result.
+# The tracer's table: recorder -> the functions that it records. A recorder is called with the trace, the function and
+# the function's own arguments. It runs the function and returns its result.
 RECORDING_FUNCTIONS = {
     SpikeConv2d.traced: (F.conv2d,),
     SpikeConvTranspose2d.traced: (F.conv_transpose2d,),
@@ -479,14 +489,14 @@ RECORDING_FUNCTIONS = {
     ),
 }
 
-# name -> (the torch function, the function that runs and records it)
+# name of a torch function -> (the function, its recorder)
 wrapped_functions = {
     resolve_name(function) or function.__name__: (function, recorder)
     for recorder, functions in RECORDING_FUNCTIONS.items()
     for function in functions
 }
 
-# questions about a tensor whose answers do not depend on its values
+# functions of a tensor whose results do not depend on its values
 SHAPE_QUESTIONS = {
     torch.Tensor.size,
     torch.Tensor.dim,

@@ -1,9 +1,9 @@
-"""What keeps a network of ops from running, said before it does: values of its saved fields, what its ops read, shapes.
+"""Checks of a saved network before it runs: its fields, the kinds of values that its ops read, and shapes.
 
-check_network_data(data)             # plain data of a file: types and ranges of every field, before any is used
-check_tensors(name, op, tensors)     # the tensors of an op, before it takes them
-check_spikes(dag)                    # what the ops of a converted network read: activations, currents or spikes
-check_sample(entry, values, output)  # shapes, once there are inputs
+check_network_data(data)             # plain data of a file: type and range of every field, before any is used
+check_tensors(name, op, tensors)     # the tensors of an op, before the op takes them
+check_spikes(dag)                    # the kinds that ops of a converted network read: activations, currents or spikes
+check_sample(entry, values, output)  # shapes, as soon as there are inputs
 """
 
 import reprlib
@@ -35,14 +35,14 @@ from spike_simulator import Misfit
 
 
 class DamagedData(OtherFile):
-    """Plain data of a network that none has; the message names the op and the field."""
+    """Plain data that no valid network has. The message names the op and the field."""
 
     def __init__(self, fault):
         super().__init__(f"damaged network data: {fault}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Plain data
+# The fields of plain data, each with its rule
 
 NETWORK = {
     "inputs_nodes": NAMES,
@@ -69,7 +69,7 @@ OP_OF_LATER_FILES = {
     ),
     "levels": either(NONE, STEPS),
     "weight_bits": either(NONE, whole(1, 8), whole(32, 32)),
-    "largest_input": either(NONE, whole(1, 255)),
+    "largest_input": either(NONE, whole(1, 255)),  # as many spikes as uint8 counts
     "weight_back": either(NONE, WEIGHTS),
 }
 NEURON = {
@@ -79,7 +79,7 @@ NEURON = {
     "reset_mode": one_of(*RESET_MODES),
 }
 NEURON_OF_LATER_FILES = {
-    "largest_current": either(NONE, whole(0, 2**53)),
+    "largest_current": either(NONE, whole(0, 2**53)),  # up to here float64 holds every integer
     "spike_type": Rule(lambda value: value in (torch.uint8, torch.float64), "torch.uint8 or torch.float64"),
     "listen": whole(0, 65536),
 }
@@ -97,11 +97,11 @@ TENSORS = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Plain data
+# Checks of plain data
 
 
 def check_network_data(data):
-    """Raise DamagedData unless every field of `SpikeDAGModule.to_dict`'s data is of its type and in its range."""
+    """Raise DamagedData unless every field of data from `SpikeDAGModule.to_dict` has its type and range."""
     check_fields("the network", data, NETWORK)
     for place, entry in enumerate(data["ops"]):
         if not isinstance(entry, dict):
@@ -113,7 +113,7 @@ def check_network_data(data):
 
 
 def check_types(ops):
-    """Raise DamagedData unless weights and what spikes stand for are of one type: they meet in layers that stay ANN."""
+    """Raise DamagedData unless weights, biases and scale_factors have one type: they meet in layers that stay ANN."""
     first = None
     for entry in ops:
         tensors = {key: entry["tensors"].get(key) for key in ("weight", "bias")}
@@ -125,7 +125,7 @@ def check_types(ops):
 
 
 def check_fields(where, values, rules, may_lack=()):
-    """Raise DamagedData that names the first field that is missing or breaks its rule."""
+    """Raise DamagedData for the first field that breaks its rule, or is missing and not in `may_lack`."""
     for field, rule in rules.items():
         if field not in values:
             if field not in may_lack:
@@ -135,14 +135,14 @@ def check_fields(where, values, rules, may_lack=()):
 
 
 def check_known(where, values, rules):
-    """Raise DamagedData that names the first field that there is no rule for."""
+    """Raise DamagedData for the first field without a rule."""
     unknown = [field for field in values if field not in rules]
     if unknown:
         raise DamagedData(f"{where} {in_short(unknown[0])} is no field of it")
 
 
 def check_op(entry, name):
-    """Raise DamagedData unless the fields of one op are of their types and in their ranges."""
+    """Raise DamagedData unless every field of one op has its type and range, and none contradict each other."""
     check_fields(name, entry, OP | OP_OF_LATER_FILES, may_lack=OP_OF_LATER_FILES)
     kind, config, tensors, neuron = entry["type"], entry["config"], entry["tensors"], entry["neuron"]
     if kind not in OP_TYPES:
@@ -152,7 +152,7 @@ def check_op(entry, name):
         raise DamagedData(f"{name} in_nodes {in_short(entry['in_nodes'])}: {kind} reads {least}")
     fields = OP_TYPES[kind].fields
     check_known(name, config, fields)
-    check_fields(name, config, fields, may_lack=fields)  # the constructor names what it needs
+    check_fields(name, config, fields, may_lack=fields)  # the constructor reports missing arguments
     contradiction = OP_TYPES[kind].contradiction(config)
     if contradiction:
         raise DamagedData(f"{name} {contradiction}")
@@ -168,7 +168,7 @@ def check_op(entry, name):
 
 
 def check_bits(name, bits, weight_q):
-    """Raise DamagedData where integer weights need more bits than the layer has."""
+    """Raise DamagedData if integer weights need more than `bits` bits."""
     if bits is None or bits > 8 or weight_q is None:
         return
     largest = max(2 ** (bits - 1) - 1, 1)
@@ -177,14 +177,14 @@ def check_bits(name, bits, weight_q):
 
 
 def in_short(value):
-    """A value in a message: of tensors type and shape, of long ones the beginning."""
+    """A value as messages show it: type and shape of a tensor, the beginning of a long value."""
     if isinstance(value, torch.Tensor):
         return f"({value.dtype} {list(value.shape)})" if unusual_kind(value) is None else "(another kind of tensor)"
     return reprlib.repr(value)
 
 
 def check_tensors(name, op, tensors):
-    """Raise DamagedData unless `tensors` are those of the op, in the shapes that its configuration declares."""
+    """Raise DamagedData unless `tensors` are exactly those of the op, in the shapes of its configuration."""
     expected = op.state_dict()
     for key, value in expected.items():
         if key not in tensors:
@@ -197,7 +197,10 @@ def check_tensors(name, op, tensors):
 
 
 def check_integers(name, op, weight_back):
-    """Raise DamagedData unless what belongs to the weights of a layer has their shape, or one value for each output."""
+    """Raise DamagedData unless all tensors that belong to a layer's weights fit them.
+
+    weight_q and weight_back need the shape of the weight, bias_q is [C_out], and unit and weight_scale broadcast.
+    """
     channels = op.output_channels
     exact = {"weight_q": getattr(op, "weight_q", None), "weight_back": weight_back}
     for key, value in exact.items():
@@ -213,17 +216,17 @@ def check_integers(name, op, weight_back):
 
 
 def broadcasts(values, shape):
-    """Whether a tensor expands to this shape."""
+    """Whether a tensor can be expanded to this shape."""
     fits = all(extent in (1, wanted) for extent, wanted in zip(reversed(values.shape), reversed(shape)))
     return values.dim() <= len(shape) and fits
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What ops read
+# The kinds that ops read
 
 
 def check_spikes(dag):
-    """Raise DamagedData unless every op of a converted network can work on what it reads."""
+    """Raise DamagedData unless every op of a converted network can read the kinds of its inputs."""
     neurons = dag.neurons()
     if not neurons:
         return
@@ -238,12 +241,15 @@ def check_spikes(dag):
 
 
 def kind_sent(name, op, read):
-    """What an op sends, by what it reads. Raises DamagedData where it cannot work on that."""
+    """The kind that an op sends: ANALOG, CURRENT or SPIKES. read: the kinds of its inputs.
+
+    Raises DamagedData if it cannot read these kinds.
+    """
     if not op.spiking:
         if op.neuron is not None or CURRENT in read:
             raise DamagedData(f"{name} spiking False, but it {'reads currents' if CURRENT in read else 'has neurons'}")
         return ANALOG
-    read = [SPIKES if kind == SPIKES else CURRENT for kind in read]  # activations flow into neurons as they are
+    read = [SPIKES if kind == SPIKES else CURRENT for kind in read]  # activations count as currents
     fault = op.misfit(read)
     if fault:
         raise DamagedData(f"{name} spiking True, but {fault}")
@@ -257,9 +263,9 @@ def kind_sent(name, op, read):
 
 
 def check_sample(entry, activations, output):
-    """Raise Misfit unless what a spiking op holds for neurons or channels suits the shapes of one sample, [1, ...].
+    """Raise Misfit unless all tensors of a spiking op and its neuron fit the shapes of one sample.
 
-    activations: node -> value of the sample in the ANN. output: that of the op.
+    activations: node -> value of the sample in the ANN, [1, ...]. output: the op's output in the ANN, [1, ...].
     """
     op = entry.op
     if not op.spiking:

@@ -1,10 +1,11 @@
-"""Rewrites of a traced network into one that computes the same and can spike.
+"""Rewrites of a traced network into one that computes the same function and can spike.
 
     fold_batch_norms     conv, BatchNorm -> one convolution (SpikeConvBN); BatchNorm, conv -> one convolution
-    pool_behind_relus    max pooling, ReLU -> ReLU, max pooling: then it is spikes that are pooled
-    split_signs          a convolution that reads values which may be negative reads relu(x) and relu(-x) instead
+    pool_behind_relus    max pooling, ReLU -> ReLU, max pooling: the pooling then reads spikes
+    split_signs          a layer that reads values of either sign reads relu(x) and relu(-x) instead
+    equalize_channels    equally large weights in all output channels of a layer
 
-Each changes the SpikeDAGModule it is given.
+The first three change the SpikeDAGModule that they are given; `equalize_channels` returns a copy.
 """
 
 import copy
@@ -29,11 +30,12 @@ from spike_layers import (
 
 
 def prepare_conversion(dag, maxpool=None, signed=None, avgpool="spike"):
-    """A copy of `dag` that computes the same, with max pooling behind ReLUs and in the mode `maxpool`.
+    """A copy of `dag` that computes the same function and is ready for `plan_conversion`.
 
-    maxpool: "gate" or "or" (`SpikeMaxPool2d`). signed: "pair" splits what lacks a ReLU (`split_signs`); None leaves it,
-    to be refused by `plan_conversion`. avgpool: "fold" marks every average pooling to be folded where it can
-    (`snn_weight_setter.folded_poolings`). Raises ValueError for other choices.
+    Max poolings are moved behind ReLUs. maxpool: "gate" or "or", the mode of all max poolings (`SpikeMaxPool2d`), or
+    None to keep their modes. signed: "pair" splits values without a ReLU by sign (`split_signs`); None leaves them, and
+    `plan_conversion` refuses them. avgpool: "fold" marks all average poolings to be folded if possible
+    (`conversion.plan.folded_poolings`), "spike" none. Raises ValueError for other values.
     """
     for name, value in {"maxpool": maxpool, "signed": signed, "avgpool": avgpool}.items():
         check_option(name, value)
@@ -54,14 +56,14 @@ def prepare_conversion(dag, maxpool=None, signed=None, avgpool="spike"):
 
 
 def read_instead(dag, old, new):
-    """Make every reader of node `old`, and the outputs, read `new`."""
+    """Replace node `old` by `new` in the inputs of all ops and in the outputs."""
     for entry in dag.ops.values():
         entry["in_nodes"] = tuple(new if node == old else node for node in entry.inputs)
     dag.outputs_nodes = tuple(new if node == old else node for node in dag.outputs_nodes)
 
 
 def remove_op(dag, name):
-    """Take out an op with one input; its readers read that input."""
+    """Remove an op with one input. Its readers then read that input."""
     entry = dag.ops[name]
     read_instead(dag, entry.out, entry.inputs[0])
     del dag.ops[name], dag.nodes[entry.out]
@@ -69,13 +71,13 @@ def remove_op(dag, name):
 
 
 def replace_op(dag, name, op):
-    """Put another layer in the place of an op."""
+    """Replace the layer of op `name` by `op`."""
     dag.ops[name]["op"] = op
     setattr(dag, name, op)
 
 
 def insert_after(dag, node, op_type, op):
-    """A new op that reads `node`, placed right behind its writer; returns the op's output node."""
+    """Insert a new op that reads `node`, right behind the op that writes it. Returns the new op's output node."""
     taken, count = set(dag.ops), 1
     while f"{op_type}{count}" in taken:
         count += 1
@@ -95,26 +97,26 @@ def insert_after(dag, node, op_type, op):
 
 @torch.no_grad()
 def fold_batch_norms(dag: SpikeDAGModule):
-    """Fold each BatchNorm into the layer before it, or into the one behind it where that is exact.
+    """Fold each BatchNorm into the layer before it, or into the layer behind it if that is exact, in place.
 
-    Before it: a convolution, transposed convolution or linear layer that nothing else reads; a convolution becomes a
-    SpikeConvBN. Behind it: a linear layer or a convolution without padding that reads nothing else, also through an
-    average pooling and a flatten (`layer_behind`). Any other BatchNorm stays a SpikeBatchNorm. The network's function
-    in eval mode stays the same.
+    The layer before can be a convolution, transposed convolution or linear layer, if only the BatchNorm reads it. A
+    convolution becomes a SpikeConvBN. The layer behind can be a linear layer, or a convolution without padding, if it
+    is the only reader, directly or through average poolings and a flatten (`layer_behind`). Any other BatchNorm stays a
+    SpikeBatchNorm. The network's function in eval mode does not change.
     """
     for name in [name for name, entry in dag.ops.items() if isinstance(entry.op, SpikeBatchNorm)]:
         fold_into_layer_before(dag, name) or fold_into_layer_behind(dag, name)
 
 
 def fold_into_layer_before(dag, name):
-    """Whether the BatchNorm `name` could be folded into the layer that it reads."""
+    """Fold the BatchNorm `name` into the layer that it reads, if possible. Returns whether it was folded."""
     norm, (node,) = dag.ops[name].op, dag.ops[name].inputs
     before = dag.writer(node)
     if before is None or not dag.ops[before].op.is_trained or dag.only_reader(node) is None:
         return False
     layer = dag.ops[before].op
     layer.scale_output(norm.weight, norm.bias)
-    layer.frozen &= norm.frozen  # what is trained of either makes the folded one trained
+    layer.frozen &= norm.frozen  # a parameter stays frozen only if it is frozen in both
     if type(layer) is SpikeConv2d:
         folded = SpikeConvBN(**layer.config())
         folded.weight, folded.bias, folded.frozen = layer.weight, layer.bias, layer.frozen
@@ -124,14 +126,14 @@ def fold_into_layer_before(dag, name):
 
 
 def fold_into_layer_behind(dag, name):
-    """Whether the BatchNorm `name` could be folded into the layer that reads it."""
+    """Fold the BatchNorm `name` into the layer that reads it, if possible. Returns whether it was folded."""
     norm, layer = dag.ops[name].op, layer_behind(dag, name)
     if type(layer) not in (SpikeConv2d, SpikeConvBN, SpikeLinear) or any(getattr(layer, "padding", ())):
         return False
     groups = getattr(layer, "groups", 1)
     per_group = layer.weight.shape[1]
-    repeats = groups * per_group // len(norm.weight)  # a view has spread each channel over so many features
-    # the channels that each output channel reads, [C_out, C_in / groups]
+    repeats = groups * per_group // len(norm.weight)  # features per channel, if a view has flattened channels
+    # values of the input channels that each output channel reads, [C_out, C_in / groups]
     factor, shift = (
         x.repeat_interleave(repeats).view(groups, per_group).repeat_interleave(len(layer.weight) // groups, 0)
         for x in (norm.weight, norm.bias)
@@ -146,9 +148,9 @@ def fold_into_layer_behind(dag, name):
 
 
 def layer_behind(dag, name):
-    """The one op that reads op `name`, also through average poolings without padding and flattening views.
+    """The only op that reads op `name`, directly or through average poolings without padding and flattening views.
 
-    These let a factor and a shift per channel pass. None where there is no such op.
+    A factor and a constant per channel pass these ops unchanged. None if there is no such op.
     """
     while (behind := dag.only_reader(dag.ops[name].out)) is not None:
         op = dag.ops[behind].op
@@ -163,16 +165,16 @@ def layer_behind(dag, name):
 
 
 def pool_behind_relus(dag):
-    """Swap every max pooling with the one ReLU that reads it: the maximum of the ReLUs is the ReLU of the maximum.
+    """Swap every max pooling with the ReLU behind it, if nothing else reads the pooling.
 
-    A view between them, which changes no value, is swapped too.
+    The maximum of ReLUs equals the ReLU of the maximum. A view between them changes no value and is swapped, too.
     """
     pools = []
     for name, entry in dag.ops.items():
         is_view_of_pool = isinstance(entry.op, ViewOp) and dag.writer(entry.inputs[0]) in pools
         if isinstance(entry.op, SpikeMaxPool2d) or is_view_of_pool:
             pools.append(name)
-    for name in reversed(pools):  # the one next to the ReLU first, so that it meets the one before
+    for name in reversed(pools):  # the last one first: its swap brings the ReLU next to the one before it
         pool, node = dag.ops[name].op, dag.ops[name].out
         behind = dag.only_reader(node)
         if behind is not None and isinstance(dag.ops[behind].op, SpikeReLU):
@@ -180,7 +182,7 @@ def pool_behind_relus(dag):
 
 
 def rename_swapped(dag, pool_name, relu_name, pool):
-    """The ReLU reads what the pooling read, and the pooling reads the ReLU; their readers stay the same."""
+    """Swap a pooling or view with the ReLU behind it. Readers of the ReLU then read the pooling."""
     pool_entry, relu_entry = dag.ops[pool_name], dag.ops[relu_name]
     pooled, rectified = pool_entry.out, relu_entry.out
     relu_entry["in_nodes"] = pool_entry.inputs
@@ -198,10 +200,10 @@ def rename_swapped(dag, pool_name, relu_name, pool):
 
 
 def split_signs(dag):
-    """Give every convolution or linear layer that reads values without a ReLU two channels for each of them.
+    """Split the input of every layer with weights that reads values without a ReLU into relu(x) and relu(-x), in place.
 
-    relu(x) and relu(-x) spike where x alone could not: x = relu(x) - relu(-x), so the layer's weights W become W and -W
-    (as in the linear bottlenecks of MobileNetV2). What reads the value otherwise, an add say, is left as it is.
+    Both can be sent as spikes, x of either sign cannot. x = relu(x) - relu(-x), so the layer's weights W become W and
+    -W. Linear bottlenecks as in MobileNetV2 need this. Other readers of x, such as an add, do not change.
     """
     pairs = {}
     for name in list(dag.ops):
@@ -215,7 +217,7 @@ def split_signs(dag):
 
 
 def may_be_negative(dag, node):
-    """Whether a node holds the output of a convolution or linear layer, with no ReLU behind it."""
+    """Whether a node holds the output of a layer with trained weights that no ReLU has rectified yet."""
     name = dag.writer(node)
     if name is None:
         return False
@@ -225,12 +227,12 @@ def may_be_negative(dag, node):
 
 @torch.no_grad()
 def with_both_signs(layer):
-    """The layer that reads relu(x) and relu(-x), interleaved, where `layer` reads x."""
+    """A copy of `layer`, which reads x, that reads relu(x) and relu(-x) with interleaved channels instead."""
     config = layer.config()
     size = "in_features" if isinstance(layer, SpikeLinear) else "in_channels"
     config[size] *= 2
     wide = type(layer)(**config)
-    inputs = 0 if isinstance(layer, SpikeConvTranspose2d) else 1  # the dimension of the input channels
+    inputs = 0 if isinstance(layer, SpikeConvTranspose2d) else 1  # dimension of the weight's input channels
     signs = torch.stack([layer.weight, -layer.weight], inputs + 1).flatten(inputs, inputs + 1)
     wide.weight, wide.bias, wide.frozen = nn.Parameter(signs), layer.bias, layer.frozen
     scale = layer.weight_scale
@@ -245,12 +247,12 @@ def with_both_signs(layer):
 
 @torch.no_grad()
 def equalize_channels(dag):
-    """A copy of `dag` that computes the same, with equally large weights in all output channels of a layer.
+    """A copy of `dag` that computes the same function, with equally large weights in all output channels of a layer.
 
-    A ReLU and an average pooling let a factor per channel pass, so each channel is divided by its largest |W| (over
-    the layer's mean) and the next layer's inputs multiplied by it. One scale per layer then serves all channels
-    (weight equalisation; Nagel et al., Data-Free Quantization, ICCV 2019). Layers whose output is added,
-    concatenated, read twice or gathered into channels by a view stay as they are.
+    A factor per channel passes a ReLU and an average pooling. So each output channel is divided by its largest |W|
+    relative to the layer's mean, and the next layer's weights for this channel are multiplied by it. One s_w per layer
+    then suits all channels (weight equalisation; Nagel et al., Data-Free Quantization, ICCV 2019). A layer does not
+    change if its output is added, concatenated, read twice or merged into fewer channels by a view.
     """
     dag = copy.deepcopy(dag)
     for name, layer in dag.weighted_layers().items():
@@ -260,16 +262,19 @@ def equalize_channels(dag):
         largest = layer.rows(layer.weight).abs().amax(1)  # [C]
         inputs = reader.in_features if isinstance(reader, SpikeLinear) else reader.in_channels
         if inputs % len(largest):
-            continue  # a view has gathered several of them into one channel
+            continue  # a view has merged several of them into one channel
         factor = torch.where(largest > 0, largest / largest.mean(), 1.0)
         layer.scale_output(1 / factor)
-        per_input = factor.repeat_interleave(inputs // len(factor))  # a view spreads channels
+        per_input = factor.repeat_interleave(inputs // len(factor))  # a view may have flattened channels
         reader.weight.mul_(reader.input_view(per_input))
     return dag
 
 
 def next_weighted_layer(dag, name):
-    """The one dense layer that reads op `name` through ReLUs, average poolings and views, or None."""
+    """The only layer with weights that reads op `name`, through ReLUs, average poolings and views.
+
+    None if there is no such layer, or if it is a grouped convolution.
+    """
     node = dag.ops[name].out
     while (behind := dag.only_reader(node)) is not None:
         op, node = dag.ops[behind].op, dag.ops[behind].out

@@ -1,15 +1,15 @@
-"""From a quantized ANN to a spiking network: integer weights, thresholds and scales.
+"""The conversion of a quantized ANN to a spiking network: integer weights, thresholds and scales.
 
     snn = trans_ann2snn_weight(qnet, train_val_loader, device, timesteps, weight_bitwidth)
 
-1. `plan_conversion` decides which ops work on spikes, which on currents, which stay ANN, and where neurons stand.
+1. `plan_conversion` decides which ops send spikes, which send currents, which stay ANN, and where neurons stand.
 2. `calibrate` runs calibration images, pools the activations of every layer, and chooses a lambda for each.
-3. `SpikeSetter` walks the graph once: unit, integer weights and biases, Vthr and scale of every neuron.
-4. `correct_spikes` shifts biases and initial potentials until the mean rates are the ANN's.
+3. `SpikeSetter` walks the graph once and sets units, integer weights and biases, and Vthr and lambda of every neuron.
+4. `correct_spikes` shifts biases and initial potentials until the mean decoded activations equal those of the ANN.
 
-Units: a spike train with scale lambda stands for the activation lambda * mean_t(spike); one unit of membrane potential
-stands for `unit` activation. A layer with integer weights W_q = W * s_w reads spikes of scale lambda_in in the unit
-lambda_in / s_w. So a neuron that reaches lambda_out with a spike at every step has the threshold
+Units: a spike train of scale lambda stands for the activation lambda * mean_t(spike). One unit of membrane potential
+stands for `unit` activation. A layer with integer weights W_q = W * s_w that reads spikes of scale lambda_in has
+currents in the unit lambda_in / s_w. A neuron that fires at every step sends lambda_out, so its threshold is
 Vthr = lambda_out / unit = lambda_out * s_w / lambda_in.
 """
 
@@ -26,7 +26,7 @@ from runtime.batches import reusable
 
 
 def trans_ann2snn_weight(qnet, loader, device, timesteps, weight_bitwidth, **options):
-    """The spiking network of a quantized one; `qnet` is not changed. A plain nn.Module is parsed first.
+    """The spiking network of a quantized one, a SpikeDAGModule. `qnet` is not changed; an nn.Module is parsed first.
 
     loader: images without random augmentation; the first `calibration_samples` are used. Batches are as
     `runtime.batches.split_batch` takes them; labels are not read. For a network with several inputs, a
@@ -35,21 +35,21 @@ def trans_ann2snn_weight(qnet, loader, device, timesteps, weight_bitwidth, **opt
     float weights (thresholds then are floats too).
     options: fields of `options.ConversionOptions`, where each is explained: reset_mode, initial_potential, listen,
     threshold, correction, hold_back, per_channel, maxpool, signed, avgpool, ann_layers, calibration_samples. Former
-    names are taken too: `quantile` for a number as threshold, `granularity="channel"` for per_channel="spikes", and
+    names work too: `quantile` for a number as threshold, `granularity="channel"` for per_channel="spikes", and
     per_channel=True for "weights".
 
     Methods: thresholds at a quantile (Rueckauer et al., Frontiers in Neuroscience 2017), initial potentials of half a
     threshold (Bu et al., AAAI 2022).
 
-    Raises TypeError for an unknown option, and ValueError for values out of range, for layers that cannot be converted
-    (`plan_conversion`), for a network that is spiking already, and for numbers that are not finite or leave the
-    integers of a chip, by layer.
+    Raises TypeError for an unknown option. Raises ValueError for option values out of range, for layers that cannot be
+    converted (`plan_conversion`), for a network that is already spiking, and for weights, biases or thresholds that are
+    not finite or exceed the integers of a chip; the message names the layer.
     """
     return convert(qnet, loader, device, ConversionOptions.from_keywords(timesteps, weight_bitwidth, options))
 
 
 def convert(qnet, loader, device, options):
-    """As `trans_ann2snn_weight`, with its options as one value."""
+    """As `trans_ann2snn_weight`, with all options as one `options.ConversionOptions`."""
     loader = reusable(loader, options.calibration_samples)
     qnet = prepare_conversion(as_dag(qnet, loader), options.maxpool, options.signed, options.avgpool)
     qnet.to(device).eval()
@@ -65,13 +65,16 @@ def convert(qnet, loader, device, options):
 
 
 def set_integers(snn, plan, loader, device, options):
-    """Turn the layers of a planned network into spiking ones: statistics, then integers, Vthr and scales."""
+    """Make the layers of a planned network spiking, in place: statistics first, then integers, Vthr and lambdas.
+
+    Returns node -> shape of one sample, from the calibration.
+    """
     known = options.calibration_samples, options.threshold, options.timesteps, options.spikes_per_channel
     statistics, shapes = calibrate(snn, loader, device, *known)
     learnt = use_learnt_scales(snn, statistics)
     for entry in snn.ops.values():
-        entry.op.levels = None  # spikes need none
-    snn.cpu()  # integers are chosen there
+        entry.op.levels = None  # activation levels belong to the ANN only
+    snn.cpu()  # integers are chosen on the CPU
     SpikeSetter(snn, plan, statistics, shapes, options, learnt).convert()
     snn.to(device)
     snn.timesteps = options.timesteps

@@ -1,8 +1,8 @@
-"""SpikeDAGModule: a network as a list of ops in topological order, ANN and SNN alike.
+"""SpikeDAGModule: an ANN or SNN as a list of ops in topological order.
 
-`nodes` names every value, `ops` every layer: {'op': layer, 'in_nodes': names, 'out_nodes': names, 'path': module path
-in the user's network}. `torch.save(dag, file)` writes plain data, and `torch.load(file)`, with its safe default
-`weights_only=True`, rebuilds the network from it once this module is imported.
+`nodes` holds the name of every value. `ops` holds every layer: {'op': layer, 'in_nodes': names, 'out_nodes': names,
+'path': module path in the user's network}. `torch.save(dag, file)` writes plain data. `torch.load(file)`, with its safe
+default `weights_only=True`, rebuilds the network from this data once this module is imported.
 """
 
 import copy
@@ -20,14 +20,14 @@ from spike_neurons import ClipFloorShift, IFNeuron
 from spike_simulator import duration, run_ops, simulate
 
 FORMAT = "ann2snn-dag-1"
-ENGINES = {"auto": torch.uint8, "reference": torch.float64}
+ENGINES = {"auto": torch.uint8, "reference": torch.float64}  # name -> the type of spikes that selects it
 
 
 class OpEntry(dict):
-    """One op of a network: the dict {'op', 'in_nodes', 'out_nodes', 'path'} with its contents as attributes.
+    """One op of a network: a dict {'op', 'in_nodes', 'out_nodes', 'path'} whose entries are attributes, too.
 
-    name: of the op. inputs: names of the nodes that it reads. out: name of the node that it writes. path: of the module
-    in the user's network.
+    name: the op's name. inputs: names of the nodes that it reads. out: name of the one node that it writes. path: path
+    of the module in the user's network, "" if there is none.
     """
 
     def __init__(self, name, op, in_nodes, out_nodes, path=""):
@@ -48,13 +48,13 @@ class OpEntry(dict):
 
 
 class SpikeDAGModule(nn.Module):
-    """Runs `ops` in order, from `inputs_nodes` to `outputs_nodes`.
+    """A network that runs its `ops` in order, from `inputs_nodes` to `outputs_nodes`.
 
-    nodes: OrderedDict, node name (`<op_name>_out<id>`) -> value while a forward pass runs, else None.
-    ops: OrderedDict, op name (`<op_type><id>`) -> {'op', 'in_nodes', 'out_nodes', 'path'}.
-    timesteps: T of a converted network, None for an ANN. memory_budget: bytes that a simulation may work with at a
-    time, None for what suits the device. scales_of_conversion: of a network that is to be finetuned for spikes, a
-    function (network, per_channel) -> {op name: weight scale}, of the layers whose scale its conversion will decide.
+    nodes: OrderedDict, node name (`<op_name>_out<id>`) -> value during an ANN pass, else None.
+    ops: OrderedDict, op name (`<op_type><id>`) -> OpEntry {'op', 'in_nodes', 'out_nodes', 'path'}.
+    timesteps: T of a converted network, None for an ANN. memory_budget: most bytes of a simulation's working set, None
+    for the default of the device. scales_of_conversion: None, or in a network that is finetuned for spikes a function
+    (network, per_channel) -> {op name: s_w} for the layers whose s_w is decided by the conversion.
     """
 
     def __init__(self):
@@ -69,14 +69,14 @@ class SpikeDAGModule(nn.Module):
         self.largest_by_shape = {}
 
     def add_input(self, node):
-        """Declare one more input node."""
+        """Append an input node. Raises ValueError if the name is taken."""
         if node in self.nodes:
             raise ValueError(f"the name {node} is taken")
         self.nodes[node] = None
         self.inputs_nodes += (node,)
 
     def add_op(self, name, op, in_nodes, out_nodes, path=""):
-        """Append an op. Raises ValueError where a node does not exist yet, or a name is taken."""
+        """Append an op. Raises ValueError if it reads a node that does not exist yet, or if a name is taken."""
         for node in in_nodes:
             if node not in self.nodes:
                 raise ValueError(f"{name} reads the node {node}, which no op before it writes")
@@ -87,7 +87,7 @@ class SpikeDAGModule(nn.Module):
         self.nodes.update(dict.fromkeys(out_nodes))
 
     def lint(self):
-        """Raise ValueError unless every node is written once, before it is read, and every output exists."""
+        """Raise ValueError unless each node is written once, before it is read, and inputs and outputs exist."""
         written = set(self.inputs_nodes)
         for name, entry in self.ops.items():
             missing = [node for node in entry.inputs if node not in written]
@@ -103,12 +103,13 @@ class SpikeDAGModule(nn.Module):
             raise ValueError(f"the graph lacks {f'the output {lost[0]}' if lost else 'inputs or outputs'}")
 
     def forward(self, *inputs, timesteps=None, every_step=False):
-        """The network's output(s): [B, ...].
+        """The network's output, or a tuple of outputs, [B, ...] each.
 
-        Converted: simulates `timesteps` steps (default: those it was converted for; what `hold_back` adds to biases
-        suits no others); with `every_step` the outputs after each step of the last spiking layer, [T, B, ...], which
-        are those of shorter simulations where no layer listens first or between stays ANN. Only what stays ANN behind
-        the last spikes has gradients.
+        A converted network simulates `timesteps` steps, by default the T of its conversion. (`hold_back` adjusts biases
+        to that T.) every_step: return the outputs after each step of the last spiking layer, [T, B, ...]. They equal
+        the outputs of shorter simulations unless a layer listens, or stays ANN between spiking ones. In a converted
+        network only the ANN layers behind the last spikes have gradients. Raises ValueError for a wrong number of
+        inputs, an empty batch, NaN or infinite inputs, `timesteps` out of range, and shapes that do not fit (Misfit).
         """
         if len(inputs) != len(self.inputs_nodes):
             raise ValueError(f"the network takes {len(self.inputs_nodes)} inputs, got {len(inputs)}")
@@ -116,11 +117,11 @@ class SpikeDAGModule(nn.Module):
             return one_or_all(self.forward_ann(inputs))
         timesteps = self.timesteps if timesteps is None else check_option("timesteps", timesteps)
         inputs = check_inputs(self, inputs)
-        with torch.autocast(inputs[0].device.type, enabled=False):  # integers are not exact in narrower types
+        with torch.autocast(inputs[0].device.type, enabled=False):  # narrower types are not exact for integers
             return one_or_all(simulate(self, inputs, timesteps, every_step))
 
     def forward_ann(self, inputs, watch=None):
-        """The outputs of a network as an ANN, a list; `watch` as in `spike_simulator`."""
+        """The outputs of the network run as an ANN, a list of [B, ...]. watch: as in `spike_simulator`."""
         self.nodes.update(zip(self.inputs_nodes, inputs))
         try:
             run_ops(self.ops.values(), self.nodes, watch=watch, wanted=self.outputs_nodes)
@@ -129,12 +130,12 @@ class SpikeDAGModule(nn.Module):
             self.nodes.update(dict.fromkeys(self.nodes))
 
     def note_sizes(self, shapes):
-        """Tell what `largest_sample` would find out. shapes: node -> shape of a sample, of every node."""
+        """Store the result of `largest_sample`, to save its pass. shapes: node -> shape of a sample, for all nodes."""
         size = max(math.prod(shape) for shape in shapes.values())
         self.largest_by_shape = {"shape": shapes[self.inputs_nodes[0]], "size": size}
 
     def largest_sample(self, inputs):
-        """Elements of the largest value of one sample, for inputs of this shape."""
+        """Number of elements of the largest node, per sample, for inputs [B, ...]. Raises Misfit for wrong shapes."""
         shape = tuple(inputs[0].shape[1:])
         if self.largest_by_shape.get("shape") != shape:
             values = dict(zip(self.inputs_nodes, [x[:1] for x in inputs]))
@@ -150,28 +151,28 @@ class SpikeDAGModule(nn.Module):
         return self.largest_by_shape["size"]
 
     def readers(self, node):
-        """Names of the ops that read a node, once per reading."""
+        """Names of the ops that read a node; an op that reads it twice is listed twice."""
         return [name for name, entry in self.ops.items() for read in entry.inputs if read == node]
 
     def writer(self, node):
-        """Name of the op that writes a node, None for an input."""
+        """Name of the op that writes a node, or None for an input."""
         return next((name for name, entry in self.ops.items() if entry.out == node), None)
 
     def only_reader(self, node):
-        """Name of the one op that reads a node, None where there are more, or the node is an output."""
+        """Name of the only op that reads a node. None if there are several or none, or if the node is an output."""
         names = self.readers(node)
         return names[0] if len(names) == 1 and node not in self.outputs_nodes else None
 
     def is_spiking(self):
-        """Whether the network is a converted one: neurons stand in it."""
+        """Whether the network is converted: it has neurons."""
         return bool(self.neurons())
 
     def neurons(self):
-        """Op name -> IFNeuron of every spiking layer, in order; empty for an ANN."""
+        """Op name -> IFNeuron of every layer that fires, in order; empty for an ANN."""
         return {name: entry.op.neuron for name, entry in self.ops.items() if entry.op.neuron is not None}
 
     def duration(self, timesteps=None):
-        """Timesteps that the chip needs: firing, from image to image, to the answer (`spike_simulator.duration`)."""
+        """Timesteps that a chip needs: "firing", "interval" and "latency" (`spike_simulator.duration`)."""
         return duration(self, self.timesteps if timesteps is None else timesteps)
 
     def spiking_layers(self):
@@ -179,9 +180,10 @@ class SpikeDAGModule(nn.Module):
         return list(self.neurons())
 
     def set_engine(self, engine, memory_budget=None):
-        """How to simulate: "auto" (the fastest exact way here) or "reference" (float64 in plain PyTorch throughout).
+        """Choose the simulator: "auto" (the fastest exact one) or "reference" (float64 in plain PyTorch).
 
-        memory_budget: bytes to work with at a time, at most; None for what suits the device.
+        memory_budget: most bytes of the working set, None for the default of the device. Raises ValueError for another
+        engine.
         """
         if engine not in ENGINES:
             raise ValueError(f"unknown engine '{engine}', use one of {', '.join(ENGINES)}")
@@ -190,19 +192,19 @@ class SpikeDAGModule(nn.Module):
             neuron.spike_type = ENGINES[engine]
 
     def weighted_layers(self):
-        """Op name -> layer with trained weights (convolutions and linear layers), in order."""
+        """Op name -> layer, for all layers with trained weights (convolutions and linear layers), in order."""
         return {name: entry.op for name, entry in self.ops.items() if entry.op.is_trained}
 
     def trained_parameters(self):
-        """What finetuning moves: all parameters but those that the traced network has frozen, and fixed ones."""
+        """The parameters that finetuning changes: all except fixed ones and those frozen in the traced network."""
         return [p for entry in self.ops.values() for p in entry.op.trained_parameters()]
 
     def where(self, name):
-        """An op as messages name it: "conv2 (layer1.0.conv1)"."""
+        """The op `name` as messages name it: "conv2 (layer1.0.conv1)"."""
         return self.ops[name].where
 
     def table(self):
-        """The ops as rows: op, type, module path, inputs, output."""
+        """The ops as rows of strings, after a row of headings: op, layer, module path, inputs, output."""
         rows = [("op", "layer", "module path", "inputs", "output")]
         for name, entry in self.ops.items():
             layer = str(entry.op).splitlines()[0].removesuffix("(") if entry.op.neuron else str(entry.op)
@@ -225,13 +227,13 @@ class SpikeDAGModule(nn.Module):
 
     def __reduce__(self):
         data = self.to_dict()
-        if self.neurons():  # converted: only a quantized network is trained on from its file
+        if self.neurons():  # a converted network is not trained further, so its file needs no weight_back
             for entry in data["ops"]:
                 entry["weight_back"] = None
         return from_dict, (data,)
 
     def __deepcopy__(self, memo):
-        memo[id(self.scales_of_conversion)] = self.scales_of_conversion  # shared: it is never changed
+        memo[id(self.scales_of_conversion)] = self.scales_of_conversion  # shared, because it never changes
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         copied.largest_by_shape = {}
@@ -243,7 +245,10 @@ class SpikeDAGModule(nn.Module):
 
 
 def check_inputs(dag, inputs):
-    """The images as float32. Raises ValueError for none, and for NaN, which neurons would take for silence."""
+    """The inputs, [B, ...] each, with float16 and bfloat16 as float32.
+
+    Raises ValueError for an empty batch, and for NaN or infinite values: a neuron with a NaN potential never fires.
+    """
     if not len(inputs[0]):
         raise ValueError("the batch is empty, give at least one image to simulate")
     for node, x in zip(dag.inputs_nodes, inputs):
@@ -253,7 +258,7 @@ def check_inputs(dag, inputs):
 
 
 def op_to_dict(entry):
-    """One op as plain data."""
+    """One op as plain data, a dict."""
     op = entry.op
     return {
         "name": entry.name,
@@ -274,7 +279,10 @@ def op_to_dict(entry):
 
 
 def from_dict(data):
-    """The network that `SpikeDAGModule.to_dict` described. Raises ValueError where the data is not one."""
+    """The network described by the data of `SpikeDAGModule.to_dict`. Raises OtherFile for data of another kind.
+
+    Raises DamagedData, an OtherFile, for data with a missing or invalid field; it names the op and the field.
+    """
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise OtherFile(f"it has no network of format {FORMAT}")
     check_network_data(data)
@@ -289,7 +297,7 @@ def from_dict(data):
 
 
 def rebuild(data):
-    """The network of sound data."""
+    """The network described by data that `check_network_data` accepts."""
     dag = SpikeDAGModule()
     for node in data["inputs_nodes"]:
         dag.add_input(node)
@@ -303,8 +311,8 @@ def rebuild(data):
 
 
 def rebuild_op(entry):
-    """One op from its plain data."""
-    with torch.device("meta"):  # takes no memory, however large the op says that it is
+    """The layer described by the plain data of one op. Raises DamagedData for tensors that do not fit it."""
+    with torch.device("meta"):  # takes no memory for any declared size
         op = OP_TYPES[entry["type"]](**entry["config"])
     tensors = dict(entry["tensors"])
     if "weight_q" in tensors:
@@ -317,10 +325,10 @@ def rebuild_op(entry):
     check_tensors(entry["name"], op, tensors)
     op.load_state_dict(tensors, assign=True)
     op.spiking = entry["spiking"]
-    op.frozen = frozenset(entry.get("frozen", ()))  # older files have none
+    op.frozen = frozenset(entry.get("frozen", ()))  # older files lack it
     if op.has_weights:
         op.weight_bits = entry.get("weight_bits")
-        op.largest_input = entry.get("largest_input") or 1  # older files have none
+        op.largest_input = entry.get("largest_input") or 1  # older files lack it
         check_integers(entry["name"], op, entry.get("weight_back"))
         if entry.get("weight_back") is not None:
             op.weight.weight_back = entry["weight_back"]
@@ -330,8 +338,11 @@ def rebuild_op(entry):
 
 
 def load_dag(path):
-    """The network saved in `path` by `torch.save`. Raises OSError or ValueError where it is missing or damaged."""
-    # a block of safe_globals removes its names at the end, those too that were allowed before
+    """The network saved in `path` by `torch.save`.
+
+    Raises OSError for a missing file, and ValueError for a damaged file or one of another kind.
+    """
+    # safe_globals removes all its names at the end, even if they were allowed before: pass only the missing ones
     missing = [name for name in [from_dict] if name not in torch.serialization.get_safe_globals()]
     try:
         with torch.serialization.safe_globals(missing):
@@ -347,11 +358,11 @@ torch.serialization.add_safe_globals([from_dict])
 
 
 def one_or_all(outputs):
-    """The output, or a tuple where there are more."""
+    """The only output, or a tuple of several."""
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
 def format_table(rows):
-    """Rows of strings as aligned columns."""
+    """Rows of strings as one string with aligned columns."""
     widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
     return "\n".join("  ".join(str(cell).ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)

@@ -1,14 +1,14 @@
-"""The spiking layers: each computes its ANN function on plain tensors and its spiking function on spikes.
+"""The spiking layers. Each computes its ANN function on plain tensors and its spiking function on spikes.
 
-Weighted layers turn spikes into integer currents, neurons turn currents into spikes:
+Layers with weights turn spikes into integer currents, and neurons turn currents into spikes:
 
     spikes 0/1 --SpikeConv2d, SpikeLinear: integer weights--> Current --SpikeAdd--> Current --IFNeuron--> spikes
 
-A neuron stands where a ReLU stands (inside SpikeReLU), and behind an average pooling or an add of spikes. A folded
-average pooling has none: what it hands on is how many spikes each of its windows holds, 0 to its size.
-The first layer's input is a constant current, the real-valued image; its own current is computed once, in float.
+Neurons stand in every SpikeReLU that reads currents, and in average poolings and adds of spikes. A folded average
+pooling has no neuron: it sends the number of spikes in each window, from 0 to the window's size. The input of the first
+layer is the real-valued image, the same at every step, so its current is computed once, in float.
 
-    layers/base.py         SpikeLayer: what every layer has, and what is to be said of a new one
+    layers/base.py         SpikeLayer: methods and attributes of every layer
     layers/weighted.py     SpikeConv2d, SpikeConvBN, SpikeConvTranspose2d, SpikeLinear
     layers/pooling.py      SpikeAvgPool2d, SpikeMaxPool2d
     layers/activations.py  SpikeReLU, SignedReLU, SpikeBatchNorm, SoftmaxOp

@@ -1,4 +1,4 @@
-"""Integrate-and-fire neurons, and the activations in levels that stand for them in the ANN."""
+"""Integrate-and-fire neurons, and the quantized activations that model them in the ANN."""
 
 import torch
 from torch import nn
@@ -13,9 +13,10 @@ RESET_MODES = ("zero", "subtraction")
 
 
 def if_step(membrane, current, Vthr, reset_mode):
-    """One timestep of integrate-and-fire neurons: `membrane, spike`, both in the type of `membrane`.
+    """One timestep of integrate-and-fire neurons: `membrane, spike`, both in the shape and type of `membrane`.
 
-    Fires where u >= Vthr; then "subtraction" takes Vthr off the membrane potential, "zero" sets it to 0.
+    A neuron fires if its membrane potential u is at least Vthr. Then "subtraction" subtracts Vthr from u, and "zero"
+    sets u to 0.
     """
     membrane = membrane + current
     fires = membrane >= Vthr
@@ -51,12 +52,12 @@ class SpikesThroughTime(torch.autograd.Function):
 
 
 def learns_compiled(steps):
-    """Whether `learning_steps` can be used."""
+    """Whether the compiled `learning_steps` can take these currents: float32, on a device with a compiler."""
     return steps.dtype == torch.float32 and can_run_compiled(steps)
 
 
 def learning_steps_in_turn(steps, Vthr, start, listen, subtract):
-    """As `learning_steps`, in any floating-point type."""
+    """As `learning_steps`, in plain PyTorch, for any floating-point type."""
     potentials, spikes = torch.empty_like(steps), torch.empty_like(steps)
     membrane = start + steps[:listen].sum(0)
     for t, (potential, spike) in enumerate(zip(potentials, spikes)):
@@ -69,7 +70,7 @@ def learning_steps_in_turn(steps, Vthr, start, listen, subtract):
 
 
 def learning_steps_back_in_turn(gradient, potentials, Vthr, listen, subtract):
-    """As `learning_steps_back`, in any floating-point type."""
+    """As `learning_steps_back`, in plain PyTorch, for any floating-point type."""
     of_steps, of_membrane = torch.empty_like(potentials), torch.zeros_like(potentials[0])
     of_spike = (potentials / Vthr).sub_(1).abs_().neg_().add_(1).clamp_min_(0).div_(Vthr)  # [T, B, ...]
     for t in reversed(range(len(potentials))):
@@ -85,13 +86,15 @@ def learning_steps_back_in_turn(gradient, potentials, Vthr, listen, subtract):
 class IFNeuron(nn.Module):
     """Integrate-and-fire neurons of one layer.
 
-    Vthr: threshold, integer except behind the real-valued first layer. scale_factor: lambda, the activation that a
-    spike at every step stands for. initial_potential: u before the first step. Each is a scalar or [C, 1, 1] ([N]
-    behind a linear layer). largest_current: bound of |current| per step, None behind the first layer (float).
-    listen: steps of input that are integrated before the first spike; the T steps of spikes come that much later.
-    At listen = T the whole input is known before, and floor(u / Vthr) spikes, 0 to T, are sent.
+    Vthr: threshold, an integer unless the currents are floats (behind the image, or with float weights).
+    scale_factor: lambda, the activation that a spike at every step stands for. initial_potential: membrane potential
+    before the first step. Each is a scalar or [C, 1, 1] ([N] behind a linear layer).
+    reset_mode: "zero" or "subtraction"; ValueError for others. largest_current: bound of |current| per step, None for
+    float currents.
+    listen: number of steps that are integrated before the first spike. The T steps of spikes come that much later. At
+    listen = T the whole input is known before the first spike, and the neuron sends floor(u / Vthr) spikes, 0 to T.
     learns: autograd follows the spikes (`finetuning.on_spikes.learning`).
-    spike_type: uint8, from which the layers behind make float32 currents, or float64, the reference engine's.
+    spike_type: uint8, so that the layers behind compute float32 currents, or float64 for the reference engine.
     """
 
     def __init__(
@@ -118,27 +121,33 @@ class IFNeuron(nn.Module):
         self.state = None
 
     def config(self):
-        """The constructor's arguments."""
+        """The constructor's arguments, as a dict."""
         tensors = ("Vthr", "scale_factor", "initial_potential")
         settings = ("reset_mode", "largest_current", "spike_type", "listen")
         return {name: getattr(self, name) for name in tensors + settings}
 
     def membrane_type(self, timesteps):
-        """float32 where every potential within `timesteps` steps is exact in it, else float64."""
+        """float32 if it represents every membrane potential within `timesteps` steps exactly, else float64.
+
+        Always float32 for float currents; otherwise always float64 in the reference engine.
+        """
         if self.largest_current is None:
             return torch.float32
         if self.spike_type == torch.float64:
             return torch.float64
-        state = self.state  # of the threads that simulate, each may set it
+        state = self.state  # several simulating threads may set it
         if state is None or not state.holds(self.Vthr, self.initial_potential):
-            # asked once: a GPU would have to wait for the answer
+            # kept in `state`: item() makes the CPU wait for the GPU
             largest = self.Vthr.max().item() + self.initial_potential.abs().max().item()
             state = self.state = IntegerState(largest, self.Vthr, self.initial_potential)
         largest = self.largest_current * timesteps + state.made
         return torch.float32 if largest < EXACT_IN_FLOAT32 else torch.float64
 
     def forward(self, current, memory=None):
-        """Current of T steps -> SpikeTensor of T steps; the membrane potentials stay in `memory` for more steps."""
+        """Current of some steps -> SpikeTensor of the same steps, [steps*B, ...].
+
+        `memory` keeps the membrane potentials for the following steps.
+        """
         memory = Memory(current.timesteps) if memory is None else memory
         dtype = self.membrane_type(memory.timesteps)
         if self.learns:
@@ -163,9 +172,9 @@ class IFNeuron(nn.Module):
         return SpikeTensor(spikes, current.timesteps, self.scale_factor)  # [T*B, ...]
 
     def hear(self, current, membrane):
-        """Add the first `listen` steps to the membrane potentials; the currents that flow in while the neurons fire.
+        """Add the first `listen` steps to `membrane`, and return the currents of the T steps in which neurons fire.
 
-        These are the rest of the steps, and then nothing, the same at every step, so that it takes no memory.
+        These are the remaining steps, followed by zeros. The zeros are one constant current, which takes little memory.
         """
         steps = current.per_step()  # [T, B, ...]
         for step in steps[: self.listen]:
@@ -175,13 +184,13 @@ class IFNeuron(nn.Module):
         return [Current(rest.flatten(0, 1), len(rest)), silence] if len(rest) else [silence]
 
     def unroll(self, current, dtype):
-        """The spikes of all steps, float32 [T*B, ...], as autograd can follow them through time."""
+        """The spikes of all steps, float32 [T*B, ...], computed so that autograd can follow them through time."""
         steps, Vthr, initial = (x.to(dtype) for x in (current.per_step(), self.Vthr, self.initial_potential))
         spikes = SpikesThroughTime.apply(steps, Vthr, initial, self.reset_mode, self.listen)  # [T, B, ...]
         return spikes.flatten(0, 1).to(torch.float32)
 
     def run(self, current, membrane):
-        """Spikes [T*B, ...] and the membrane potentials behind them, step by step in plain PyTorch."""
+        """Spikes [T*B, ...] and the final membrane potentials [B, ...], step by step in plain PyTorch."""
         steps, Vthr = current.per_step(), self.Vthr.to(membrane.dtype)  # [T, B, ...]
         spikes = torch.empty(steps.shape, dtype=self.spike_type, device=steps.device)
         for t, step in enumerate(steps):
@@ -189,7 +198,7 @@ class IFNeuron(nn.Module):
         return spikes.flatten(0, 1), membrane
 
     def run_compiled(self, current, membrane):
-        """Spikes [T*B, ...] in one pass; changes `membrane` in place."""
+        """Spikes [T*B, ...] by a compiled kernel, which changes `membrane` in place."""
         steps, constant = (None, current.data) if current.constant else (current.data, None)
         subtract = self.reset_mode == "subtraction"
         return if_steps(steps, constant, current.spikes, self.Vthr, membrane, subtract, current.timesteps)
@@ -200,11 +209,12 @@ class IFNeuron(nn.Module):
 
 
 class ClipFloorShift(nn.Module):
-    """scale / levels * clip(floor(x levels / scale + 1/2), 0, levels): what `levels` timesteps of spikes can say.
+    """Quantized activations: scale / levels * clip(floor(x levels / scale + 1/2), 0, levels).
 
-    Quantization clip-floor-shift (Bu et al., ICLR 2022) with a learnt scale, lambda, a scalar or one per channel: the
-    gradient passes the floor as if it were not there, and that of the scale is LSQ's (Esser et al., Learned Step Size
-    Quantization, ICLR 2020), divided by the root of neurons times levels, as all of its neurons pull at it.
+    These are the activations that spikes can express in T = `levels` timesteps. The function is clip-floor-shift (Bu et
+    al., ICLR 2022) with a learnt scale, lambda, a scalar or one per channel. The gradient of x ignores the floor. The
+    gradient of the scale is that of LSQ (Esser et al., Learned Step Size Quantization, ICLR 2020), divided by
+    sqrt(neurons * levels) because all neurons with this scale contribute to it.
     """
 
     def __init__(self, levels, scale):
@@ -220,11 +230,11 @@ class ClipFloorShift(nn.Module):
 
 
 class RoundToLevels(torch.autograd.Function):
-    """The function of `ClipFloorShift`, and its gradients for x and scale."""
+    """The function of `ClipFloorShift`, with its gradients for x and scale."""
 
     @staticmethod
     def forward(ctx, x, scale, levels):
-        size = scale.abs().clamp_min(1e-6)
+        size = scale.abs().clamp_min(1e-6)  # no division by 0 while it is learnt
         steps = (x / size).clamp_(0, 1).mul_(levels)
         ctx.save_for_backward(steps, scale)
         ctx.levels, ctx.share = levels, (x[0].numel() / scale.numel() * levels) ** -0.5

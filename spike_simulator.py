@@ -1,11 +1,12 @@
-"""The one runner of a graph, as an ANN or through time.
+"""The runner of a graph, as an ANN or through time.
 
-    run_ops(entries, values)                               # an ANN, or what stays one
-    run_ops(entries, values, timesteps, memory)            # spikes
+    run_ops(entries, values)                               # an ANN, or the ANN part of a converted network
+    run_ops(entries, values, timesteps, memory)            # spiking ops
     simulate(dag, inputs, timesteps)                       # a converted network, from the image to its outputs
 
-Whoever wants to see something passes a `watch`: `watch(name, current, value)` is called behind every op, with the
-current into its neuron (None of an op that stays ANN) and what it sends; what it returns, unless None, is sent instead.
+A caller who wants to see values passes a `watch`. `watch(name, current, value)` is called after every op, with the
+current into its neuron (None for an op that stays ANN) and the value that it sends. If `watch` returns a value other
+than None, that value is sent instead.
 """
 
 import threading
@@ -18,13 +19,13 @@ import torch
 import spike_tensor
 from spike_tensor import Current, Memory, SpikeTensor, decode
 
-BYTES_PER_CURRENT = 16  # working set per element of the largest layer: its current, spikes, membrane, skips
-THREAD_BYTES = 64 * 2**20  # working set of one CPU thread; a quarter of it, the currents, stays in the cache
-GPU_BYTES = 2**33  # a larger working set gained nothing on an H200
+BYTES_PER_CURRENT = 16  # working set per element of the largest layer: current, spikes, membrane potential, skips
+THREAD_BYTES = 64 * 2**20  # working set of one CPU thread; the currents, a quarter of it, stay in the cache
+GPU_BYTES = 2**33  # a larger working set was not faster on an H200
 
 
 class Misfit(ValueError, RuntimeError):
-    """Inputs that the network cannot take; a RuntimeError too, as PyTorch's own of the same kind."""
+    """Inputs that do not fit the network. Also a RuntimeError, as PyTorch's own errors for wrong shapes."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -32,10 +33,12 @@ class Misfit(ValueError, RuntimeError):
 
 
 def run_ops(entries, values, timesteps=None, memory=None, watch=None, wanted=None):
-    """Run ops in order on `values`, node -> value: as an ANN, or with `timesteps` and a `memory` the spiking ones.
+    """Run ops in order and write their outputs into `values`, a dict node -> value.
 
-    wanted: how often each node is read later on; given, values are forgotten after their last reader. Raises Misfit,
-    which names the op, where shapes do not suit it.
+    Without `timesteps` every op runs as an ANN, on activations [B, ...]. With `timesteps` and a `memory`, spiking ops
+    run through that many steps, on values [steps*B, ...]; ops that stay ANN read decoded spikes.
+    wanted: the nodes that are read afterwards, or a Counter of them; if given, every other value is replaced by None
+    after its last reader. Raises Misfit, which names the op and the shapes, if shapes do not fit an op.
     """
     readers = None if wanted is None else count_readers(entries, wanted)
     for entry in entries:
@@ -62,18 +65,18 @@ def run_op(entry, inputs, timesteps, memory, watch):
 
 
 def current_into(op, inputs, timesteps):
-    """What the inputs of a spiking op cause; activations become a current that is the same at every step."""
+    """The current of a spiking op for its inputs. Activations count as a current that is the same at every step."""
     return op.current(*[Current(x, timesteps, constant=True) if isinstance(x, torch.Tensor) else x for x in inputs])
 
 
 def misfit(entry, inputs, error):
-    """The error of an op on `inputs` as one that names both."""
+    """A Misfit that names the op, the shapes of its inputs and the error."""
     shapes = " and ".join(str(list(x.data.shape)) for x in inputs)
     return Misfit(f"{entry.where} cannot run on inputs of {shapes}: {(str(error).splitlines() or [''])[0]}")
 
 
 def count_readers(entries, wanted):
-    """How many of `entries` read each node, more than `wanted`: Counter of how often it is read later on."""
+    """Counter of how often each node is read: by `entries`, and afterwards by `wanted`."""
     readers = Counter(wanted)
     for entry in entries:
         readers.update(entry.inputs)
@@ -90,7 +93,7 @@ def forget_read(values, entry, readers):
 
 @torch.no_grad()
 def node_shapes(dag, *inputs):
-    """Node -> the shape of one sample, without the batch."""
+    """Node -> shape of one sample, without the batch, in an ANN run on `inputs`, [B, ...] each."""
     values = dict(zip(dag.inputs_nodes, inputs))
     run_ops(dag.ops.values(), values)
     return {node: tuple(value.shape[1:]) for node, value in values.items()}
@@ -101,12 +104,12 @@ def node_shapes(dag, *inputs):
 
 
 def simulate(dag, inputs, timesteps, every_step=False, watch=None):
-    """The outputs of a converted network, [B, ...] each, or with `every_step` [T, B, ...].
+    """The outputs of a converted network, a list of [B, ...], or with `every_step` of [T, B, ...].
 
-    The batch is cut into parts, and the timesteps of each part too, so that what is simulated at a time stays in the
-    cache, and in `memory_budget`, whatever B and T are. Where layers listen first, or some between stay ANN, all steps
-    of an image are one part. On a CPU every thread simulates parts of its own. With a `watch`, the whole batch is one
-    part, and it is called for every op and chunk of timesteps.
+    The batch is cut into parts and the timesteps into chunks, so that the working set fits the cache and
+    `memory_budget` for any B and T. All steps are one chunk if a layer listens before it fires, or if a layer between
+    spiking ones stays ANN. On a CPU each thread simulates other parts. With a `watch`, the whole batch is one part, and
+    `watch` is called for every op and chunk. Raises Misfit if shapes do not fit an op.
     """
     stages = Stages(dag)
     images, steps = cut(dag, inputs, timesteps, stages)
@@ -125,29 +128,29 @@ def simulate(dag, inputs, timesteps, every_step=False, watch=None):
 
 
 def each_part(work, parts):
-    """`work(part)` of every part of a batch, on a CPU without gradients on all threads."""
+    """`work(part)` for every part of a batch, as a list. On a CPU all threads work at once unless gradients are on."""
     on_threads = parts[0][0].device.type == "cpu" and len(parts) > 1 and not torch.is_grad_enabled()
     if not on_threads:
         return [work(part) for part in parts]
     with one_thread_per_operator as threads, ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(torch.no_grad()(work), parts))  # threads inherit no mode
+        return list(pool.map(torch.no_grad()(work), parts))  # no_grad again: a thread starts with gradients on
 
 
 def cut(dag, inputs, timesteps, stages=None):
-    """How many images and how many of their timesteps to simulate at a time."""
+    """`images, steps`: how many images, and how many of their timesteps, to simulate at a time."""
     stages = Stages(dag) if stages is None else stages
     batch, device = len(inputs[0]), inputs[0].device
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     budget = default_memory_budget(device, threads)
     if dag.memory_budget is not None:
         budget = min(budget, dag.memory_budget)
-    values = max(1, budget // threads // (BYTES_PER_CURRENT * dag.largest_sample(inputs)))  # images times steps
+    values = max(1, budget // threads // (BYTES_PER_CURRENT * dag.largest_sample(inputs)))  # images * steps
     images = max(1, min(values // timesteps, -(-batch // threads)))
     return images, timesteps if stages.all_at_once() else max(1, min(timesteps, values // images))
 
 
 def default_memory_budget(device, threads):
-    """Bytes to simulate with at a time: what CPU caches like, or a share of a GPU's free memory."""
+    """Working set in bytes: `THREAD_BYTES` per CPU thread, or up to a quarter of a GPU's free memory."""
     if device.type == "cpu":
         return threads * THREAD_BYTES
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -158,8 +161,8 @@ def default_memory_budget(device, threads):
 class Stages:
     """The ops of a converted network in three stages, in order.
 
-    before: those before the first spikes. between: those up to the last spikes. behind: those that read what the spikes
-    stand for.
+    before: ANN ops before the first spikes. between: the spiking ops, and ANN ops whose output a spiking op needs.
+    behind: ANN ops behind the last spikes, which read decoded spikes.
     """
 
     def __init__(self, dag):
@@ -176,11 +179,11 @@ class Stages:
                 self.before.append(entry)
 
     def has_ann_between(self):
-        """Whether a layer between two spiking ones stays ANN: it reads what all timesteps sent."""
+        """Whether a layer between spiking ones stays ANN. It reads the decoded spikes of all timesteps."""
         return not all(entry.op.spiking for entry in self.between)
 
     def all_at_once(self):
-        """Whether all timesteps of an image have to be simulated at a time."""
+        """Whether all timesteps have to be one chunk: a layer listens, or stays ANN between spiking ones."""
         for entry in self.between:
             if not entry.op.spiking or (entry.op.neuron is not None and entry.op.neuron.listen):
                 return True
@@ -188,7 +191,7 @@ class Stages:
 
 
 def nodes_before_spikes(dag):
-    """Nodes that a spiking layer lies behind: what it reads must be known before its first step."""
+    """The nodes that a spiking layer reads, directly or through other ops."""
     nodes = set()
     for entry in reversed(dag.ops.values()):
         if entry.op.spiking or entry.out in nodes:
@@ -197,16 +200,16 @@ def nodes_before_spikes(dag):
 
 
 class Part:
-    """The simulation of a part of a batch: `inputs` [B, ...] each."""
+    """The simulation of a part of a batch. inputs: the network's inputs, [B, ...] each."""
 
     def __init__(self, dag, stages, inputs, timesteps, watch=None):
         self.stages, self.timesteps, self.watch = stages, timesteps, watch
         self.constants, self.memory = dict(zip(dag.inputs_nodes, inputs)), Memory(timesteps)
-        self.later = count_readers(stages.behind, stages.outputs)  # what is read behind the last spikes
+        self.later = count_readers(stages.behind, stages.outputs)  # nodes read behind the last spikes
         self.counts, self.scales, self.done = {}, {}, 0
 
     def run(self, chunk, every_step):
-        """The outputs, and the firing ratio of every spiking layer; `chunk` steps at a time."""
+        """`outputs, ratios`: the network's outputs, and the firing rate of every layer; `chunk` steps at a time."""
         run_ops(self.stages.before, self.constants, watch=self.watch)
         ratios, weights, curve = [], [], []
         with own_record() as record:
@@ -223,14 +226,14 @@ class Part:
         return outputs, mean_ratios(ratios, weights)
 
     def advance(self, steps):
-        """`values, trains` of the next steps: node -> value, and those of spikes that are read behind them."""
+        """`values, trains` of the next steps: node -> value, and node -> SpikeTensor for those that are read later."""
         values = dict(self.constants)
-        with torch.no_grad():  # spikes have no gradient
+        with torch.no_grad():  # no gradient passes the spikes of a simulation
             run_ops(self.stages.between, values, steps, self.memory, self.watch, self.later)
         return values, {node: value for node, value in values.items() if isinstance(value, SpikeTensor)}
 
     def count(self, trains, steps):
-        """Add up spikes over time."""
+        """Add the spikes of these steps to the spike counts."""
         for node, train in trains.items():
             counted = train.counts()
             self.counts[node] = self.counts[node] + counted if self.done else counted
@@ -238,29 +241,29 @@ class Part:
         self.done += steps
 
     def outputs_so_far(self, values, trains, steps):
-        """The outputs after each of these steps, [steps, B, ...]."""
+        """The outputs decoded after each of these steps, a list of [steps, B, ...]."""
         values = {node: value for node, value in values.items() if node in self.later}
         for node, value in values.items():
             if node in trains:
                 values[node] = trains[node].to_float_every_step(self.counts.get(node, 0), self.done)
-            else:  # the same at every step
+            else:  # an activation, the same at every step
                 values[node] = value.repeat(steps, *[1] * (value.dim() - 1))
         return [output.unflatten(0, (steps, -1)) for output in self.read_out(values)]
 
     def outputs(self, values):
-        """The outputs of what the spikes of all steps stand for."""
+        """The outputs for the decoded spikes of all steps, a list of [B, ...]."""
         for node, count in self.counts.items():
             values[node] = decode(count, self.scales[node], self.timesteps)
         return self.read_out(values)
 
     def read_out(self, values):
-        """The network's outputs from the values that the layers behind the last spikes read."""
+        """Run the ops behind the last spikes on `values` and return the network's outputs."""
         run_ops(self.stages.behind, values, watch=self.watch)
         return [values[node] for node in self.stages.outputs]
 
 
 def mean_ratios(ratios, weights):
-    """The mean of lists of firing ratios, one entry per layer, each list with its weight."""
+    """The weighted mean of lists of firing rates. Each list has one entry per layer, and one weight."""
     if len(ratios) == 1:
         return ratios[0]
     total = sum(weights)
@@ -269,7 +272,7 @@ def mean_ratios(ratios, weights):
 
 @contextmanager
 def own_record():
-    """The firing ratios of this thread, apart from all others; an empty list where none are recorded."""
+    """Give this thread its own record of firing rates; the list stays empty if recording is off."""
     record = spike_tensor.of_this_thread.ratios = []
     try:
         yield record
@@ -278,9 +281,10 @@ def own_record():
 
 
 class OneThreadPerOperator:
-    """A context that gives the number of threads and makes PyTorch's operators use one each.
+    """A context in which each PyTorch operator uses one thread. It yields the number of threads that were set before.
 
-    The threads then work on parts of their own. Contexts may overlap; the last one that ends restores the number.
+    The caller then runs its own threads on separate parts. Contexts may overlap; the last one to end restores the
+    number.
     """
 
     def __init__(self):
@@ -309,17 +313,18 @@ one_thread_per_operator = OneThreadPerOperator()
 
 
 def duration(dag, timesteps):
-    """Timesteps that the chip needs: "firing" T, "interval" from image to image, "latency" from image to answer.
+    """Timesteps that a chip needs: a dict of "firing", "interval" and "latency".
 
-    A layer that listens for d steps first fires d steps later than it gets its first input, so that the interval is
-    T + d, and every such layer on the longest path adds d to the latency; layers between that stay ANN add T.
+    "firing" is T. "interval" is the time from image to image: T + d, where d is the longest time that a layer listens
+    before it fires. "latency" is the time from image to answer, along the longest path: T, plus d for every listening
+    layer, plus T wherever an ANN layer between spiking ones reads spikes, because it needs those of all steps.
     """
     delays, sent, longest = dict.fromkeys(dag.inputs_nodes, 0), set(), 0
     between = Stages(dag).between
     for entry in dag.ops.values():
         neuron = entry.op.neuron
         own = 0 if neuron is None else min(neuron.listen, timesteps)
-        stays_ann = entry in between and not entry.op.spiking  # it reads what all steps have sent
+        stays_ann = entry in between and not entry.op.spiking  # it needs the spikes of all steps
         inputs = [delays[node] + timesteps * (stays_ann and node in sent) for node in entry.inputs]
         delays[entry.out] = own + max(inputs)
         longest = max(longest, own)
@@ -330,7 +335,7 @@ def duration(dag, timesteps):
 
 
 def bound_currents(dag):
-    """Set the bound of |current| per step, `largest_current`, of every neuron of integers anew, from these."""
+    """Recompute `largest_current`, the bound of |current| per step, of every integer neuron from weights and biases."""
     largest = {}  # node of currents -> bound; spikes are at most 1
     for entry in dag.ops.values():
         op = entry.op
@@ -338,6 +343,6 @@ def bound_currents(dag):
             continue
         largest[entry.out] = op.largest_sum([largest.get(node, 1) for node in entry.inputs])
         if op.neuron is not None:
-            if op.neuron.largest_current is not None:  # else real numbers flow, of the image or of float weights
+            if op.neuron.largest_current is not None:  # None for float currents
                 op.neuron.largest_current = int(largest[entry.out])
             largest[entry.out] = 1

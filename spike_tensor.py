@@ -1,7 +1,7 @@
-"""Spike trains, and the currents they cause.
+"""Spike trains, and the currents that they cause.
 
-`firing_ratio_record` is the one module-level switch: while it is on, every spiking layer that fires appends its
-firing ratio (spikes per neuron and step) to `firing_ratios`. `record_firing_ratios()` sets and restores it.
+`firing_ratio_record` is a module-level switch. While it is on, every layer that fires appends its firing rate (spikes
+per neuron and timestep) to `firing_ratios`. `record_firing_ratios()` sets and restores the switch.
 """
 
 import threading
@@ -11,12 +11,12 @@ import torch
 
 firing_ratio_record = False
 firing_ratios = []
-of_this_thread = threading.local()  # `ratios`: where a part of a simulation keeps its own record
+of_this_thread = threading.local()  # `ratios`: the record of the part of a batch that this thread simulates
 
 
 @contextmanager
 def record_firing_ratios():
-    """Switch the record on, with an empty list, and afterwards off again, as it was."""
+    """Record firing rates within the context, which yields the list. Afterwards the switch is restored."""
     global firing_ratio_record
     before = firing_ratio_record
     firing_ratio_record = True
@@ -29,7 +29,7 @@ def record_firing_ratios():
 
 
 def note_firing_ratio(data):
-    """Append spikes per neuron and step to this thread's own record in a simulation, else to `firing_ratios`."""
+    """Append spikes per neuron and timestep to this thread's record in a simulation, else to `firing_ratios`."""
     record = getattr(of_this_thread, "ratios", None)
     record = firing_ratios if record is None else record
     record.append(data.sum(dtype=torch.float32).item() / data.numel())
@@ -38,14 +38,13 @@ def note_firing_ratio(data):
 class SpikeTensor:
     """The spikes of one layer over all timesteps.
 
-    data: 0 or 1, [T*B, C, H, W] or [T*B, N], timestep by timestep; behind a folded pooling sums of them over its
-    windows. timesteps: T.
-    scale_factor: lambda, the activation that a spike (one more in a sum) at every step stands for; a scalar or
+    data: [T*B, C, H, W] or [T*B, N], one timestep after the other; 0 or 1, or sums of spikes behind a folded pooling.
+    timesteps: T. scale_factor: lambda, the activation that a value of 1 at every step stands for; a scalar or
     broadcastable to data[0].
-    Creating one counts as a layer that fires; `like` makes one of spikes that were counted before.
+    The constructor records a firing rate, because a neuron has fired. `like` does not: its spikes were recorded before.
     """
 
-    fresh = False  # from a neuron, so 0 or 1
+    fresh = False  # whether the spikes come directly from a neuron and are 0 or 1
 
     def __init__(self, data, timesteps, scale_factor):
         self.data, self.timesteps, self.scale_factor = data, timesteps, torch.as_tensor(scale_factor)
@@ -55,15 +54,16 @@ class SpikeTensor:
 
     @classmethod
     def like(cls, data, timesteps, scale_factor):
-        """The same spikes in another shape or order: no new firing ratio."""
+        """The same spikes in another shape or order; no firing rate is recorded."""
         spikes = cls.__new__(cls)
         spikes.data, spikes.timesteps, spikes.scale_factor = data, timesteps, torch.as_tensor(scale_factor)
         return spikes
 
     def counts(self):
-        """Spikes of every neuron over all steps, [B, ...]."""
+        """Number of spikes of every neuron over all steps, [B, ...]."""
         steps, dtype = self.data.unflatten(0, (self.timesteps, -1)), self.scale_factor.dtype  # [T, B, ...]
-        if self.fresh and steps.dtype == torch.uint8:  # adding bytes is several times faster
+        # sums in uint8 are several times faster, and 255 spikes still fit into one
+        if self.fresh and steps.dtype == torch.uint8:
             return sum(part.sum(0, dtype=torch.uint8).to(dtype) for part in steps.split(255))
         return steps.sum(0, dtype=dtype)
 
@@ -72,9 +72,9 @@ class SpikeTensor:
         return decode(self.counts(), self.scale_factor, self.timesteps)
 
     def to_float_every_step(self, before=0, steps_before=0):
-        """The activation as known after each step, one step's batch after the other: [T*B, ...].
+        """The activation decoded after each step, one step's batch after the other: [T*B, ...].
 
-        before: the counts of `steps_before` steps that came first.
+        before: spike counts of the `steps_before` earlier steps, [B, ...].
         """
         spikes = self.data.unflatten(0, (self.timesteps, -1))  # [T, B, ...]
         counts = spikes.cumsum(0, dtype=self.scale_factor.dtype) + before
@@ -88,10 +88,11 @@ def decode(counts, scale_factor, timesteps):
 
 
 class Current:
-    """What flows into neurons: per step [T*B, ...], or [B, ...] where it is the same at every step (`constant`).
+    """The input of neurons, in units of membrane potential.
 
-    data: float32 or float64; of a GPU layer also float16, where its currents are exact in it, or int32.
-    spikes: (0 or 1 [T*B, ...], weight) that flow in too and were not added yet, or None.
+    data: [T*B, ...], or [B, ...] if the current is the same at every step (`constant`). float32 or float64; on a GPU
+    also int32, or float16 if it represents the currents exactly.
+    spikes: (spikes [T*B, ...], weight) that also belong to the current and are not added yet, or None.
     """
 
     def __init__(self, data, timesteps, constant=False, spikes=None):
@@ -102,7 +103,7 @@ class Current:
         return Current(data, self.timesteps, self.constant)
 
     def total(self):
-        """All of it as one tensor, in a type wide enough for sums of currents."""
+        """The whole current as one tensor, spikes added, in a type wide enough for sums of currents."""
         of_integers = torch.float64 if self.data.dtype == torch.int32 else torch.float32
         data = self.data.to(torch.promote_types(self.data.dtype, of_integers))
         if self.spikes is None:
@@ -111,14 +112,14 @@ class Current:
         return data + spikes * weight.to(data.dtype)
 
     def per_step(self):
-        """[T, B, ...]; a constant current is expanded without a copy."""
+        """The current of every step, [T, B, ...]; a constant current is expanded without a copy."""
         if self.constant:
             return self.data.expand(self.timesteps, *self.data.shape)
         return self.total().unflatten(0, (self.timesteps, -1))
 
 
 class Memory:
-    """What a part of a simulation keeps from step to step: membrane potentials and counts, by layer.
+    """The state that a simulation keeps between chunks of timesteps: layer -> membrane potentials or spike counts.
 
     timesteps: of the whole simulation; the layers may get them in chunks.
     """

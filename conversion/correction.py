@@ -1,13 +1,14 @@
-"""Correction of a converted network against its ANN: layer after layer, on the spikes that reach it.
+"""Correction of a converted network against its ANN, layer by layer, on the spikes that reach each layer.
 
     correct_spikes(snn, qnet, loader, device, samples)
 
-What is shifted is what a chip can hold: initial membrane potentials and biases, integers behind the first layer.
+The correction shifts initial membrane potentials and biases. Both are integers behind the first layer, so a chip can
+hold the corrected values. Each layer takes two steps:
 
-First neurons are held back, where a bias reaches them: the potential starts lower, by a share of Vthr, and the bias
-makes up for it over the T steps. A spike that was sent too early, before the current that speaks against it arrived,
-cannot be taken back; a neuron that starts lower sends fewer of them, and still gets the same sum. Then the mean rates
-are corrected.
+1. Neurons with a bias are held back: the membrane potential starts lower by a share of Vthr, and the bias returns this
+   share over the T steps. The total input stays the same, but fewer spikes are premature. A premature spike, sent
+   before the inhibitory input arrives, cannot be taken back.
+2. The mean decoded activations of the channels are matched to those of the ANN.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -20,19 +21,22 @@ from runtime.batches import batches_of, on_device, split_batch
 from spike_simulator import bound_currents, current_into, one_thread_per_operator, run_ops
 from spike_tensor import Memory, SpikeTensor
 
-MOST_IMAGES = 256  # the mean of a channel is known from few
-MOST_BYTES = 2**28  # spikes of the largest layer, of all images that a correction sees
-CHUNK_BYTES = 2**25  # their float32 currents, of the images that a thread works on at a time
+MOST_IMAGES = 256  # a channel's mean activation needs few images
+MOST_BYTES = 2**28  # limit for the spikes of the largest layer, over all images of a correction
+CHUNK_BYTES = 2**25  # limit for the float32 currents of the largest layer, over the images of one thread
 
 
 @torch.no_grad()
 def correct_spikes(snn, qnet, loader, device, samples, with_bias=False, hold_back=0.0):
-    """Shift initial potentials, and biases, until what is sent is on average what the ANN's activations are.
+    """Shift initial potentials and biases until the mean decoded activations equal those of the ANN.
 
-    Layer after layer, each on the spikes that the corrected layers before it send (`correct_means`). snn: the converted
-    network; qnet: its ANN, with the same ops. samples: images of `loader` to see, at most `MOST_IMAGES`; fewer where T
-    steps of the largest layer would not fit into `MOST_BYTES`. with_bias: biases carry what they can of a shift.
-    hold_back: the share of Vthr that neurons start lower by, and get back over the T steps (`current_held_back`).
+    The layers are corrected in order, each on the spikes of the corrected layers before it (`correct_means`). `snn` is
+    changed in place.
+
+    snn: the converted network. qnet: its ANN, with the same ops. samples: number of images taken from `loader`, at most
+    `MOST_IMAGES`, and fewer if T steps of the largest layer exceed `MOST_BYTES`. with_bias: put the integer part of a
+    shift into the biases, where there are any. hold_back: the share of Vthr by which neurons start lower; the biases
+    return it over the T steps (`current_held_back`).
     """
     images = CorrectionImages(snn, qnet, calibration_images(loader, device, samples, qnet, snn.timesteps))
     threads = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
@@ -43,10 +47,11 @@ def correct_spikes(snn, qnet, loader, device, samples, with_bias=False, hold_bac
 
 
 class CorrectionImages:
-    """The images that a correction sees, in chunks, and what the ANN and the spiking network make of them.
+    """The images of a correction, in chunks, with the values that both networks compute from them.
 
-    activations, values: for every chunk, node -> what it is in the ANN, and the spikes of the corrected layers; on a
-    CPU a bit each, so that what a correction holds hardly grows with T.
+    activations: for every chunk, a dict node -> activation in the ANN, [B, ...].
+    values: for every chunk, a dict node -> input, or spikes of a corrected layer. On a CPU each spike takes one bit
+    (`PackedSpikes`), so the memory of a correction hardly grows with T.
     """
 
     def __init__(self, snn, qnet, chunks):
@@ -55,12 +60,12 @@ class CorrectionImages:
         self.values = [dict(known) for known in self.activations]
 
     def correct(self, name, pool, with_bias, hold_back):
-        """Hold back and correct the neurons of op `name`; those of the layers before it are corrected."""
+        """Hold back and correct the neurons of op `name`. All layers before it must be corrected already."""
         entry, neuron = self.snn.ops[name], self.snn.ops[name].op.neuron
         before, _ = self.trace_back(entry.inputs)
 
         def each(function, *lists):
-            """`function` of the entries of every list, chunk by chunk, on all threads."""
+            """Apply `function` to the entries of the lists, one call per chunk, on all threads."""
             return list(pool.map(torch.no_grad()(function), *lists))
 
         hold_back_neuron(self.snn, self.qnet, name, hold_back)
@@ -68,7 +73,7 @@ class CorrectionImages:
         targets = each(lambda known: self.activation_of(name, before, known), self.activations)
 
         def each_current(function):
-            """`function(current, target)`, chunk by chunk."""
+            """Apply `function(current, target)` to every chunk."""
 
             def work(known, target):
                 return function(self.current_into(name, before, known), target)
@@ -82,7 +87,7 @@ class CorrectionImages:
         self.forget_read(name)
 
     def trace_back(self, nodes):
-        """The ops without a neuron that lead from known nodes to `nodes`, in order, and all nodes that they read."""
+        """`names, nodes`: the ops between the known nodes and `nodes`, in order, and every node that is read there."""
         known, wanted, names = set(self.values[0]), set(nodes), []
         for name, entry in reversed(self.snn.ops.items()):
             out = entry.out
@@ -92,32 +97,32 @@ class CorrectionImages:
         return names, wanted
 
     def current_into(self, name, before, known):
-        """The current that flows into the neuron of op `name`."""
+        """The current into the neuron of op `name`, computed with the ops `before` it from the nodes `known`."""
         values = self.read_by([*before, name], known)
         run_ops([self.snn.ops[each] for each in before], values, self.timesteps, Memory(self.timesteps))
         entry = self.snn.ops[name]
         return current_into(entry.op, [values[node] for node in entry.inputs], self.timesteps)
 
     def spikes_of(self, name, before, known):
-        """The spikes of op `name`, as they are kept."""
+        """The spikes of op `name`, packed on a CPU."""
         values, memory = self.read_by([*before, name], known), Memory(self.timesteps)
         run_ops([self.snn.ops[each] for each in (*before, name)], values, self.timesteps, memory)
         spikes = values[self.snn.ops[name].out]
         return PackedSpikes(spikes) if spikes.data.device.type == "cpu" else spikes
 
     def read_by(self, names, known):
-        """Node -> value of the known nodes that ops read, with all spikes as they are simulated."""
+        """Node -> value, for the known nodes that these ops read, with spikes unpacked."""
         nodes = {node for name in names for node in self.snn.ops[name].inputs} & set(known)
         return {n: known[n].unpack() if isinstance(known[n], PackedSpikes) else known[n] for n in nodes}
 
     def activation_of(self, name, before, known):
-        """What the ANN's op `name` returns."""
+        """The activation of op `name` in the ANN, [B, ...]."""
         values = dict(known)
         run_ops([self.qnet.ops[each] for each in (*before, name)], values)
         return values[self.qnet.ops[name].out].contiguous()  # means of floats depend on the memory order
 
     def forget_read(self, name):
-        """Drop the nodes that no neuron behind op `name` needs."""
+        """Drop the nodes that no op behind `name` needs."""
         names = list(self.snn.ops)
         later = names[names.index(name) + 1 :]
         _, wanted = self.trace_back([node for n in later for node in self.snn.ops[n].inputs])
@@ -127,7 +132,7 @@ class CorrectionImages:
 
 
 class PackedSpikes:
-    """A SpikeTensor of 0 and 1, a bit each; `unpack` gives the same, in the same order of memory."""
+    """A SpikeTensor of 0 and 1, stored with one bit per spike; `unpack` restores it with the same memory order."""
 
     def __init__(self, spikes):
         self.timesteps, self.scale_factor, data = spikes.timesteps, spikes.scale_factor, spikes.data
@@ -137,6 +142,7 @@ class PackedSpikes:
         self.bits = np.packbits(data.to(torch.uint8).numpy())
 
     def unpack(self):
+        """The SpikeTensor that was packed."""
         bits = np.unpackbits(self.bits, count=self.shape.numel())
         data = torch.from_numpy(bits).view(self.shape).to(self.dtype)
         data = data.permute(0, 3, 1, 2) if self.is_channels_last else data
@@ -144,14 +150,18 @@ class PackedSpikes:
 
 
 def calibration_images(loader, device, samples, qnet, timesteps):
-    """The first `samples` images of `loader`, or as many as `MOST_BYTES` allow, in chunks for a thread each."""
+    """The first `samples` images of `loader` as a list of chunks, one tuple of inputs [B, ...] per chunk.
+
+    `MOST_IMAGES` and `MOST_BYTES` limit their number, though never below 16 images for `MOST_BYTES`. One thread works
+    on one chunk at a time.
+    """
     chunks, seen, most = [], 0, min(samples, MOST_IMAGES)
     for batch in batches_of(loader):
         inputs = on_device(split_batch(batch)[0], device)
         bytes_per_image = timesteps * qnet.largest_sample(inputs)
         most = min(most, max(16, MOST_BYTES // bytes_per_image))
         inputs = tuple(x[: most - seen] for x in inputs)
-        per_chunk = max(1, CHUNK_BYTES // (4 * bytes_per_image))
+        per_chunk = max(1, CHUNK_BYTES // (4 * bytes_per_image))  # a spike takes 1 byte, a float32 current 4
         chunks += zip(*(x.split(per_chunk) for x in inputs))
         seen += len(inputs[0])
         if seen >= most:
@@ -205,7 +215,7 @@ def current_held_back(snn, qnet, name, share):
     if carrier is None or neuron.reset_mode != "subtraction":
         return nothing, nothing
     current = share * (1 - neuron.listen / snn.timesteps) * neuron.Vthr / snn.timesteps
-    # float weights may stand before an integer neuron, where one layer is repaired, and a float neuron behind integers
+    # A repaired layer (error analysis) mixes types: float weights before an integer neuron, or the other way round.
     if has_float_bias(carrier):
         is_float = neuron.initial_potential.is_floating_point()
         return (current if is_float else current.round().to(torch.int32)), nothing
@@ -214,19 +224,20 @@ def current_held_back(snn, qnet, name, share):
 
 
 def correct_means(neuron, each_current, carrier, timesteps, rounds=4):
-    """Shift u before the first step, and biases, until every channel's mean decoded rate is the ANN's mean activation.
+    """Shift the initial potential and the bias until each channel's mean decoded activation is that of the ANN.
 
-    The mean difference per channel, in spikes times Vthr, is added to u before the first step, `rounds` times; of all
-    the sums tried, each channel keeps the one that came nearest. Given a `carrier`, a layer with a bias, the whole part
-    of a T-th of it goes to that bias, a current at every step, and only the rest to u (the bias shift of Li et al., A
-    Free Lunch From ANN, ICML 2021).
+    One round measures the mean difference per channel, converts it to units of membrane potential and adds it to the
+    total shift. Shifts act through thresholds and rounding, so there are `rounds` rounds, and each channel keeps the
+    shift with the smallest difference. Without a `carrier` the whole shift goes into the initial potential. With a
+    `carrier`, a layer with a bias, the integer part of shift / T is added to that bias at every step, and only the rest
+    goes into the initial potential (bias shift of Li et al., A Free Lunch From ANN, ICML 2021).
     """
     is_integer = not neuron.initial_potential.is_floating_point()
-    per_activation = timesteps * neuron.Vthr / neuron.scale_factor  # membrane per unit of activation
+    per_activation = timesteps * neuron.Vthr / neuron.scale_factor  # total membrane potential per unit of activation
     initial = neuron.initial_potential.float()
 
     def shift(total):
-        """Set the potentials; returns the current to add at every step."""
+        """Set the initial potential for a shift of `total`, and return the current to add at every step."""
         current = total / timesteps if carrier is not None else torch.zeros_like(total)
         current = current if carrier is None or has_float_bias(carrier) else current.trunc()
         potential = initial + total - current * timesteps
@@ -260,18 +271,21 @@ def mean_difference(neuron, each_current, added):
 
 
 def carrier_of(snn, name):
-    """The layer whose bias can shift the neuron of op `name`, or None: of a pair of signs one cannot shift both."""
+    """The layer whose bias can shift the neuron of op `name`, or None.
+
+    None for a pair of signs, too: one bias would shift both neurons in opposite directions.
+    """
     entry = snn.ops[name]
     return None if entry.op.splits_signs else bias_carrier(snn, entry.inputs[0])
 
 
 def bias_carrier(snn, node):
-    """The first of the layers whose bias is a part of the current of a node (`bias_carriers`), or None."""
+    """The first layer whose bias reaches the current of a node unchanged (`bias_carriers`), or None."""
     return next((snn.ops[name].op for name in bias_carriers(snn, node)), None)
 
 
 def bias_carriers(snn, node):
-    """Op names of the layers whose biases, as they are, are a part of the current of a node, and flow nowhere else."""
+    """Names of the ops whose bias reaches the current of a node unchanged, and reaches no other node."""
     name = snn.writer(node)
     if name is None or snn.only_reader(node) is None:
         return []
@@ -279,7 +293,7 @@ def bias_carriers(snn, node):
     if op.carries_bias:
         before = snn.writer(in_nodes[0])
         reads_spikes = before is not None and snn.ops[before].op.spiking
-        return [name] if reads_spikes else []  # what the image causes has its bias in float
+        return [name] if reads_spikes else []  # a layer that reads the image adds its bias in float
     if not op.adds:
         return []
     plain = [node for node, weight in zip(in_nodes, op.branch_weights) if weight is None]
@@ -287,12 +301,12 @@ def bias_carriers(snn, node):
 
 
 def has_float_bias(layer):
-    """Whether a converted layer adds real numbers: it has float weights, or adds to what the image causes."""
+    """Whether a converted layer has a float bias: its weights are floats, or it computes the image's current."""
     return (layer.weight_q if layer.bias_q is None else layer.bias_q).is_floating_point()
 
 
 def add_bias(layer, neuron, current):
-    """Add a current per step, [C, 1, 1] or a scalar, to a converted layer's bias."""
+    """Add a current per step, [C, 1, 1] or a scalar, to a converted layer's bias, and to the bound of the neuron."""
     if layer.has_weights:
         current = current.flatten()  # [C_out], as its bias
     before = current.new_zeros(layer.output_channels) if layer.bias_q is None else layer.bias_q
@@ -302,6 +316,6 @@ def add_bias(layer, neuron, current):
 
 
 def shifted(current, by):
-    """The same current plus a constant per channel."""
+    """The current plus a constant per channel, `by`, at every step."""
     total = current.total()
     return current.like(total + by.to(total.dtype))

@@ -1,4 +1,4 @@
-"""The scale of every spike train, lambda: what the neurons aim at, before thresholds are rounded."""
+"""The lambda that each spiking layer aims at, before Vthr is rounded. Lambda is the scale of a spike train."""
 
 from collections import defaultdict
 
@@ -8,7 +8,7 @@ from spike_layers import SPIKES
 
 
 def largest_spikes(dag, plan):
-    """Node of spikes -> the most that one sample holds there at a step: 1, or a folded pooling's window."""
+    """Node of spikes -> its largest value in one step: 1, or the window's size behind a folded pooling."""
     peaks = {}
     for name, entry in dag.ops.items():
         if plan.kinds[entry.out] == SPIKES:
@@ -18,7 +18,7 @@ def largest_spikes(dag, plan):
 
 
 def spike_targets(dag, plan, statistics, shapes):
-    """Node of spikes -> the lambda that its neuron aims at, a tensor.
+    """Node of spikes -> the lambda that its neuron aims at, a scalar tensor, or [C, 1, 1] ([N]) per channel.
 
     Each layer has one lambda; layers whose spikes a concatenation joins share the largest. Where every channel has a
     lambda of its own, it keeps it. A ReLU with a ceiling never aims above it, because its neuron has to stop there.
@@ -41,7 +41,7 @@ def spike_targets(dag, plan, statistics, shapes):
 
 
 def channel_targets(dag, plan, statistics, shapes):
-    """Node of spikes -> the lambdas to aim at, by channel, in the shape of a sample: [C, 1, 1] or [N]."""
+    """Node of spikes -> the lambda that each channel aims at, in the shape of a sample: [C, 1, 1] or [N]."""
     targets = {}
     for name, entry in dag.ops.items():
         if plan.kinds[entry.out] != SPIKES:
@@ -55,18 +55,20 @@ def channel_targets(dag, plan, statistics, shapes):
 
 
 class Groups:
-    """Disjoint sets that grow together (union-find)."""
+    """Disjoint sets that can be joined (union-find)."""
 
     def __init__(self):
         self.parent = {}
 
     def find(self, item):
+        """The item that represents the set of `item`; a new item becomes a set of its own."""
         self.parent.setdefault(item, item)
         while self.parent[item] != item:
             item = self.parent[item]
         return item
 
     def join(self, first, *others):
+        """Join the sets of all these items."""
         for other in others:
             self.parent[self.find(other)] = self.find(first)
         self.find(first)

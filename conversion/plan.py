@@ -1,18 +1,19 @@
-"""Which values of a network become currents and spikes, and where neurons stand."""
+"""The plan of a conversion: which values become currents or spikes, and which ops get neurons."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
 
 from spike_layers import ANALOG, CURRENT, SPIKES, SpikeMaxPool2d
 
-LARGEST_SUM = 255  # spikes in the window of a folded pooling: what uint8 holds
+LARGEST_SUM = 255  # most spikes in the window of a folded pooling: the largest uint8
 
 
 @dataclass
 class Plan:
-    """kinds: node -> ANALOG, CURRENT or SPIKES. firing: names of the ops that get a neuron.
+    """The plan of a conversion.
 
-    folded: names of the average poolings of spikes that the layers behind them sum, without a neuron.
+    kinds: node -> ANALOG, CURRENT or SPIKES. firing: names of the ops that get a neuron. folded: names of the average
+    poolings without a neuron, whose spikes the layers behind them weigh.
     """
 
     kinds: dict
@@ -21,12 +22,12 @@ class Plan:
 
 
 def plan_conversion(dag, ann_layers=()):
-    """Which values become currents and spikes, and which ops fire.
+    """The Plan of a network: the kind of every value, and the ops that fire.
 
-    What stands before the first convolution or linear layer that feeds a ReLU, what stands behind the last neuron
-    (pooling, the final linear layer, softmax) and `ann_layers` (op names, module paths or their beginnings) stay ANN.
-    Raises ValueError for a convolution without a ReLU behind it, unless it is the network's last layer, for max pooling
-    whose mode is not chosen, and for what else cannot be expressed in spikes.
+    Three parts stay ANN: the ops before the first convolution or linear layer that feeds a ReLU, the ops behind the
+    last neuron (pooling, the final linear layer, softmax), and `ann_layers` (op names, module paths or their
+    beginnings). Raises ValueError for a convolution without a ReLU behind it, unless it is the network's last layer,
+    for max pooling without a mode, for unknown `ann_layers`, and for anything else that spikes cannot express.
     """
     view = LookAhead(dag, find_ann_layers(dag, ann_layers))
     plan = Plan(dict.fromkeys(dag.inputs_nodes, ANALOG))
@@ -52,7 +53,7 @@ class LookAhead:
     """What lies behind each node of a network whose ops `stays_ann` do not spike.
 
     feeds_neuron: node -> whether its value reaches a neuron as a current. before_neuron: node -> whether any neuron
-    lies behind it. needs_spikes: node -> whether a layer with weights reads it, so that it has to be spikes.
+    lies behind it. needs_spikes: node -> whether a layer with weights reads it, which needs spikes.
     """
 
     def __init__(self, dag, stays_ann=frozenset()):
@@ -69,7 +70,7 @@ class LookAhead:
 
 
 class Place:
-    """Where an op stands in a network that is planned. reads: the kinds of its inputs."""
+    """The surroundings of an op while a network is planned. reads: the kinds of the op's inputs."""
 
     def __init__(self, view, entry, reads):
         self.dag, self.entry, self.reads = view.dag, entry, reads
@@ -83,7 +84,7 @@ class Place:
         return self.entry.where
 
     def passes_on(self):
-        """The kind of its first input; spikes without a neuron behind them are decoded."""
+        """The kind of the op's first input, or ANALOG for spikes with no neuron behind them, which are decoded."""
         return ANALOG if self.reads[0] == SPIKES and not self.before_neuron else self.reads[0]
 
     def splits_signs(self):
@@ -95,7 +96,10 @@ class Place:
         return has_weights_behind(self.dag, self.entry.name)
 
     def max_pool_behind(self):
-        """The max pooling that its values reach without a ReLU, for messages, or None: their signs cannot be split."""
+        """The max pooling, as messages name it, that the op's values reach without a ReLU, or None.
+
+        Such values cannot be split by sign.
+        """
         name = max_pool_behind(self.dag, self.entry.out)
         return None if name is None else self.dag.where(name)
 
@@ -116,13 +120,16 @@ class Place:
 
 
 def check_stays_ann(entry, reads):
-    """Raise ValueError where a layer that stays ANN on request reads what flows into a neuron."""
+    """Raise ValueError if a layer that stays ANN on request reads a current, which only a neuron can read."""
     if CURRENT in reads:
         raise ValueError(f"{entry.where} cannot stay ANN alone, name the layer before it up to the ReLU too")
 
 
 def find_ann_layers(dag, names):
-    """Names of the ops that `names` (op names, module paths or their beginnings) mean. Raises ValueError for others."""
+    """Names of the ops that `names` stand for: op names, module paths or their beginnings.
+
+    Raises ValueError for a name that fits no op.
+    """
     found = set()
     for wanted in names:
         paths = {name: entry.path for name, entry in dag.ops.items()}
@@ -135,7 +142,7 @@ def find_ann_layers(dag, names):
 
 
 def max_pool_behind(dag, node):
-    """Name of a max pooling that values reach without a ReLU, or None."""
+    """Name of a max pooling that the values of `node` reach without a ReLU, or None."""
     for name in dag.readers(node):
         op = dag.ops[name].op
         if isinstance(op, SpikeMaxPool2d):
@@ -147,7 +154,7 @@ def max_pool_behind(dag, node):
 
 
 def has_weights_behind(dag, name):
-    """Whether a trained layer reads what op `name` sends, directly or through others."""
+    """Whether a layer with trained weights reads the output of op `name`, directly or through other ops."""
     reached = {dag.ops[name].out}
     for entry in dag.ops.values():
         if reached.isdisjoint(entry.inputs):
@@ -159,7 +166,7 @@ def has_weights_behind(dag, name):
 
 
 def holds_image(dag, node):
-    """Whether a node holds the network's input, or what no layer with weights has computed from it."""
+    """Whether a node is an input, or is computed from inputs by ops without trained weights only."""
     name = dag.writer(node)
     return name is None or (
         not dag.ops[name].op.is_trained and all(holds_image(dag, read) for read in dag.ops[name].inputs)
@@ -167,11 +174,12 @@ def holds_image(dag, node):
 
 
 def folded_poolings(dag, kinds):
-    """Names of the average poolings marked as `folded` that can be; kinds: node -> what its value is (`Plan`).
+    """Names of the average poolings marked as `folded` that can be folded. kinds: node -> kind, as in `Plan`.
 
-    Such a pooling reads spikes, and only convolutions and linear layers that make currents read it, through views and
-    paddings at most. Its windows do not overlap, so that every weight of the folded kernel is one of the layer's and
-    keeps its bit width, and hold at most `LARGEST_SUM` inputs. Any other one keeps its neuron.
+    A pooling can be folded if it reads spikes, if only convolutions and linear layers read it (also through views and
+    paddings) and make currents of it, if its windows do not overlap, and if they hold at most `LARGEST_SUM` inputs. In
+    overlapping windows a weight of the folded kernel would be a sum of the layer's weights, beyond its bit width. Any
+    other pooling keeps its neuron.
     """
     return [
         name
@@ -185,13 +193,13 @@ def folded_poolings(dag, kinds):
 
 
 def feeds_synapses_alone(dag, kinds, node):
-    """Whether all that reads a node are layers with trained weights that make currents, or lead to such alone."""
+    """Whether every op that reads a node weighs its spikes or leads only to ops that do (`is_synapse`)."""
     names = dag.readers(node)
     return bool(names) and node not in dag.outputs_nodes and all(is_synapse(dag, kinds, name) for name in names)
 
 
 def is_synapse(dag, kinds, name):
-    """Whether an op weighs spikes, or hands sums of them on to ops that do."""
+    """Whether an op weighs spikes into a current, or passes sums of spikes only to ops that do."""
     op, out = dag.ops[name].op, dag.ops[name].out
     if op.is_trained:
         return kinds[out] == CURRENT
@@ -199,7 +207,7 @@ def is_synapse(dag, kinds, name):
 
 
 def check_outputs(dag, plan):
-    """Raise ValueError where the network returns what flows into a neuron."""
+    """Raise ValueError if the network returns a current, the input of a neuron."""
     for node in dag.outputs_nodes:
         if plan.kinds[node] == CURRENT:
             where = dag.where(dag.writer(node))

@@ -1,4 +1,4 @@
-"""What calibration images tell of every layer: pooled activations, and the scales chosen from them."""
+"""Statistics of every layer on calibration images: pooled activations, and the lambdas chosen from them."""
 
 from dataclasses import dataclass
 
@@ -8,16 +8,17 @@ from tqdm import tqdm
 from quantization import sampling_stride
 from runtime.batches import batches_of, on_device, split_batch
 
-MOST_SAMPLES = 1_000_000  # pooled elements a layer
+MOST_SAMPLES = 1_000_000  # pooled activations per layer
 
-LEAST_SHARE = 1 / 16  # of its layer's lambda that a channel's can be, so that integers beside it stay meaningful
+LEAST_SHARE = 1 / 16  # smallest lambda of a channel, relative to its layer's: below, integer weights become too coarse
 
 
 @dataclass
 class LayerStatistics:
-    """Of one layer's pooled activations: max_o, the scale of its outputs, and scales, that of every channel.
+    """Statistics of one layer's pooled activations.
 
-    scales: [C, 1, 1] ([N] behind a linear layer), or of the layer, a scalar. square_o: the mean square of its outputs.
+    max_o: lambda of the whole layer. scales: lambda per channel, [C, 1, 1] ([N] behind a linear layer), or a scalar,
+    that of the layer. square_o: mean square of the activations.
     """
 
     max_o: float
@@ -51,7 +52,9 @@ def calibrate(dag, loader, device, samples, threshold, timesteps, per_channel=Fa
 def choose_lambdas(values, channels, count, largest, threshold, timesteps):
     """The lambda of every channel, [C]: the "max" of its activations, a quantile, or that of least error ("mse").
 
-    values, channels: [N], a sample of the activations. largest: of all of them, [C].
+    threshold: "max" for the largest activation, a number for that quantile of the activations, "mse" for the least mean
+    squared error after T timesteps. values, channels: sampled activations and their channels, [N]. count: C. largest:
+    largest activation of each channel, [C], over all elements, not only the sampled ones.
     """
     if threshold == "mse":
         return least_error_scales(values, channels, count, timesteps)
@@ -60,7 +63,10 @@ def choose_lambdas(values, channels, count, largest, threshold, timesteps):
 
 @torch.no_grad()
 def pool_activations(dag, loader, device, samples, with_channels=False):
-    """`pools, shapes`: op name -> Pool of what its layer returns for the first `samples` images; node -> its shape."""
+    """`pools, shapes` for the first `samples` images: op name -> Pool of its activations; node -> shape of a sample.
+
+    Raises ValueError if there are no images.
+    """
     pools, shapes, done = {}, {}, 0
 
     def watch(name, current, activation):
@@ -84,9 +90,9 @@ def pool_activations(dag, loader, device, samples, with_channels=False):
 
 
 def use_learnt_scales(snn, statistics):
-    """Where activations were quantized in finetuning, lambda_out is what was learnt; returns whether any were.
+    """Replace lambdas by those learnt in finetuning, for all ops with activation levels. Return whether there are any.
 
-    Each op keeps its own, also where a concatenation joins them.
+    Each op keeps its own lambda, also if a concatenation joins it with others. `statistics` is changed in place.
     """
     levels = {name: entry.op.levels for name, entry in snn.ops.items() if entry.op.levels is not None}
     for name, each in levels.items():
@@ -97,10 +103,10 @@ def use_learnt_scales(snn, statistics):
 
 
 class Pool:
-    """Evenly spaced elements, at most `most`, of the activations of `samples` images.
+    """A sample of evenly spaced elements, at most `most`, from the activations of `samples` images.
 
-    with_channels: whether the channel of each is known, too. count, dim: channels, and dimensions, of the tensors that
-    they are taken from. largest: the largest of every channel, [C], of all elements.
+    with_channels: also keep the channel of each element. count, dim: number of channels and of dimensions of the
+    activations. largest: the largest activation of each channel, [C], over all elements.
     """
 
     def __init__(self, most, samples, with_channels=False):
@@ -121,7 +127,7 @@ class Pool:
             place = torch.arange(first, values.numel(), self.stride)
             run = (
                 1 if has_channels_last(values) else values[0, 0].numel()
-            )  # elements of a channel that lie side by side
+            )  # number of adjacent elements of one channel in memory
             self.channel_parts.append((place // run % self.count).to(torch.int32))
 
     def values(self):
@@ -134,50 +140,50 @@ class Pool:
 
 
 def has_channels_last(values):
-    """Whether the channels of a pixel lie side by side in memory."""
+    """Whether a tensor is 4D and its channels are adjacent in memory (channels_last)."""
     return values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)
 
 
 def as_in_memory(values):
-    """A tensor as [N], without a copy where it lies in memory without gaps."""
+    """The elements of a tensor in memory order, [N]; without a copy if the memory has no gaps."""
     return (values.permute(0, 2, 3, 1) if has_channels_last(values) else values).reshape(-1)
 
 
 def top(values, quantile):
-    """A quantile of values [N]."""
+    """A quantile of values [N], as a float."""
     rank = min(len(values), max(1, round(quantile * len(values))))
     return values.kthvalue(rank).values.item()
 
 
 def positive_top(values, quantile):
-    """The same, of the positive values alone where it would be 0: a layer that is seldom active."""
+    """A quantile of values [N]; of the positive values only, if it would be 0 because the layer is seldom active."""
     highest = top(values, quantile)
     is_seldom_active = highest <= 0 and (values > 0).any()
     return top(values[values > 0], quantile) if is_seldom_active else highest
 
 
 def positive_tops(values, channels, count, quantile):
-    """`positive_top` of the values [N] of every channel: [C]; 0 for a channel without values."""
+    """`positive_top` of each channel, [C], from values and channels [N]; 0 for a channel without values."""
     sizes = channels.bincount(minlength=count).tolist()
     parts = values[channels.argsort(stable=True)].split(sizes) if count > 1 else (values,)
     return torch.tensor([positive_top(part, quantile) if len(part) else 0.0 for part in parts], device=values.device)
 
 
-SHARES = torch.logspace(-1.5, 0, 64).tolist()  # of the maximum, from 3 % on; neighbours differ by 6 %
+SHARES = torch.logspace(-1.5, 0, 64).tolist()  # candidates relative to the maximum: 3 % to 100 %, in steps of 6 %
 
 
 def least_error_scales(values, channels, count, timesteps, most=200_000):
-    """The lambda of every channel, [C], for which T spikes say best what its activations are.
+    """The lambda of every channel, [C], with the least mean squared error after T timesteps.
 
-    values, channels: [N]. Least mean squared error between the activations and clip(round(a T / lambda), 0, T)
-    lambda / T, what a neuron with the initial potential Vthr / 2 sends on even input; among 64 shares of the channel's
-    maximum, on the first `most` values.
+    The error is the difference between an activation a and clip(round(a T / lambda), 0, T) lambda / T. The latter is
+    the decoded output of a neuron with constant input and initial potential Vthr / 2. `SHARES` of the channel's maximum
+    are tried on the first `most` values. values, channels: activations and their channels, [N].
     """
     values, channels = values[:most].clamp_min(0), channels[:most]
     largest = values.new_zeros(count).scatter_reduce_(0, channels, values, "amax")
     least, best = torch.full_like(largest, torch.inf), largest
     for share in SHARES:
-        steps = (share * largest / timesteps).clamp_min(1e-30)
+        steps = (share * largest / timesteps).clamp_min(1e-30)  # no division by 0 in a silent channel
         step = steps[channels]
         decoded = (values / step).round_().clamp_max_(timesteps).mul_(step)
         error = torch.zeros_like(largest).index_add_(0, channels, decoded.sub_(values).square_())

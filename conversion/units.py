@@ -1,7 +1,8 @@
 """The unit of every current: the activation that one unit of membrane potential stands for.
 
-A layer with integer weights W_q = W * s_w reads spikes of scale lambda_in in the unit lambda_in / s_w. All that flows
-into one neuron shares one unit, chosen where several branches meet to minimize their rounding errors together.
+A layer with integer weights W_q = W * s_w that reads spikes of scale lambda_in has currents in the unit
+lambda_in / s_w. All currents into one neuron share one unit. Where several branches meet, the unit minimizes the sum of
+their rounding errors.
 """
 
 import torch
@@ -10,29 +11,31 @@ from conversion.lambdas import Groups, largest_spikes, spike_targets
 from quantization import FLOAT_BITS, largest_integer, quantize_layer, round_layer
 from spike_layers import ANALOG, CURRENT, SPIKES
 
-LARGEST_INTEGER = 2**20  # of thresholds, biases and weights of branches: sums of them stay exact in float32
-LEAST_RATIO = 0.75  # of a branch's value and the unit beside it: below, its integer weight 1 is a third too large
-SAME_UNIT = 1 + 1e-5  # per-channel units within this factor are one
-CANDIDATES = 9  # units tried between the coarsest and the finest, by equal factors: finer ones gained nothing more
-KEEPS_INTEGERS, LAST_BITS = 0.999, 1e-9  # of the error, of the current's power: integers stay unless more is gained
-SMALLEST_MOST = 7  # the largest weight of a sum of spikes at few bits: so that 1 bit can tell one input from another
+LARGEST_INTEGER = 2**20  # largest threshold, bias or branch weight: sums of them stay exact in float32
+LEAST_RATIO = 0.75  # smallest value / unit of a branch: its integer weight 1 is then a third too large
+SAME_UNIT = 1 + 1e-5  # per-channel units within this factor count as one
+CANDIDATES = 9  # units tried between the coarsest and the finest, by equal factors: more of them gained nothing
+# The coarsest unit keeps the integers of its branch. It stays unless another unit reduces the error by more than 0.1 %
+# of it plus 1e-9 of the current's power.
+KEEPS_INTEGERS, LAST_BITS = 0.999, 1e-9
+SMALLEST_MOST = 7  # largest weight of a sum of spikes at few bits: with a largest weight of 1, inputs could not differ
 SAME_LAMBDA = 1.02  # per-channel lambdas within this factor count as one, so that integer weights stay as they are
 
 
 class Units:
-    """The units of a planned graph's currents, and the scales of its spikes, as far as they are known.
+    """The units of currents and the lambdas of spikes in a planned graph, as far as they are known.
 
     scales: node of spikes -> lambda. units: node of currents -> unit. Both are scalar tensors or broadcastable to a
-    sample ([C, 1, 1]). All of them, and the network, are on the CPU.
-    targets: node of spikes -> the lambda its neuron aims at, before Vthr is rounded. peaks: node of spikes -> the most
-    that it holds at a step: 1, or behind a folded pooling the size of its window; `scales` and `targets` are of one.
-    keep_integers: the weights were finetuned on the scales that they will have (`weight_scales`).
+    sample ([C, 1, 1]). All tensors, and the network, are on the CPU.
+    targets: node of spikes -> the lambda that its neuron aims at, before Vthr is rounded. peaks: node of spikes -> its
+    largest value in one step: 1, or the window's size behind a folded pooling. `scales` and `targets` belong to a value
+    of 1. keep_integers: the weights were finetuned with the scales that the conversion gives them (`weight_scales`).
     """
 
     def __init__(self, dag, plan, statistics, shapes, timesteps, per_channel, keep_integers=False):
         self.dag, self.plan, self.statistics, self.shapes = dag, plan, statistics, shapes
         self.timesteps, self.per_channel, self.keep_integers = timesteps, per_channel, keep_integers
-        self.bits = max(layer.weight_bits for layer in dag.weighted_layers().values())  # where no layer gives them
+        self.bits = max(layer.weight_bits for layer in dag.weighted_layers().values())  # for branches without weights
         self.is_float = self.bits == FLOAT_BITS
         self.most = 1 if self.is_float else largest_integer(self.bits)
         self.peaks = largest_spikes(dag, plan)
@@ -42,19 +45,19 @@ class Units:
         self.scales, self.units = {}, {}
 
     def value_of(self, node):
-        """The activation that a spike, or a unit of current, stands for."""
+        """The activation that one spike per step, or one unit of current, stands for: lambda or unit."""
         return self.scales[node] if self.plan.kinds[node] == SPIKES else self.units[node]
 
     def expected_value(self, node):
-        """As `value_of`; for spikes of a later op the lambda that it aims at, for its currents None."""
+        """As `value_of`. For a later op: the lambda that its spikes aim at, or None for its currents."""
         if node in self.scales or node in self.units:
             return self.value_of(node)
         return self.targets.get(node)
 
     def input_scales(self, node, op):
-        """lambda of the spikes that a layer reads: one number, or one per input channel where they differ.
+        """The lambda of the spikes that a layer reads: a scalar, or [C_in] if channels differ.
 
-        What a later op sends is not known yet; it counts as the lambda that it aims at.
+        The lambda of a later op is not known yet; the lambda that it aims at takes its place.
         """
         scale = self.expected_value(node).float()
         if scale.numel() == 1:
@@ -67,13 +70,15 @@ class Units:
         return (full if not op.spatial else full[:, 0, 0]).contiguous()
 
     def unit_of(self, node):
-        """Activation per unit of membrane for a current; the branches of a neuron share it.
+        """The unit of a current: activation per unit of membrane potential, a scalar or [C, 1, 1] ([N]).
 
-        A branch with weights W and input scale lambda_in has the natural unit lambda_in / s_w, in which its integers
-        fill their bit width; of several branches `least_error_unit` chooses. Spikes, and currents with a unit of their
-        own, that are added without weights get integer weights; alone, one in which the strongest gets the largest
-        integer. A current that comes only from the image has the unit T: input / T per step, Vthr = lambda_out / T. No
-        unit is so fine that a threshold, bias or weight leaves the exact integers.
+        All branches into a neuron share it. Which unit depends on the branches:
+        - One branch with weights W: its natural unit lambda_in / s_w, in which the integers fill their bit width.
+        - Several branches: the unit of least error (`least_error_unit`). Spikes, and currents with another unit, that
+          are added without weights get integer weights.
+        - Only spikes without weights: the strongest gets the largest integer (`spike_sum_unit`).
+        - Only the image: the unit is T, because the current per step is input / T and Vthr = lambda_out / T.
+        The unit is never so fine that a threshold, bias or weight exceeds `LARGEST_INTEGER`.
         """
         if node in self.units:
             return self.units[node]
@@ -93,7 +98,10 @@ class Units:
         return unit
 
     def branches_of(self, node):
-        """What flows into a current: (layer, the spikes it reads) of weighted layers, and nodes without weights."""
+        """`layers, others`: the branches of a current. layers: (layer, node of spikes that it weighs) pairs.
+
+        others: nodes that are added without weights.
+        """
         layers, others, members = [], [], self.components[node]
         for entry in self.dag.ops.values():
             op, in_nodes = entry.op, entry.inputs
@@ -106,24 +114,24 @@ class Units:
         return layers, others
 
     def natural_unit(self, op, node):
-        """The unit in which the integers of a layer fill their bit width.
+        """The unit in which the integers of a layer fill their bit width, a scalar or one per output channel.
 
-        Where the spikes of its input channels differ, the integers weigh them too, and are chosen anew; but those that
-        were finetuned for these spikes stay as they are.
+        If the lambdas of the input channels differ, the integers are chosen again for W * lambda_in. Integers that were
+        finetuned for these lambdas stay unchanged (`keep_integers`).
         """
         lambda_in = self.input_scales(node, op)
         if lambda_in.dim() and not self.keep_integers:
             weight = op.weight.detach() * op.input_view(lambda_in)
             return op.output_view(1 / op.per_output(quantize_layer(op, weight, op.weight_bits, self.per_channel)[1]))
         _, s_w = self.integers(op)
-        per_weight = op.input_view(lambda_in) / s_w  # what an integer of each weight stands for
+        per_weight = op.input_view(lambda_in) / s_w  # activation per integer step of each weight
         if not per_weight.dim():
             return per_weight
         unit = op.rows(per_weight.expand_as(op.weight)).mean(1)  # [C_out]
         return op.output_view(unit if unit.max() > SAME_UNIT * unit.min() else unit.mean())
 
     def largest_value(self, node, layers, others):
-        """The largest threshold, bias or branch at a current's neuron, in units of activation."""
+        """The largest lambda, |bias| or branch value at a current's neuron, as an activation."""
         members = self.components[node]
         values = [value.max() for value in map(self.expected_value, others) if value is not None]
         for entry in self.dag.ops.values():
@@ -135,7 +143,11 @@ class Units:
         return torch.stack([value.float() for value in values] or [torch.zeros(())]).max()
 
     def spike_sum_unit(self, scales):
-        """The unit of a sum of spikes alone: the strongest gets the largest integer, at few bits 7, the weakest 1."""
+        """The unit of a sum of spikes without weights, from the lambdas of its inputs.
+
+        The strongest input gets the largest integer of the bit width, at least `SMALLEST_MOST`. The unit is finer if
+        the weakest input would get less than 1.
+        """
         scales = torch.cat([scale.flatten() for scale in scales])
         if self.is_float:
             return scales.max() / self.most
@@ -144,36 +156,39 @@ class Units:
         return torch.minimum(unit, weakest.clamp_min(scales.max() / LARGEST_INTEGER))
 
     def finest_unit(self, value):
-        """The unit in which `value` is still an exact integer."""
+        """The finest unit: `value` is `LARGEST_INTEGER` units."""
         return value / LARGEST_INTEGER
 
     def shares_unit(self, node, out):
-        """Whether the currents of two nodes share one unit by the plan."""
+        """Whether the plan gives the currents of two nodes one unit."""
         return node in self.components[out]
 
     def mean_square(self, node):
-        """The mean square of the activations of a node."""
+        """The mean square of the activations of a node, as a float."""
         name = self.dag.writer(node)
-        while name not in self.statistics:  # what a concatenation, a view holds: of its first input
+        while name not in self.statistics:  # a concatenation or a view is not measured: use its first input
             name = self.dag.writer(self.dag.ops[name].inputs[0])
         return self.statistics[name].square_o
 
     def integers(self, op):
-        """`W_q, s_w` of a layer: as it was quantized, else (other bit width, not quantized yet) quantized now."""
+        """`W_q, s_w` of a layer: those of the quantization if its weights still fit them, else quantized now.
+
+        They do not fit after a change of the bit width, or if the layer was not quantized.
+        """
         weight = op.weight.detach()
         if op.weight_scale is not None:
             weight_q = round_layer(op, weight, op.weight_scale, op.weight_bits)
-            if torch.allclose(weight_q / op.weight_scale, weight, rtol=1e-5, atol=0):
+            if torch.allclose(weight_q / op.weight_scale, weight, rtol=1e-5, atol=0):  # equal up to float rounding
                 return weight_q, op.weight_scale
         return quantize_layer(op, weight, op.weight_bits, self.per_channel)
 
     def scale_in_unit(self, op, node, unit):
-        """s_w of a layer that reads the spikes of a node: a spike's value over that of one integer step."""
+        """s_w of a layer that reads the spikes of a node, for currents in `unit`: lambda_in / unit, shaped for W."""
         per_input = op.input_view(self.input_scales(node, op))
         return per_input / op.weight_view(unit.flatten() if unit.dim() else unit)
 
     def weight_scales(self):
-        """Op name -> s_w that the conversion will give the layers that read spikes."""
+        """Op name -> s_w that the conversion will give the layer, for all layers with weights that read spikes."""
         return {
             name: self.scale_in_unit(entry.op, entry.inputs[0], self.unit_of(entry.out))
             for name, entry in self.dag.ops.items()
@@ -184,7 +199,7 @@ class Units:
 
 
 def current_components(dag, plan):
-    """Node of currents -> all nodes of currents that adds join, and that so share a unit."""
+    """Node of currents -> the set of nodes that share its unit, because adds join them."""
     groups = Groups()
     for entry in dag.ops.values():
         if plan.kinds[entry.out] == CURRENT and takes_any_unit(entry.op):
@@ -193,7 +208,7 @@ def current_components(dag, plan):
 
 
 def takes_any_unit(op):
-    """Whether the currents of an op can take any unit: those of a layer with weights, or of an add, can."""
+    """Whether the currents of an op can take any unit: true for layers with trained weights and for adds."""
     return op.is_trained or op.adds
 
 
@@ -204,11 +219,12 @@ def is_free(dag, plan, node):
 
 
 def least_error_unit(units, natural, layers, others):
-    """The unit with the least squared error of a neuron's current, between the coarsest and the finest natural one.
+    """The unit that minimizes the squared error of a neuron's current, from the coarsest to the finest natural unit.
 
-    In the coarsest the integers of the finer branches are small, so their weights are rounded again; in a finer one
-    the largest weights of the coarser branches are cut off. The error of a weight counts as much as the mean square
-    of what it reads; so does that of the whole weight which each of `others`, spikes without weights, gets.
+    In the coarsest unit the integers of the finer branches are small, so their weights are rounded more coarsely. In a
+    finer unit the largest weights of the coarser branches are clipped. The squared error of each weight is multiplied
+    by the mean square of its input. `others`, spikes without weights, count with the error of their integer weight.
+    natural: natural units of the branches, [branches, ...]. The result has the shape of one of them.
     """
     coarsest, finest = natural.amax(0), natural.amin(0)
     values = [(value, node) for node in others if (value := units.expected_value(node)) is not None]
@@ -229,9 +245,9 @@ def least_error_unit(units, natural, layers, others):
 
 
 def unit_within(unit, values):
-    """The coarsest unit up to `unit` of which every value is at least one whole, so that none has to be refused.
+    """The coarsest unit, at most `unit`, in which every value is at least 1, so that `branch_weight` refuses none.
 
-    A value of 0, of a channel that no image excites, can have any.
+    A value of 0 belongs to a channel that no image excites and sets no limit.
     """
     for value in values:
         value = torch.where(value > 0, value, torch.inf)
@@ -243,7 +259,10 @@ def unit_within(unit, values):
 
 
 def unit_error(units, unit, layers, values):
-    """Mean squared error of the current in a unit, for every output channel: [C_out]."""
+    """Squared error of the current in a unit, for every output channel: [C_out].
+
+    values: (value, node) pairs of the branches without weights.
+    """
     total = 0.0
     for op, node in layers:
         weight = op.weight.detach()
@@ -256,7 +275,7 @@ def unit_error(units, unit, layers, values):
         gain_error = (ratio.round().clamp_min(1) / ratio - 1).square()
         gain_error = gain_error * units.mean_square(node)
         gain_error = torch.where(ratio < LEAST_RATIO, torch.inf, gain_error)  # `branch_weight` refuses it
-        gain_error = torch.where(ratio > 0, gain_error, 0.0)  # of what no image excites
+        gain_error = torch.where(ratio > 0, gain_error, 0.0)  # a channel that no image excites
         gain_error = gain_error.amax((1, 2)) if gain_error.dim() == 3 else gain_error
         total = total + gain_error
     return total

@@ -1,4 +1,4 @@
-"""Layers of one value each: ReLUs, where neurons stand, a BatchNorm that could not be folded, softmax."""
+"""Elementwise layers: ReLUs, which get neurons, a BatchNorm that could not be folded, softmax."""
 
 import torch
 import torch.nn.functional as F
@@ -9,14 +9,14 @@ from layers.base import ANALOG, CURRENT, SPIKES, SpikeLayer, frozen_names, widen
 from runtime.rules import BOOL, CHANNELS, DIM, NONE, POSITIVE, either, whole
 from spike_tensor import Current
 
-NEXT_TO_NOTHING = 1e-4  # of the largest weight of a BatchNorm: a channel below it sends only its bias
+NEXT_TO_NOTHING = 1e-4  # relative to the largest weight of a BatchNorm: a channel below sends only its bias
 
 
 class SpikeReLU(SpikeLayer):
-    """ReLU, cut off at `ceiling` if given (6 for ReLU6).
+    """ReLU, clipped at `ceiling` if given (6 for ReLU6).
 
-    Converted, the neurons that turn the current before it into spikes; their scale is at most the ceiling, which a
-    spike at every step reaches. Spikes pass: they are not negative.
+    Converted, it holds the neurons that turn currents into spikes. Their lambda is at most the ceiling, the activation
+    of a spike at every step. Spikes pass unchanged, because they are not negative.
     """
 
     fields = {"ceiling": either(NONE, POSITIVE)}  # noqa: RUF012
@@ -28,7 +28,7 @@ class SpikeReLU(SpikeLayer):
 
     @property
     def passes_scale(self):
-        """A positive factor passes where nothing is cut off."""
+        """A positive factor passes a ReLU without a ceiling."""
         return self.ceiling is None
 
     @classmethod
@@ -72,7 +72,7 @@ class SpikeReLU(SpikeLayer):
         return SPIKES if place.reads[0] == CURRENT else place.reads[0]
 
     def convert(self, setter, entry):
-        """A neuron where a current flows in; spikes pass."""
+        """Set a neuron for a current; spikes pass. Raises ValueError if passing spikes would exceed the ceiling."""
         node = entry.inputs[0]
         if entry.name in setter.plan.firing:
             setter.set_neuron(entry, setter.units[node], setter.largest[node])
@@ -92,7 +92,7 @@ class SpikeReLU(SpikeLayer):
 
 
 def ceiling_of(trace, function, least, most):
-    """The ceiling of a clamp that is a ReLU, None where it has none; any other clamp is refused."""
+    """The ceiling of a clamp, or None. Raises NotImplementedError for a clamp that is no ReLU."""
     numbers = [value for value in (least, most) if value is not None]
     if any(isinstance(value, torch.Tensor) for value in numbers) or least != 0 or (most is not None and most <= 0):
         trace.refuse(function, "only a lower bound of 0 and an upper one above it, a relu or relu6, are supported")
@@ -100,16 +100,16 @@ def ceiling_of(trace, function, least, most):
 
 
 class SignedReLU(SpikeLayer):
-    """Two ReLUs for a value that may be negative: channel 2c holds relu(x_c), channel 2c + 1 relu(-x_c).
+    """Two ReLUs for a value of either sign, [B, C, ...] -> [B, 2C, ...]: channel 2c is relu(x_c), 2c + 1 is relu(-x_c).
 
-    [B, C, ...] -> [B, 2C, ...]. The layer behind it has its weights twice, the second time negated.
+    The layer behind it has each weight twice: W for relu(x) and -W for relu(-x).
     """
 
     rectifies = splits_signs = True
 
     @staticmethod
     def both_signs(x):
-        """x and -x, channels interleaved."""
+        """x and -x with interleaved channels, [B, C, ...] -> [B, 2C, ...]."""
         return torch.stack([x, -x], 2).flatten(1, 2)
 
     def activation(self, x):
@@ -122,7 +122,7 @@ class SignedReLU(SpikeLayer):
         return SPIKES if place.reads[0] == CURRENT else place.reads[0]
 
     def convert(self, setter, entry):
-        """A neuron for each sign."""
+        """Set one neuron per sign."""
         unit = setter.units[entry.inputs[0]]
         setter.set_neuron(entry, unit.repeat_interleave(2, 0) if unit.dim() else unit, setter.largest[entry.inputs[0]])
 
@@ -131,11 +131,11 @@ class SignedReLU(SpikeLayer):
 
 
 class SpikeBatchNorm(SpikeLayer):
-    """BatchNorm in eval mode where it could not be folded: `weight * x + bias` per channel.
+    """A BatchNorm in eval mode that could not be folded: `weight * x + bias` per channel.
 
-    It stands before a ReLU, as in networks that normalise first (DenseNet), and reads what flows into neurons.
-    Converted, the weight's size is in the unit of its output, and so in Vthr; what is left is its sign, times a small
-    integer where spikes come in, so that the threshold behind it is fine enough.
+    It stands before a ReLU, as in DenseNet, which normalises before its convolutions, and reads spikes or currents.
+    Converted, |weight| goes into the unit of the output, and so into Vthr. The integer weight is the sign, times a
+    small integer if the input is spikes, so that the Vthr behind it is fine enough.
     """
 
     fields = {"channels": CHANNELS}  # noqa: RUF012
@@ -148,7 +148,7 @@ class SpikeBatchNorm(SpikeLayer):
 
     @property
     def channels(self):
-        """C, of input and output."""
+        """Number of channels, C."""
         return len(self.weight)
 
     @classmethod
@@ -179,16 +179,16 @@ class SpikeBatchNorm(SpikeLayer):
 
     @property
     def output_channels(self):
-        """C."""
+        """Number of output channels, C."""
         return len(self.weight)
 
     @property
     def spatial(self):
-        """Dimensions of a sample behind the channels."""
+        """Number of dimensions of a sample behind the channels."""
         return self.bias_q.dim() - 1
 
     def set_integers(self, weight_q, bias_q):
-        """What a spike, or a unit of current, weighs, and what is added every step; broadcastable to a sample."""
+        """Store the integer weight and the bias per step, both broadcastable to a sample."""
         self.register_buffer("weight_q", weight_q)
         self.register_buffer("bias_q", bias_q)
 
@@ -205,7 +205,7 @@ class SpikeBatchNorm(SpikeLayer):
         return (largest_read[0] * self.weight_q.abs() + self.bias_q.abs()).max().item()
 
     def plan(self, place):
-        """Part of what flows into a neuron, or of what stays ANN."""
+        """CURRENT before a neuron, ANALOG in a part that stays ANN. Raises ValueError elsewhere."""
         if place.reads[0] == ANALOG or (place.reads[0] == SPIKES and not place.before_neuron):
             return ANALOG
         if place.feeds_neuron:
@@ -215,10 +215,10 @@ class SpikeBatchNorm(SpikeLayer):
         )
 
     def convert(self, setter, entry):
-        """Its size goes into the unit, its sign becomes the weight, the shift a bias.
+        """Put |weight| into the unit; the sign becomes the integer weight, the shift becomes bias_q.
 
-        Spikes get an integer weight as large as the threshold behind it needs, up to that of the bit width. A channel
-        with next to no weight only has its bias.
+        The integer weight of spikes is as large as the resolution of Vthr needs, at most the largest of the bit width.
+        A channel with a weight next to 0 (`NEXT_TO_NOTHING`) keeps only its bias. 1e-30 prevents divisions by 0.
         """
         node, spatial = entry.inputs[0], [1] * (len(setter.shapes[entry.out]) - 1)
         weight, bias = self.weight.detach().view(-1, *spatial), self.bias.detach().view(-1, *spatial)
@@ -229,7 +229,7 @@ class SpikeBatchNorm(SpikeLayer):
         unit = setter.value_of(node) * size
         largest_read = setter.largest_read(entry)
         if largest_read is not None:
-            # a channel that stays far below one threshold even with all that can flow in sends what its bias alone does
+            # a channel whose largest current is far below Vthr sends the spikes of its bias alone
             finest = setter.finest_unit(max(reference, bias.abs().max().item()))
             silent = silent | (unit * largest_read[0] < finest)
             unit = torch.where(silent, unit.clamp_min(finest), unit)
@@ -254,11 +254,11 @@ class SpikeBatchNorm(SpikeLayer):
         return float(outputs), 0.0
 
     def spike_operations(self, spikes):
-        return spikes.double().sum().item()  # one synapse a spike
+        return spikes.double().sum().item()  # one synapse per spike
 
 
 class SoftmaxOp(SpikeLayer):
-    """Softmax over dimension `dim`, or its logarithm; stands behind the last layer and is not converted."""
+    """Softmax over dimension `dim`, or its logarithm. It stands behind the last layer and stays ANN."""
 
     fields = {"dim": either(DIM, whole(-8, -1)), "log": BOOL}  # noqa: RUF012
     is_measured = False
@@ -279,7 +279,7 @@ class SoftmaxOp(SpikeLayer):
         return F.log_softmax(x, self.dim) if self.log else F.softmax(x, self.dim)
 
     def plan(self, place):
-        """It stays ANN, behind the last layer."""
+        """ANALOG behind the last layer. Raises ValueError elsewhere."""
         if place.before_neuron or CURRENT in place.reads:
             raise ValueError(f"{place.where}: softmax is supported behind the last layer only")
         return ANALOG

@@ -1,8 +1,9 @@
-"""What every layer of a SpikeDAGModule has.
+"""SpikeLayer, the base class of all layers of a SpikeDAGModule.
 
-A layer computes its ANN function on plain tensors, `activation`, and its spiking function in two steps: `current` says
-what spikes, or other currents, cause, and `send` hands it on, as the spikes of the neuron that stands there, if any.
-All that is true of a layer stands in its class: a new one is one class here and one line in the tracer's table.
+A layer computes its ANN function on plain tensors (`activation`). Its spiking function has two steps: `current`
+computes the current that spikes or other currents cause, and `send` turns it into the spikes of the layer's neuron, or
+passes it on if the layer has none. All facts about a layer stand in its class: a new layer is one class in this folder
+and one line in the tracer's table (`ann_parser.RECORDING_FUNCTIONS`).
 """
 
 import torch
@@ -13,35 +14,37 @@ ANALOG = "activations"  # of the image, of layers that stay ANN, and behind the 
 CURRENT = "currents"  # what flows into a neuron
 SPIKES = "spikes"
 
-OP_TYPES = {}  # name -> class of every layer that a file may hold
+OP_TYPES = {}  # class name -> class, for every layer that a file may hold
 
 
 class SpikeLayer(nn.Module):
     """The base of all layers.
 
-    Of the class:
-    fields: constructor argument -> rule of what a file may hold (`runtime.rules`).
-    arity: the least and the most inputs.
-    has_weights: whether it weighs what it reads. is_trained: whether finetuning moves these weights.
-    is_linear: it is a weighted sum, which a current may pass on its way to a neuron.
-    rectifies: a neuron stands here where a current comes in. fires: one stands here wherever spikes are sent.
+    Class attributes:
+    fields: constructor argument -> rule for its value in a file (`runtime.rules`).
+    arity: least and largest number of inputs.
+    has_weights: it weighs its input. is_trained: finetuning changes these weights.
+    is_linear: it is a weighted sum, so a current may pass it on the way to a neuron.
+    rectifies: it gets a neuron if it reads currents. fires: it gets a neuron whenever it sends spikes.
     adds: the currents that it joins share one unit.
-    passes_spikes: spikes stay spikes where no neuron stands here. passes_sums: so do sums of them, of a folded pooling.
-    hands_on: layers behind it that need spikes need them before it, too.
-    selects: it lets some of the spikes pass, by what it has seen before.
-    splits_signs: two channels, of opposite signs, for one that comes in. carries_bias: converted, it has a bias_q.
-    is_measured: calibration pools its activations; those of the others are activations of the layers before them.
-    passes_scale, passes_shift: a positive factor per channel, and also a constant, may pass it.
-    ceiling: what its activations cannot exceed, or None.
+    passes_spikes: without a neuron it passes spikes on. passes_sums: it also passes sums of spikes (folded pooling).
+    hands_on: if a layer behind it needs spikes, this layer needs them as input.
+    selects: it passes some of the spikes, depending on earlier ones.
+    splits_signs: it makes two channels of opposite sign out of each one. carries_bias: converted, it has a bias_q.
+    folded: it has no neuron; the layers behind it weigh every spike of its windows (`SpikeAvgPool2d`).
+    is_measured: calibration pools its activations. Other layers only rearrange activations of the layers before them.
+    passes_scale: scaling a channel of its input by a positive factor scales its output. passes_shift: a constant per
+    channel passes, too.
+    ceiling: upper bound of its activations, or None.
 
-    Of the layer:
-    spiking: it works on spikes or currents, not on activations; set by the conversion.
-    neuron: the IFNeuron that fires behind it, or None.
-    levels: the ClipFloorShift that quantizes what this layer, which is to fire, returns in the ANN, or None.
+    Instance attributes:
+    spiking: it works on spikes or currents instead of activations. Set by the conversion.
+    neuron: the layer's IFNeuron, or None.
+    levels: for a layer that will fire, the ClipFloorShift that quantizes its ANN activations, or None.
     frozen: names of the parameters that the traced network does not train (`frozen_names`).
     """
 
-    fields = {}  # noqa: RUF012  every class has its own
+    fields = {}  # noqa: RUF012  every class defines its own
     arity = (1, 1)
     has_weights = is_trained = is_linear = rectifies = fires = adds = False
     passes_spikes = passes_sums = passes_scale = passes_shift = False
@@ -72,61 +75,69 @@ class SpikeLayer(nn.Module):
         return self.send(self.current(*inputs), memory)
 
     def activation(self, *inputs):
-        """The ANN function: activations [B, ...] -> [B, ...]."""
+        """The ANN function: activations [B, ...] -> [B, ...]. NotImplementedError in a layer without one."""
         raise NotImplementedError(f"{type(self).__name__} has no ANN function")
 
     def current(self, *inputs):
-        """What spikes and currents cause: a Current for a neuron, or a SpikeTensor where spikes pass."""
+        """The Current that spikes and currents cause, or a SpikeTensor where spikes pass.
+
+        Raises NotImplementedError in a layer that does not work on spikes.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not work on spikes")
 
     def send(self, current, memory=None):
-        """The spikes of the neuron that stands here, or the current itself where none does."""
+        """The spikes of the layer's neuron, or `current` itself if there is none. memory: state between steps."""
         return current if self.neuron is None else self.neuron(current, memory)
 
     def largest_sum(self, largest_read):
-        """The bound of |current| per step that leaves this layer for a neuron, from those of what it reads."""
+        """The bound of the |current| per step that this layer sends, from the bounds of its inputs."""
         return max(largest_read)
 
     # how it converts
 
     def plan(self, place):
-        """What this layer sends in the converted network, by its place (`conversion.plan.Place`): mostly what it reads.
-
-        Raises ValueError where it cannot be converted there.
+        """The kind that this layer sends in the converted network, at its `conversion.plan.Place`: ANALOG, CURRENT or
+        SPIKES. By default the kind that it reads. Raises ValueError if it cannot be converted there.
         """
         return place.passes_on()
 
     def convert(self, setter, entry):
-        """Take integers, a unit and a neuron (`conversion.integers.SpikeSetter`); mostly values pass as they are."""
+        """Take integers, a unit and a neuron from a `conversion.integers.SpikeSetter`. By default values pass through.
+
+        Raises ValueError for what cannot be converted.
+        """
         setter.pass_on(entry.inputs[0], entry.out, setter.value_of(entry.inputs[0]))
 
     def targets(self, values, shapes, out_shape):
-        """The lambdas per channel of spikes that pass, from those of the inputs, of samples of these shapes."""
+        """The lambdas per channel of spikes that pass. values, shapes: lambdas and sample shapes of the inputs."""
         return values[0]
 
     def misfit(self, reads):
-        """Why this spiking layer cannot work on inputs of the kinds `reads`, CURRENT or SPIKES, in words, or None."""
+        """The reason why this spiking layer cannot read inputs of the kinds `reads` (CURRENT or SPIKES), or None."""
         return "it has no place for neurons" if self.neuron is not None else None
 
     def held(self, inputs, output):
-        """(name, tensor or None, shape that it has to fit) of what a spiking layer holds, for activations [1, ...]."""
+        """(name, tensor or None, shape that it has to fit) of every tensor that a spiking layer holds.
+
+        inputs, output: activations of one sample, [1, ...].
+        """
         return []
 
     # what it costs
 
     def ann_operations(self, shape, outputs):
-        """MACs and accumulates of a sample in an ANN; shape: of its first input, outputs: their number."""
+        """MACs and accumulates of one sample in the ANN. shape: of the first input. outputs: number of outputs."""
         return 0.0, 0.0
 
     def spike_operations(self, spikes):
-        """Accumulates that spikes, counts per input position of a sample, cause."""
+        """Number of accumulates that spikes cause. spikes: counts per input position of one sample."""
         return 0.0
 
     # what a file holds
 
     @classmethod
     def contradiction(cls, config):
-        """What fields of a file's `config` contradict each other, in words, or None."""
+        """A contradiction between fields of a file's `config`, in words, or None."""
         return None
 
     def config(self):
@@ -137,7 +148,7 @@ class SpikeLayer(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in self.config().items() if value is not None)
 
     def trained_parameters(self):
-        """The parameters that finetuning moves: those that are not frozen."""
+        """The parameters that finetuning changes: those that are not frozen."""
         named = self.named_parameters()
         return [p for name, p in named if p.requires_grad and name not in self.frozen]
 
@@ -145,7 +156,8 @@ class SpikeLayer(nn.Module):
 def frozen_names(weight, bias):
     """The names among "weight" and "bias" that are frozen parameters, or not parameters at all.
 
-    While a network is traced without gradients, only a parameter still tells: what is computed from one does not.
+    The network is traced without gradients, so a tensor computed from parameters does not show whether it is trained.
+    It counts as trained.
     """
     named = {"weight": weight, "bias": bias}
     return frozenset(
@@ -160,5 +172,5 @@ def as_pair(value):
 
 
 def widened(data):
-    """Spikes as float32, in which sums are exact; other types as they are."""
+    """uint8 spikes as float32, in which sums are exact; other types unchanged."""
     return data.to(torch.float32) if data.dtype == torch.uint8 else data

@@ -1,4 +1,4 @@
-"""Layers that join or rearrange values: add, concatenation, padding, view."""
+"""Layers that join or rearrange values: addition, concatenation, padding, view."""
 
 import math
 
@@ -11,10 +11,10 @@ from spike_tensor import Current, SpikeTensor
 
 
 class SpikeAdd(SpikeLayer):
-    """The sum of two inputs.
+    """The sum of two inputs of the same shape.
 
-    Converted, inputs that are spikes become currents by an integer weight each (`branch_weights`, with None for an
-    input that is a current already), so that all inputs of the neuron share one unit.
+    Converted, each input of spikes is multiplied by an integer weight (`branch_weights`) and becomes a current, so that
+    all inputs of the neuron share one unit. An input that is already a current in this unit has the weight None.
     """
 
     fields = {"branch_weights": several(either(NONE, POTENTIALS), 2, 2)}  # noqa: RUF012
@@ -26,18 +26,18 @@ class SpikeAdd(SpikeLayer):
         self.set_branch_weights(branch_weights)
 
     def set_branch_weights(self, branch_weights):
-        """One entry per input: None, or the weight, a scalar tensor or broadcastable to an input's data[0]."""
+        """Store one weight per input: None, a scalar tensor, or one broadcastable to a sample of that input."""
         for i, weight in enumerate(branch_weights):
             self.register_buffer(f"branch_weight{i}", weight)
 
     @property
     def branch_weights(self):
-        """The weight of each input, None for a current as it is."""
+        """The weight of each input, None for a current in the add's own unit."""
         return self.branch_weight0, self.branch_weight1
 
     @classmethod
     def traced(cls, trace, function, input, other, *, alpha=1):
-        if isinstance(other, (int, float)) and other == 0:  # what sum(...) starts with
+        if isinstance(other, (int, float)) and other == 0:  # Python's sum(...) starts with 0
             return trace.record_nothing(torch.Tensor.clone, input)
         check_add(trace, function, input, other, alpha)
         return trace.record("add", cls(), [input, other], torch.add(input, other))
@@ -56,7 +56,7 @@ class SpikeAdd(SpikeLayer):
         return self.join(x, self.branch_weight0, y, self.branch_weight1)
 
     def join(self, x, weight_x, y, weight_y):
-        """The sum; spikes that come to a current are added where the neuron reads them."""
+        """The sum as a Current. Spikes beside a current are only attached to it; the neuron adds them."""
         is_plain = isinstance(x, Current) and weight_x is None and not x.constant and x.spikes is None
         if is_plain and isinstance(y, SpikeTensor):
             return Current(x.data, x.timesteps, spikes=(y.data, weight_y))
@@ -67,7 +67,7 @@ class SpikeAdd(SpikeLayer):
 
     @staticmethod
     def to_current(x, weight):
-        """Spikes, or currents of another unit, times their weight; other currents as they are."""
+        """Spikes or a current times their weight, as a Current; without a weight, `x` itself."""
         if weight is None:
             return x
         data = widened(x.total() if isinstance(x, Current) else x.data)
@@ -81,7 +81,10 @@ class SpikeAdd(SpikeLayer):
         return sum(bound * (1 if weight is None else weight.abs().max().item()) for bound, weight in weights)
 
     def plan(self, place):
-        """An add of currents and spikes in front of a neuron, of spikes with a neuron of its own, or an ANN add."""
+        """CURRENT before a neuron; SPIKES, with a neuron of its own, for spikes that stay spikes; ANALOG in ANN parts.
+
+        Raises ValueError where activations meet spikes or currents that cannot be decoded there.
+        """
         if set(place.reads) == {SPIKES} and (place.needs_spikes or not place.feeds_neuron):
             return place.passes_on()
         if CURRENT in place.reads or (SPIKES in place.reads and place.feeds_neuron):
@@ -90,7 +93,10 @@ class SpikeAdd(SpikeLayer):
         return ANALOG
 
     def convert(self, setter, entry):
-        """Integer weights for the inputs that have another unit; a neuron where no ReLU follows."""
+        """Set an integer weight for every input in another unit, and a neuron if no ReLU follows.
+
+        Raises ValueError if an integer weight is too coarse (`SpikeSetter.branch_weight`).
+        """
         fires = entry.name in setter.plan.firing
         unit = setter.spike_sum_unit([setter.scales[n] for n in entry.inputs]) if fires else setter.unit_of(entry.out)
         weights = []
@@ -120,11 +126,11 @@ class SpikeAdd(SpikeLayer):
         return 0.0, float(outputs)
 
     def spike_operations(self, spikes):
-        return spikes.double().sum().item()  # one synapse a spike
+        return spikes.double().sum().item()  # one synapse per spike
 
 
 def check_add(trace, function, input, other, alpha):
-    """Refuse what is not a plain sum of two activations of one shape."""
+    """Raise NotImplementedError unless this is a plain sum of two activations of the same shape."""
     trace.refuse_constants(function, input, other)
     if alpha != 1:
         trace.refuse(function, "only alpha=1 is supported, move the factor into the weights before it")
@@ -133,7 +139,7 @@ def check_add(trace, function, input, other, alpha):
 
 
 class ConcatOp(SpikeLayer):
-    """Concatenation of any number of inputs along dimension `dim` (not the batch)."""
+    """Concatenation of any number of inputs along dimension `dim`, which is never the batch."""
 
     fields = {"dim": DIM}  # noqa: RUF012
     arity = (1, 2**31)
@@ -163,14 +169,14 @@ class ConcatOp(SpikeLayer):
         return SpikeTensor.like(data, inputs[0].timesteps, scale)
 
     def join_currents(self, inputs):
-        """Currents, and spikes as currents of 0 or 1, side by side; each has its unit."""
+        """Concatenate currents. Spikes count as currents of 0 or 1. Each input keeps its own unit."""
         if all(isinstance(x, Current) and x.constant for x in inputs):
             return inputs[0].like(torch.cat([x.total() for x in inputs], self.dim))
         steps = [x.per_step().flatten(0, 1) if isinstance(x, Current) else x.data for x in inputs]
         return Current(torch.cat(steps, self.dim), inputs[0].timesteps)
 
     def plan(self, place):
-        """Spikes side by side; with currents among them, currents; or activations."""
+        """SPIKES for spikes, CURRENT for currents or a mix of both, ANALOG in ANN parts. ValueError for other mixes."""
         if set(place.reads) == {SPIKES}:
             return place.passes_on()
         if CURRENT in place.reads and ANALOG not in place.reads and place.feeds_neuron:
@@ -179,13 +185,13 @@ class ConcatOp(SpikeLayer):
         return ANALOG
 
     def convert(self, setter, entry):
-        """What is joined keeps its lambda or its unit."""
+        """Keep the lambda or unit of every input. Raises ValueError if one channel would hold different lambdas."""
         values = [setter.value_of(node).float() for node in entry.inputs]
         if self.dim != 1:
             setter.check_same_scale(entry.name, torch.stack([value.max() for value in values]))
         joined = concat_scales(values, [setter.shapes[node] for node in entry.inputs], self.dim - 1)
         if self.dim != 1 and joined is not values[0]:
-            joined = joined.mean()  # of next to equal ones
+            joined = joined.mean()  # they are nearly equal: check_same_scale has passed
         if setter.plan.kinds[entry.out] == SPIKES:
             setter.scales[entry.out] = joined
         else:
@@ -197,9 +203,11 @@ class ConcatOp(SpikeLayer):
 
 
 def concat_scales(scales, shapes, dim):
-    """One scale for concatenated spikes: every input's own scale, repeated along `dim` over its channels.
+    """The scale of concatenated values: the scale of each input, expanded to its shape along `dim`.
 
-    One that all inputs have stays as it is, but along the channels, `dim` 0, where each brings its own.
+    scales: one per input, a scalar or broadcastable to a sample. shapes: of a sample of each input. dim: of a sample, 0
+    for the channels. If all inputs have equal scales, the result is that scale itself, except for per-channel scales
+    along the channels.
     """
     if (dim or scales[0].numel() == 1) and all(torch.equal(scale, scales[0]) for scale in scales):
         return scales[0]
@@ -210,7 +218,7 @@ def concat_scales(scales, shapes, dim):
 
 
 class SpikePad(SpikeLayer):
-    """Zeros around height and width: `pads` is (left, right, top, bottom), as in F.pad; negative values crop."""
+    """Zero padding of height and width. pads: (left, right, top, bottom) as in F.pad; negative values crop."""
 
     fields = {"pads": several(whole(-4096, 4096), 4, 4)}  # noqa: RUF012
     is_linear = hands_on = passes_spikes = passes_sums = True
@@ -241,7 +249,7 @@ class SpikePad(SpikeLayer):
 
 
 class ViewOp(SpikeLayer):
-    """A new shape for every sample: [B, ...] -> [B, *shape]; the batch size is not part of it."""
+    """A new shape for every sample: [B, ...] -> [B, *shape]."""
 
     fields = {"shape": several(CHANNELS, 0, 8)}  # noqa: RUF012
     is_linear = hands_on = passes_spikes = passes_sums = passes_scale = True
@@ -253,7 +261,7 @@ class ViewOp(SpikeLayer):
 
     @property
     def passes_shift(self):
-        """A constant per channel passes where a sample becomes one row of features."""
+        """A constant per channel passes a view that flattens a sample into one row of features."""
         return len(self.shape) == 1
 
     @classmethod
@@ -283,7 +291,7 @@ class ViewOp(SpikeLayer):
         return SpikeTensor.like(data, x.timesteps, scale)
 
     def convert(self, setter, entry):
-        """The same values in another shape."""
+        """Give the lambdas or units the new shape. Raises ValueError if one channel would hold different lambdas."""
         node, value = entry.inputs[0], setter.value_of(entry.inputs[0])
         if value.dim():
             value = value.expand(setter.shapes[node]).reshape(setter.shapes[entry.out])

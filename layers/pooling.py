@@ -1,4 +1,4 @@
-"""Poolings: average pooling as a convolution of fixed weights, max pooling of spikes."""
+"""Pooling layers: average pooling as a convolution with fixed weights, max pooling of spikes."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from spike_tensor import Current, Memory, SpikeTensor
 
 
 class SpikeAvgPool2d(SpikeConv2d):
-    """Average pooling as a depthwise convolution of fixed weights 1/(kernel_size**2); in integers, ones.
+    """Average pooling as a depthwise convolution with fixed weights 1/(kernel_size**2); the integer weights are ones.
 
     Spikes get a neuron of its own; of what flows into a neuron behind it, it is the sum. folded: part of the layers
     behind it, which then weigh every spike of a window: it has no neuron and hands on sums of spikes, in their type.
@@ -39,17 +39,17 @@ class SpikeAvgPool2d(SpikeConv2d):
 
     @property
     def channels(self):
-        """C, of input and output."""
+        """Number of channels, C."""
         return self.in_channels
 
     @property
     def window(self):
-        """Inputs of one output."""
+        """Number of inputs of one output."""
         return self.weight[0].numel()
 
     @property
     def passes_shift(self):
-        """A constant passes unless zeros are padded beside it."""
+        """A constant per channel passes if there is no zero padding."""
         return not any(self.padding)
 
     @classmethod
@@ -67,7 +67,7 @@ class SpikeAvgPool2d(SpikeConv2d):
     ):
         output = function(input, kernel_size, stride, padding)
         kernel, padding = as_pair(kernel_size), as_pair(padding)
-        # ceil_mode makes no difference where the last windows are whole, as on the traced size
+        # ceil_mode makes no difference if the last windows are whole at the traced size
         has_part_windows = ceil_mode and function(input, kernel, stride, padding, True).shape != output.shape
         has_other_divisor = divisor_override not in (None, kernel[0] * kernel[1])
         if has_part_windows or has_other_divisor or (not count_include_pad and padding != (0, 0)):
@@ -87,7 +87,7 @@ class SpikeAvgPool2d(SpikeConv2d):
         refuse_uneven_windows(trace, function, sizes, window)
         output = function(input, output_size)
         kernel = tuple(extent // size for size, extent in zip(sizes, window))
-        if kernel == (1, 1):  # a view of the same shape refuses images of another size, where it would be a pooling
+        if kernel == (1, 1):  # a view refuses images of another size, which would have to be pooled
             return trace.record("view", ViewOp(output.shape[1:]), [input], output)
         op = cls(input.shape[1], kernel, kernel, input_size=window)
         return trace.record("avg_pool", op, [input], output)
@@ -105,7 +105,7 @@ class SpikeAvgPool2d(SpikeConv2d):
         return window_contradiction(config)
 
     def check_size(self, size):
-        """Raise ValueError for an input of another (height, width) than the windows were chosen for."""
+        """Raise ValueError if the input's (height, width) is not the `input_size` of the windows."""
         if self.input_size is not None and tuple(size) != self.input_size:
             raise ValueError(
                 f"an average pooling has windows for an input of {list(self.input_size)} and gets {list(size)}: give "
@@ -128,7 +128,7 @@ class SpikeAvgPool2d(SpikeConv2d):
 
     def operate(self, input, weight, bias):
         sums = F.avg_pool2d(input, self.kernel_size, self.stride, self.padding, divisor_override=1)
-        return sums * weight[:, 0, :1, :1]  # a convolution for each channel, but faster
+        return sums * weight[:, 0, :1, :1]  # the same as a depthwise convolution, but faster
 
     def largest_sum(self, largest_read):
         return largest_read[0] * self.window
@@ -137,9 +137,9 @@ class SpikeAvgPool2d(SpikeConv2d):
         return place.passes_on()  # not as a layer with trained weights
 
     def convert(self, setter, entry):
-        """Ones, s_w = k*k. Spikes get a neuron with a threshold of its own, currents are summed.
+        """Set integer weights of one, s_w = k*k. For spikes set a neuron; currents are only summed.
 
-        Folded, it sums spikes for the layers behind it, whose weights then weigh units of lambda / (k*k).
+        A folded pooling sums spikes without a neuron: one spike in its output has the lambda of its input / (k*k).
         """
         node, out = entry.inputs[0], entry.out
         unit = setter.value_of(node) / self.window
@@ -159,7 +159,7 @@ class SpikeAvgPool2d(SpikeConv2d):
         return "it is folded, or reads currents, and has neurons" if self.neuron is not None and has_none else None
 
     def ann_operations(self, shape, outputs):
-        return 0.0, self.synapses(shape)  # it only accumulates
+        return 0.0, self.synapses(shape)  # additions only
 
     def spike_operations(self, spikes):
         return 0.0 if self.folded else super().spike_operations(spikes)
@@ -169,7 +169,7 @@ class SpikeAvgPool2d(SpikeConv2d):
 
 
 def window_contradiction(config):
-    """What fields of a pooling's windows contradict each other, in words, or None."""
+    """A contradiction between the window fields of a pooling's `config`, in words, or None."""
     defaults = {"kernel_size": 1, "dilation": 1, "padding": 0}
     sizes = [as_pair(config.get(name, default)) for name, default in defaults.items()]
     if any(2 * pad > step * (size - 1) + 1 for size, step, pad in zip(*sizes)):
@@ -178,7 +178,7 @@ def window_contradiction(config):
 
 
 def refuse_uneven_windows(trace, function, sizes, window):
-    """Refuse an adaptive pooling of `window` to `sizes` whose windows differ in size, or overlap."""
+    """Raise NotImplementedError if an adaptive pooling of `window` to `sizes` has overlapping or unequal windows."""
     if any(size > extent for size, extent in zip(sizes, window)):
         trace.refuse(
             function,
@@ -193,12 +193,12 @@ def refuse_uneven_windows(trace, function, sizes, window):
 
 
 class SpikeMaxPool2d(SpikeLayer):
-    """Max pooling; converted, of spikes.
+    """Max pooling, [B, C, H, W] -> [B, C, H', W']; converted, it pools spikes.
 
-    mode "gate": a spike passes when it raises the largest spike count of its window, so that the output's count is the
-    largest count at every step (the gate of Rueckauer et al., Frontiers in Neuroscience 2017, which lets the input
-    with the most spikes pass, without the spikes it lets through when the leader changes). mode "or": the maximum of
-    the spikes of each step. None: not chosen.
+    mode "gate": a spike passes if it raises the largest spike count in its window. The output's count is then the
+    largest count at every step. The gate of Rueckauer et al., Frontiers in Neuroscience 2017, passes the input with the
+    most spikes; it sends additional spikes when another input takes the lead, this one does not.
+    mode "or": the output is the maximum of the spikes of each step. None: not chosen yet.
     """
 
     modes = ("gate", "or")
@@ -221,7 +221,7 @@ class SpikeMaxPool2d(SpikeLayer):
         padding=0,
         dilation=1,
         ceil_mode=False,
-        return_indices=False,  # with indices it is another function, which is refused
+        return_indices=False,  # True calls another torch function, which is refused
     ):
         sizes = as_pair(kernel_size), as_pair(stride or kernel_size), as_pair(padding), as_pair(dilation)
         op = cls(*sizes, ceil_mode)
@@ -238,9 +238,9 @@ class SpikeMaxPool2d(SpikeLayer):
         return x
 
     def send(self, spikes, memory=None):
-        """The spikes that pass, [T*B, C, H', W']; counts stay in `memory` for more steps."""
+        """The spikes that pass, [T*B, C, H', W']. `memory` keeps the spike counts for the next chunk of steps."""
         if self.mode == "or":
-            largest = self.activation(spikes.data.to(torch.float32))  # PyTorch pools no large maps of integers
+            largest = self.activation(spikes.data.to(torch.float32))  # PyTorch cannot pool large integer maps
             return SpikeTensor.like(largest.to(spikes.data.dtype), spikes.timesteps, spikes.scale_factor)
         memory = Memory(spikes.timesteps) if memory is None else memory
         steps = spikes.data.unflatten(0, (spikes.timesteps, -1))  # [T, B, C, H, W]
@@ -255,7 +255,7 @@ class SpikeMaxPool2d(SpikeLayer):
         return SpikeTensor.like(torch.cat(passed), spikes.timesteps, spikes.scale_factor)
 
     def plan(self, place):
-        """Spikes in the chosen mode, or activations."""
+        """SPIKES or ANALOG, as its input. Raises ValueError for currents, and for spikes without a chosen mode."""
         if place.reads[0] == CURRENT:
             raise ValueError(f"{place.where} pools values that may be negative, put a ReLU before it, or next behind")
         kind = place.passes_on()

@@ -1,4 +1,4 @@
-"""Layers with weights: convolutions, transposed convolutions, linear layers."""
+"""Layers with trained weights: convolutions, transposed convolutions, linear layers."""
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ CONVOLUTION = {"in_channels": CHANNELS, "out_channels": CHANNELS, **WINDOW, "gro
 
 
 def convolution_contradiction(config):
-    """What fields of a convolution contradict each other, in words, or None."""
+    """A contradiction between the fields of a convolution's `config`, in words, or None."""
     groups, channels = config.get("groups", 1), (config.get("in_channels", 0), config.get("out_channels", 0))
     if channels[0] % groups or channels[1] % groups:
         return f"groups {groups} do not divide the {channels[0]} and {channels[1]} channels"
@@ -25,21 +25,21 @@ def convolution_contradiction(config):
 
 
 class WeightedLayer(SpikeLayer, abstract=True):
-    """A layer with weights: `operate(input, weight, bias)` is its function.
+    """A layer with weights. `operate(input, weight, bias)` computes it.
 
-    Converted, it also holds weight_q (integers), bias_q (integers, added every step) and unit: the activation that
-    one unit of membrane potential stands for, a scalar or one per output channel, broadcastable to the output.
+    Converted, it also holds weight_q (int8, or float for float weights), bias_q (int32, or float for float weights and
+    behind the image; added at every step) and unit: activation per unit of membrane potential, a scalar or
+    broadcastable to an output sample.
 
     weight_scale: s_w of a quantized layer, W = W_q / s_w; a scalar or broadcastable to W, None before quantization.
-    weight_bits: bit width of the integers, None before quantization.
-    largest_input: of the integers that the layer reads at a step: 1 for spikes, the window's size behind a folded
-    pooling.
+    weight_bits: bit width of the integer weights, None before quantization.
+    largest_input: largest input in one step: 1 for spikes, the window's size behind a folded pooling.
     learns: autograd follows the currents to weights and biases (`finetuning.on_spikes.learning`).
     """
 
     has_weights = is_trained = carries_bias = True
-    spatial = 0  # dimensions of a sample behind the channels
-    currents = None  # the SpikeCurrents that computes them, from the first spikes on
+    spatial = 0  # number of dimensions of a sample behind the channels
+    currents = None  # a SpikeCurrents, which computes currents from spikes; created with the first spikes
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -48,11 +48,11 @@ class WeightedLayer(SpikeLayer, abstract=True):
         self.largest_input = 1
         self.learns = False
 
-    # views: a value per channel in the shape of weights, inputs, outputs
+    # views: values per channel, shaped for weights, inputs or outputs
 
     @property
     def output_channels(self):
-        """C_out."""
+        """Number of output channels, C_out."""
         return len(self.weight)
 
     def rows(self, weight):
@@ -60,19 +60,19 @@ class WeightedLayer(SpikeLayer, abstract=True):
         return weight.flatten(1)
 
     def weight_view(self, values):
-        """A value per output channel, [C_out], broadcastable to the weight; a scalar as it is."""
+        """Values per output channel, [C_out], made broadcastable to the weight; a scalar is returned unchanged."""
         return values.reshape(-1, *[1] * (self.weight.dim() - 1)) if values.dim() else values
 
     def per_output(self, values):
-        """The inverse of `weight_view`."""
+        """The inverse of `weight_view`: [C_out], or a scalar."""
         return values.flatten() if values.dim() else values
 
     def per_output_unit(self):
         """The unit as [C_out], or a scalar."""
-        return self.unit.flatten() if self.unit.dim() else self.unit  # [1] of one channel, which a bias needs
+        return self.unit.flatten() if self.unit.dim() else self.unit  # [1] for one channel, as the bias
 
     def input_view(self, values):
-        """A value per input channel, [C_in], broadcastable to the weight; a scalar as it is."""
+        """Values per input channel, [C_in], made broadcastable to the weight; a scalar is returned unchanged."""
         groups, rows = getattr(self, "groups", 1), len(self.weight)
         if not values.dim():
             return values
@@ -80,7 +80,7 @@ class WeightedLayer(SpikeLayer, abstract=True):
         return per_output.view(*per_output.shape, *[1] * self.spatial)
 
     def output_view(self, values):
-        """A value per output channel, [C_out], broadcastable to an output sample; a scalar as it is."""
+        """Values per output channel, [C_out], made broadcastable to an output sample; a scalar stays a scalar."""
         return values.reshape(-1, *[1] * self.spatial) if values.dim() else values
 
     # what it computes
@@ -94,7 +94,7 @@ class WeightedLayer(SpikeLayer, abstract=True):
         return x.like(self.operate(x.data, self.weight, self.bias) / self.unit)  # the real-valued image
 
     def current_of(self, spikes):
-        """What spikes [T*B, ...] cause: integers, exact in the type they come in."""
+        """The current of spikes [T*B, ...]: integers, represented exactly, unless weights are floats."""
         if self.learns:
             bias_q = None if self.bias_q is None else self.whole(self.bias / self.per_output_unit())
             return self.operate(spikes, self.whole(self.weight * self.weight_scale), bias_q)
@@ -103,7 +103,7 @@ class WeightedLayer(SpikeLayer, abstract=True):
         return self.currents(self, spikes)
 
     def whole(self, values):
-        """The integers that `values` nearly are, with their gradient; float weights as they are."""
+        """`values` rounded, with the gradient of `values`; unchanged for float weights."""
         return values if self.weight_q.is_floating_point() else values + (values.round() - values).detach()
 
     def largest_current(self):
@@ -121,28 +121,28 @@ class WeightedLayer(SpikeLayer, abstract=True):
         return None
 
     def packs_int8(self):
-        """Whether this layer and this machine compute in 8-bit integers."""
+        """Whether this layer's currents can be computed in 8-bit integers on this machine."""
         return int8_is_exact(self.largest_input)
 
     def convolves_on_gpu(self, device):
-        """Whether a GPU has a kernel in integers for this layer."""
+        """Whether the GPU `device` has an integer kernel for this layer."""
         return False
 
     # how it converts
 
     def set_weight_scale(self, weight_scale):
-        """Store s_w, what one over the value of one integer step is."""
+        """Store s_w, the number of integer steps per unit of weight."""
         self.weight_scale = weight_scale.contiguous()  # an expanded one would not load from a file
 
     def set_integers(self, weight_q, bias_q, unit):
-        """Store what the spiking function needs."""
+        """Store the integer weights, the bias per step (or None) and the unit."""
         self.register_buffer("weight_q", weight_q)
         self.register_buffer("bias_q", bias_q)
         self.register_buffer("unit", torch.as_tensor(unit))
 
     @torch.no_grad()
     def scale_output(self, factor, shift=None):
-        """Make the layer compute `factor * its output + shift`, [C_out] each."""
+        """Change weights and bias so that the output becomes factor * output + shift; factor, shift: [C_out]."""
         self.weight.mul_(self.weight_view(factor))
         if self.bias is not None:
             self.bias.mul_(factor)
@@ -150,7 +150,7 @@ class WeightedLayer(SpikeLayer, abstract=True):
             self.bias = nn.Parameter(shift.detach().clone() if self.bias is None else self.bias + shift)
 
     def plan(self, place):
-        """A current for a neuron, or the network's last layer, which stays ANN."""
+        """CURRENT before a neuron; ANALOG for the last layer. Raises ValueError if a ReLU is missing."""
         if place.reads[0] == CURRENT:
             split = "" if place.splits_signs() else ", or split what it reads by sign (--signed pair)"
             raise ValueError(f"{place.where} has no ReLU before it: add one{split}")
@@ -177,15 +177,15 @@ class WeightedLayer(SpikeLayer, abstract=True):
         return None if hasattr(self, "weight_q") else "it has no weight_q"
 
     def held(self, inputs, output):
-        return [("unit", self.unit, output.shape[1:])]  # its integers have the shape of its weights
+        return [("unit", self.unit, output.shape[1:])]  # weight_q has the shape of the weight, which fits
 
     # what it costs
 
     def fan_out(self, shape):
-        """Synapses that leave every input position: float64 of `shape`, one sample without the batch.
+        """Number of synapses that leave every input position: float64, in `shape`, that of one sample.
 
-        The adjoint of the layer with weights of one, applied to an output of ones: what each input adds to the sum of
-        all outputs. Exact for every linear layer, strided, dilated, grouped or transposed, and at the borders.
+        It is the gradient of the sum of all outputs by each input, with all weights set to one. This is exact for every
+        linear layer: strided, dilated, grouped or transposed, and at the borders.
         """
         ones = torch.ones_like(self.weight, dtype=torch.float64)
         input = torch.zeros(1, *shape, dtype=torch.float64, device=ones.device, requires_grad=True)
@@ -194,7 +194,7 @@ class WeightedLayer(SpikeLayer, abstract=True):
         return gradient[0]
 
     def synapses(self, shape):
-        """Synapses without those at the borders that read padding: its MACs per sample in an ANN."""
+        """Number of synapses, without those that read padding: the MACs per sample in an ANN."""
         return self.fan_out(shape).sum().item()
 
     def ann_operations(self, shape, outputs):
@@ -211,7 +211,7 @@ class WeightedLayer(SpikeLayer, abstract=True):
     # how it is traced
 
     def take(self, weight, bias):
-        """Clones of a traced layer's weight and bias become the parameters."""
+        """Take clones of a traced layer's weight and bias as parameters."""
         self.weight = nn.Parameter(weight.detach().clone())
         if bias is not None:
             self.bias = nn.Parameter(bias.detach().clone())
@@ -241,13 +241,14 @@ class SpikeConv2d(WeightedLayer, nn.Conv2d):
 
     def operate(self, input, weight, bias):
         if self.skips_pixels() and torch.is_grad_enabled() and weight.requires_grad:
-            # the same from the pixels that are read: torch 2.14.1's own weight gradient may end the process on a CPU
+            # The same result from only the pixels that are read: with stride, the weight gradient of torch 2.14.1 can
+            # crash the process on a CPU.
             rows, columns = self.stride
             return F.conv2d(input[:, :, ::rows, ::columns], weight, bias, groups=self.groups)
         return self._conv_forward(input, weight, bias)
 
     def skips_pixels(self):
-        """Whether it is a 1x1 convolution that reads only some of the pixels, as in the shortcuts of ResNets."""
+        """Whether this is a 1x1 convolution with a stride, as in the shortcuts of ResNets."""
         return self.kernel_size == (1, 1) and self.stride != (1, 1) and self.padding in ((0, 0), "valid")
 
     def packs_int8(self):
@@ -266,7 +267,7 @@ class SpikeConv2d(WeightedLayer, nn.Conv2d):
 
 
 class SpikeConvBN(SpikeConv2d):
-    """A convolution with the BatchNorm behind it folded into its weights and bias (`fold_batch_norms`)."""
+    """A convolution with the following BatchNorm folded into its weights and bias (`fold_batch_norms`)."""
 
 
 class SpikeConvTranspose2d(WeightedLayer, nn.ConvTranspose2d):
