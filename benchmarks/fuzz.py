@@ -468,9 +468,15 @@ def flags_of(script):
 
     found = []
     parse = OneLineParser.parse_args
-    OneLineParser.parse_args = lambda parser, argv=None: found.extend(parser._actions)
+
+    def collect(parser, argv=None):
+        found.extend(parser._actions)
+        raise StopIteration  # what a script does with its arguments is not wanted
+
+    OneLineParser.parse_args = collect
     try:
-        script.parse_args([])
+        with contextlib.suppress(StopIteration):
+            script.parse_args([])
     finally:
         OneLineParser.parse_args = parse
     return found
