@@ -64,7 +64,9 @@ def settle_former_flags(args, given):
     Returns `(flag, reason)` for each former flag without effect.
     """
     unused = []
-    if args.pretrained and args.ann_weight is None:
+    if args.pretrained and args.ann_weight not in (None, "pretrained"):
+        unused.append(("pretrained", "--ann_weight names the weights"))
+    elif args.pretrained:
         args.ann_weight = "pretrained"
     if args.quantile is not None:
         if args.threshold in ("max", "mse"):

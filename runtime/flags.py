@@ -44,7 +44,7 @@ def number_in(span):
         if number is None and isinstance(span, Whole) and span.most == LARGEST and is_over(text, LARGEST):
             raise argparse.ArgumentTypeError(f"{text} is over {LARGEST}")
         if number is None:
-            raise argparse.ArgumentTypeError(f"{text} is not {span}")
+            raise argparse.ArgumentTypeError(f"{text}: use {span}")
         return number
 
     return convert
