@@ -319,7 +319,8 @@ def draw_neurons(neurons, layers):
         right.set_xlim(0, len(steps) + 1)
     for axis in axes[-1]:
         axis.set_xlabel("timestep")
-    axes[0, 0].legend(fontsize=8, loc="best")
+    labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside upper center", ncols=3, frameon=False, fontsize=8)  # beside the curves
     return figure
 
 
