@@ -106,9 +106,8 @@ def load_network(args, images):
     net = get_net_by_name(args.net_name, images.channels, images.num_classes)
     if args.ann_weight is not None:
         load_weights(net, args.ann_weight)
-    check_runs(
-        net, args.net_name, images[0][0]
-    )  # in eval mode, like the check of the outputs; train_epoch sets its own
+    # both checks run in eval mode; train_epoch sets its own
+    check_runs(net, args.net_name, images[0][0])
     check_outputs = check_detects if args.dataset in DETECTION_DATASETS else check_classifies
     check_outputs(net, args.net_name, images)
     return net

@@ -9,7 +9,6 @@ from quantization import sampling_stride
 from runtime.batches import batches_of, on_device, split_batch
 
 MOST_SAMPLES = 1_000_000  # pooled activations per layer
-
 LEAST_SHARE = 1 / 16  # smallest lambda of a channel, relative to its layer's: below, integer weights become too coarse
 
 

@@ -8,7 +8,8 @@ their rounding errors.
 import torch
 
 from conversion.lambdas import Groups, largest_spikes, spike_targets
-from quantization import FLOAT_BITS, largest_integer, quantize_layer, round_layer
+from options import FLOAT_BITS
+from quantization import largest_integer, quantize_layer, round_layer
 from spike_layers import ANALOG, CURRENT, SPIKES
 
 LARGEST_INTEGER = 2**20  # largest threshold, bias or branch weight: sums of them stay exact in float32

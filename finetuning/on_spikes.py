@@ -50,13 +50,13 @@ from spike_dag import one_or_all
 from spike_simulator import Stages, bound_currents, cut, each_part, run_ops
 from spike_tensor import Memory, SpikeTensor
 
-BATCH = 32  # calibration images per step; small, because many steps must come from few images
+CALIBRATION_BATCH = 32  # calibration images per step; small, because many steps must come from few images
 LR_TIMES_T = 0.03  # learning rate without labels, times T; relative to the RMS of a layer's weights
 LR_WITH_LABELS = 0.02  # learning rate with labels, times sqrt(T): 0.01 at T = 4, 0.005 at T = 16
 MOST_THROUGH_TIME = 4  # timesteps; at T = 8 the tandem gradient gave resnet20 the same accuracy in half the time
 MOST_UNROLLED = {"cpu": 128, "cuda": 512}  # images times timesteps in one backward pass, which bounds its memory
 INTERVAL = 0.49  # distance from an integer, in integer steps; just below 1/2, so that it surely rounds to the integer
-TEMPERATURE = 2.0  # divides the class scores of teacher and student, which softens their distributions
+SPIKES_TEMPERATURE = 2.0  # divides the class scores of teacher and student, which softens their distributions
 
 
 def finetune_spikes(
@@ -163,12 +163,12 @@ def finetune_on_spikes(snn, qnet, ann, train_loader, calibration_loader, criteri
 
 
 def first_images(loader, samples):
-    """The first `samples` images of a loader, in batches of `BATCH`; small batches give many steps on few images."""
+    """The first `samples` images of a loader, in batches of `CALIBRATION_BATCH`."""
     batches, seen = [], 0
     for batch in loader:
         inputs, labels = split_batch(batch)
         few = [x[: samples - seen] for x in inputs]
-        batches += parts_of(few, None if labels is None else labels[: samples - seen], BATCH)
+        batches += parts_of(few, None if labels is None else labels[: samples - seen], CALIBRATION_BATCH)
         seen += len(inputs[0])
         if seen >= samples:
             break
@@ -182,7 +182,7 @@ def total_loss(snn, inputs, targets, *, forward, criterion, teacher, features):
     if teacher is not None:
         with torch.no_grad():
             wanted, known = ann_forward(teacher, inputs)
-        loss = loss + distillation_loss(first_output(outputs), first_output(wanted), TEMPERATURE)
+        loss = loss + distillation_loss(first_output(outputs), first_output(wanted), SPIKES_TEMPERATURE)
         errors = [relative_error(activation, known[name]) for name, activation in activations]
         loss = loss + features * sum(errors) / max(len(errors), 1)
     return loss

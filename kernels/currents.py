@@ -106,10 +106,9 @@ class Int8Weights:
     def __call__(self, spikes):
         """The currents, float32 [N, C_out, ...], of uint8 spikes [N, C_in, ...]."""
         weights = (self.packed, self.scale, self.zero, self.bias)
+        tail = (1.0, 0, torch.float32, "none", [], "")  # output scale, zero point and type; nothing after the sum
         if self.conv is None:
-            tail = (1.0, 0, torch.float32, "none", [], "")
             return torch.ops.onednn.qlinear_pointwise(spikes, 1.0, 0, *weights, *tail)
-        tail = (1.0, 0, torch.float32, "none", [], "")
         spikes = spikes.contiguous(memory_format=torch.channels_last)
         return torch.ops.onednn.qconv2d_pointwise(spikes, 1.0, 0, *weights, *self.conv, *tail)
 

@@ -13,9 +13,9 @@ from spike_tensor import Current, Memory, SpikeTensor
 class SpikeAvgPool2d(SpikeConv2d):
     """Average pooling as a depthwise convolution with fixed weights 1/(kernel_size**2); the integer weights are ones.
 
-    Spikes get a neuron of its own; of what flows into a neuron behind it, it is the sum. folded: part of the layers
-    behind it, which then weigh every spike of a window: it has no neuron and hands on sums of spikes, in their type.
-    Before the conversion it is a wish: `conversion.plan.folded_poolings` decides where folding is possible.
+    If it reads spikes, it has a neuron of its own; currents it only sums. folded: it has no neuron and hands on the
+    number of spikes in each window, and the layers behind it weigh that number. Before the conversion this is a wish:
+    `conversion.plan.folded_poolings` decides where folding is possible.
     input_size: (height, width) that the windows were chosen for, where they depend on it, as in an adaptive pooling;
     the threshold depends on the windows, so that an input of another size is refused. None for any size.
     """

@@ -11,8 +11,9 @@ import torch
 from tqdm import tqdm
 
 from conversion.correction import correct_spikes
+from options import FLOAT_BITS
 from pipeline import convert_by_options, with_levels
-from quantization import FLOAT_BITS, init_quantize_net, quantize_finetune
+from quantization import init_quantize_net, quantize_finetune
 from reports.observe import spikes_of
 from runtime.device import seed_everything
 

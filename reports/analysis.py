@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from conversion.correction import bias_beyond
 from hw_constraints import HARDWARE, bitwidths_by_name, hardware_layers, hardware_table
-from options import DEFAULT_CHIP
+from options import DEFAULT_CHIP, FLOAT_BITS
 from pipeline import versions
-from quantization import FLOAT_BITS, round_to_integers
+from quantization import round_to_integers
 from reports.alternatives import repair_layers, score_error, sweep, try_alternatives
 from reports.energy import count_operations, energy_table, potential_bound, signed_bits
 from reports.errors import PARTS, ErrorSums, decoded, initial_share, split_error
