@@ -16,6 +16,8 @@ from runtime.rules import (
     INTEGERS,
     NAMES,
     NONE,
+    NUMBER,
+    POSITIVE,
     POTENTIALS,
     STEPS,
     TEXT,
@@ -50,6 +52,13 @@ NETWORK = {
     "timesteps": either(NONE, STEPS),
     "training": BOOL,
     "ops": instance((list, tuple), "a list"),
+}
+PREPROCESSING = {
+    "input_shape": several(whole(1, 65536), 3, 3),
+    "mean": either(NONE, several(NUMBER, 1, 65536)),
+    "std": either(NONE, several(POSITIVE, 1, 65536)),
+    "resize": either(NONE, whole(1, 65536)),
+    "classes": NAMES,
 }
 OP = {
     "name": TEXT,
@@ -103,6 +112,8 @@ TENSORS = {
 def check_network_data(data):
     """Raise DamagedData unless every field of data from `SpikeDAGModule.to_dict` has its type and range."""
     check_fields("the network", data, NETWORK)
+    if data.get("preprocessing") is not None:  # older files lack it
+        check_preprocessing(data["preprocessing"])
     for place, entry in enumerate(data["ops"]):
         if not isinstance(entry, dict):
             raise DamagedData(f"op {place} is {in_short(entry)}")
@@ -110,6 +121,21 @@ def check_network_data(data):
     if data["timesteps"] is None and any(entry["neuron"] is not None for entry in data["ops"]):
         raise DamagedData("the network timesteps None, but it has neurons")
     check_types(data["ops"])
+
+
+def check_preprocessing(facts):
+    """Raise DamagedData unless what a file says of the network's images has the types and ranges of PREPROCESSING."""
+    if not isinstance(facts, dict):
+        raise DamagedData(f"the network preprocessing {in_short(facts)}: use {DICT.words}")
+    check_known("preprocessing", facts, PREPROCESSING)
+    check_fields("preprocessing", facts, PREPROCESSING)
+    for key in ("mean", "std"):
+        if facts[key] is not None and len(facts[key]) != facts["input_shape"][0]:
+            raise DamagedData(
+                f"preprocessing {key} has {len(facts[key])} values for {facts['input_shape'][0]} channels"
+            )
+    if (facts["mean"] is None) != (facts["std"] is None):
+        raise DamagedData("preprocessing has one of mean and std, not both")
 
 
 def check_types(ops):

@@ -11,23 +11,25 @@ To add a data set, write one function `(root, image_size) -> Images` and name it
 """
 
 import os
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
+from inputs.image_files import FolderPixels, centre_crop, channels_and_size, list_image_folder, sides
+from inputs.preprocessing import IMAGENET_RESIZE, Preprocessing, choose_size, choose_statistics, fit_channels
+from inputs.user_data import user_loaders
 from runtime.batches import check_some_train, four_loaders
 from runtime.cli import did_you_mean
-from runtime.files import check_regular
+from runtime.user_code import names_code
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 # Bytes of uint8 pixels of an image folder; a larger one is decoded batch by batch. 4 GiB are 28,000 images of 224x224
 # pixels, and leave room for a network on a machine with 8 GB of memory.
 LARGEST_SET_IN_MEMORY = 4 * 2**30
-DECODED_AT_ONCE = 500  # images of a folder per task of a thread: enough to feed all threads, 75 MB at 224x224 pixels
+TRAIN_FOLDERS, TEST_FOLDERS = ("train", "training"), ("test", "val", "valid", "validation")
+TEST_SHARE = 0.2  # of the images of a folder that has no split
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Images:
     train_images, test_images: uint8 [N, C, H, W], or an object that returns such a tensor for a list of indices.
     train_labels, test_labels: int64 [N]. mean, std: per channel, for pixels scaled to [0, 1].
     crop: pixels of zero padding for a random crop during training; flip: mirror half of the training images.
+    resize: pixels of the shorter side before the centre was cropped, None if it was not done.
     """
 
     train_images: object
@@ -48,6 +51,7 @@ class Images:
     std: tuple
     crop: int = 0
     flip: bool = False
+    resize: int = None
 
 
 class ImageDataset(Dataset):
@@ -124,23 +128,54 @@ def cifar(name, files, mean, std):
     return load
 
 
-def folder(root, image_size):
-    """An image folder, `root/train/<class>/*` and `root/test/<class>/*`; images are cropped to a square and resized."""
-    splits, classes = [], None
-    for split in ("train", "test"):
-        files, labels, names = list_image_folder(os.path.join(root, split))
-        if classes is not None and names != classes:
-            different = sorted(set(names) ^ set(classes))
-            raise ValueError(f"{root}/train and {root}/test hold different classes ({', '.join(different[:5])})")
-        classes = names
-        splits.append((FolderPixels(files, image_size), torch.tensor(labels)))
-    (train_pixels, train_labels), (test_pixels, test_labels) = splits
-    in_memory = (len(train_pixels) + len(test_pixels)) * 3 * image_size**2 <= LARGEST_SET_IN_MEMORY
-    if in_memory:
+def folder(root, image_size=None, channels=None, resize=None, preprocess="dataset"):
+    """An image folder: `root/train/<class>/*` and `root/test/<class>/*`, or `root/<class>/*`, a fifth of it to test.
+
+    `val` may stand for `test`. Images have the channels of the files (1 if all are grey, else 3) and are brought to
+    `image_size` by `inputs.image_files.read_image`. preprocess "imagenet": files of other sizes get a shorter side of
+    256/224 of it before the crop, as ImageNet's. Raises ValueError for files of several sizes without `image_size`.
+    """
+    (train_files, train_labels), (test_files, test_labels), classes = folder_splits(root)
+    channels_found, size_found = channels_and_size(train_files)
+    if image_size is None and size_found is None:
+        raise ValueError(f"the images of {root} have several sizes, choose one: --input_shape 3,224,224 or --crop 224")
+    size = image_size or size_found
+    if resize is None and preprocess == "imagenet" and size_found != sides(size):
+        resize = round(min(sides(size)) * IMAGENET_RESIZE)
+    how = {"size": size, "channels": channels or channels_found, "resize": resize}
+    train_pixels, test_pixels = FolderPixels(train_files, how), FolderPixels(test_files, how)
+    if train_pixels.nbytes() + test_pixels.nbytes() <= LARGEST_SET_IN_MEMORY:
         train_pixels, test_pixels = train_pixels.decode_all(), test_pixels.decode_all()
     mean, std = channel_statistics(train_pixels)
-    crop = image_size // 8  # the share of CIFAR's crop, 4 of 32 pixels
-    return Images(train_pixels, train_labels, test_pixels, test_labels, classes, mean, std, crop, flip=True)
+    crop = min(sides(size)) // 8  # the share of CIFAR's crop, 4 of 32 pixels
+    splits = train_pixels, train_labels, test_pixels, test_labels
+    return Images(*splits, classes, mean, std, crop, flip=True, resize=resize)
+
+
+def folder_splits(root):
+    """`(files, labels), (files, labels), classes` of the training and test images of an image folder."""
+    train, test = (find_folder(root, names) for names in (TRAIN_FOLDERS, TEST_FOLDERS))
+    if train is not None and test is not None:
+        (files, labels, classes), (test_files, test_labels, names) = list_image_folder(train), list_image_folder(test)
+        if names != classes:
+            different = sorted(set(names) ^ set(classes))
+            raise ValueError(f"{train} and {test} hold different classes ({', '.join(different[:5])})")
+        return (files, torch.tensor(labels)), (test_files, torch.tensor(test_labels)), classes
+    if train is None and test is not None:
+        train = os.path.join(root, TRAIN_FOLDERS[0])  # its absence is reported
+    files, labels, classes = list_image_folder(root if train is None else train)
+    labels = torch.tensor(labels)
+    parts = stratified_split(labels, TEST_SHARE)
+    if not len(parts[1]):
+        raise ValueError(f"{train or root} has too few images of a class to keep one in five for the test, add test/")
+    print(f"{train or root} has no test images, one in five of each class is kept for the test", file=sys.stderr)
+    return *(([files[i] for i in part], labels[part]) for part in parts), classes
+
+
+def find_folder(root, names):
+    """The path of the first folder of these names in `root`, or None."""
+    paths = (os.path.join(root, name) for name in names)
+    return next((path for path in paths if os.path.isdir(path)), None)
 
 
 def debug_columns(root, image_size):
@@ -208,10 +243,12 @@ DETECTION_DATASETS = ("COCO",)  # boxes instead of labels: `coco.coco_loaders`
 def get_dataset(args):
     """`test_loader, val_loader, train_loader, train_val_loader` of `args.dataset`.
 
-    args: `dataset` is a name in DATASETS or DETECTION_DATASETS, or the path of an image folder. Optional, with
-    defaults: dataset_root "./data", image_size 32 (pixels), batch_size 128, test_batch_size 100, num_workers 0,
-    val_share 0, seed 0. Raises ValueError for an unknown name, and OSError or ValueError where files are missing or
-    unusable.
+    args: `dataset` is a name in DATASETS or DETECTION_DATASETS, the path of an image folder, or code of the user
+    (`inputs.user_data`). Optional, with defaults: dataset_root "./data", image_size 32 (pixels, a side or (H, W); None
+    is the size of the data), channels None, preprocess "dataset", mean, std, resize and crop None, batch_size 128,
+    test_batch_size 100, num_workers 0, val_share 0, seed 0. Every `loader.dataset` has `channels`, `classes`,
+    `num_classes` and `preprocessing`. Raises ValueError for an unknown name, and OSError or ValueError where files are
+    missing or unusable.
     """
     name, root = args.dataset, getattr(args, "dataset_root", "./data")
     if name not in (*DATASETS, *DETECTION_DATASETS) and os.path.isdir(name):
@@ -221,28 +258,55 @@ def get_dataset(args):
         from detection.coco import coco_loaders
 
         return coco_loaders(root, args)
-    images = DATASETS[name](root, getattr(args, "image_size", 32))
+    if names_code(name):
+        return user_loaders(args)
+    images, preprocessing = prepared_images(name, root, args)
     train, val = stratified_split(images.train_labels, getattr(args, "val_share", 0.0))
     check_some_train(len(train), args)
     generator = torch.Generator().manual_seed(getattr(args, "seed", 0))
     shuffled = torch.randperm(len(images.train_labels), generator=generator)
     everything = images.train_images, images.train_labels
-    return four_loaders(
+    loaders = four_loaders(
         ImageDataset(images.test_images, images.test_labels, images),
         ImageDataset(*take(*everything, val), images),
         ImageDataset(*take(*everything, train), images, augment=True),
         ImageDataset(*take(*everything, shuffled), images),
         args,
     )
+    for loader in loaders:
+        loader.dataset.preprocessing = preprocessing
+    return loaders
+
+
+def prepared_images(name, root, args):
+    """`images, preprocessing` of a data set, in the size, channels and normalisation that `args` ask for.
+
+    Raises ValueError for a mean or std with another number of channels than the images.
+    """
+    size, channels = getattr(args, "image_size", 32), getattr(args, "channels", None)
+    size, resize = choose_size(size, args)
+    if name == "folder":
+        images = folder(root, size, channels, resize, getattr(args, "preprocess", "dataset"))
+    elif resize is None:
+        images = fit_channels(DATASETS[name](root, size), channels)
+    else:
+        images = DATASETS[name](root, None)
+        crops = [centre_crop(pixels, sides(size), resize) for pixels in (images.train_images, images.test_images)]
+        images = replace(images, train_images=crops[0], test_images=crops[1], resize=resize)
+        images = fit_channels(images, channels)
+    shape = tuple(images.test_images[[0]].shape[1:])
+    mean, std = choose_statistics(args, images)
+    images = replace(images, mean=mean, std=std)
+    return images, Preprocessing(shape, mean, std, images.resize, images.classes)
 
 
 def check_dataset_name(name):
     """Raise ValueError unless `name` is a data set or the path of an image folder."""
     known = (*DATASETS, *DETECTION_DATASETS)
-    if name not in known and not os.path.isdir(name):
+    if name not in known and not os.path.isdir(name) and not names_code(name):
         raise ValueError(
             f"unknown data set '{name}', choose one of {', '.join(known)}, or give the path of an image "
-            f"folder{did_you_mean(name, known)}"
+            f"folder, or path/to/file.py:callable{did_you_mean(name, known)}"
         )
 
 
@@ -265,12 +329,12 @@ def stratified_split(labels, share):
 
 
 def resize(pixels, size):
-    """Images uint8 [N, C, H, W] as uint8 [N, C, size, size]."""
-    if pixels.shape[-2:] == (size, size):
+    """Images uint8 [N, C, H, W] as uint8 [N, C, *size]. size: one side, (H, W), or None for the images' own."""
+    if size is None or pixels.shape[-2:] == sides(size):
         return pixels
     from torchvision.transforms.v2.functional import resize as resize_images
 
-    return resize_images(pixels, [size, size], antialias=True)
+    return resize_images(pixels, list(sides(size)), antialias=True)
 
 
 def torchvision_splits(name, root, files):
@@ -308,79 +372,6 @@ def remove_empty_folders(path, but):
     for folder in sorted(existing_folders(path) - but, key=len, reverse=True):
         if not os.listdir(folder):
             os.rmdir(folder)
-
-
-def list_image_folder(path):
-    """Files, labels and class names of `path/<class>/*`, in alphabetical order."""
-    if not os.path.isdir(path):
-        parent = os.path.dirname(path)
-        raise FileNotFoundError(f"no image folder {path}, expected train/<class>/ and test/<class>/ in {parent}")
-    classes = tuple(sorted(entry.name for entry in os.scandir(path) if entry.is_dir()))
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        found = sorted(entry.name for entry in os.scandir(os.path.join(path, name)) if is_image_file(entry))
-        if not found:
-            raise ValueError(
-                f"no images in {os.path.join(path, name)}, remove that class or add {IMAGE_SUFFIXES} files"
-            )
-        files += [os.path.join(path, name, f) for f in found]
-        labels += [label] * len(found)
-    if not files:
-        raise ValueError(f"the image folder {path} is empty, expected one folder of images per class in it")
-    return files, labels, classes
-
-
-def is_image_file(entry):
-    """Whether an entry of a folder is a file with the name of an image; reading a pipe would wait for ever.
-
-    A broken link counts too: reading it then reports the missing image.
-    """
-    is_file = entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
-    return is_file and entry.name.lower().endswith(IMAGE_SUFFIXES)
-
-
-class FolderPixels:
-    """The images of a folder; indexing with a list decodes those images to uint8 [B, 3, size, size]."""
-
-    def __init__(self, files, size):
-        self.files, self.size = files, size
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, indices):
-        return torch.stack([read_image(self.files[i], self.size) for i in indices])
-
-    def subset(self, indices):
-        return FolderPixels([self.files[i] for i in indices], self.size)
-
-    def decode_all(self):
-        """All images as one uint8 tensor [N, 3, size, size]."""
-        pixels = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
-        starts = range(0, len(self), DECODED_AT_ONCE)
-        blocks = [list(range(start, min(start + DECODED_AT_ONCE, len(self)))) for start in starts]
-        with ThreadPoolExecutor() as pool, tqdm(desc="images", total=len(self), leave=False, delay=1) as bar:
-            for block, decoded in zip(blocks, pool.map(self.__getitem__, blocks), strict=True):
-                pixels[block] = decoded
-                bar.update(len(block))
-        return pixels
-
-
-def read_image(file, size):
-    """An image file as uint8 [3, size, size], cropped to the square at its centre."""
-    from PIL import Image, ImageOps
-
-    try:
-        check_regular(file)
-        with Image.open(file) as image:
-            if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey to white; 65535 / 257 = 255
-                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-            image = image.convert("RGB")
-            if image.size != (size, size):
-                image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of these
-        raise OSError(f"cannot read the image {file} ({error}), repair or remove it") from error
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def channel_statistics(pixels, most=10_000):

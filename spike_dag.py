@@ -54,7 +54,8 @@ class SpikeDAGModule(nn.Module):
     ops: OrderedDict, op name (`<op_type><id>`) -> OpEntry {'op', 'in_nodes', 'out_nodes', 'path'}.
     timesteps: T of a converted network, None for an ANN. memory_budget: most bytes of a simulation's working set, None
     for the default of the device. scales_of_conversion: None, or in a network that is finetuned for spikes a function
-    (network, per_channel) -> {op name: s_w} for the layers whose s_w is decided by the conversion.
+    (network, per_channel) -> {op name: s_w} for the layers whose s_w is decided by the conversion. preprocessing: what
+    `inputs.preprocessing.Preprocessing.to_dict` says of the images that the network takes, or None.
     """
 
     def __init__(self):
@@ -66,6 +67,7 @@ class SpikeDAGModule(nn.Module):
         self.timesteps = None
         self.memory_budget = None
         self.scales_of_conversion = None
+        self.preprocessing = None
         self.largest_by_shape = {}
 
     def add_input(self, node):
@@ -221,6 +223,7 @@ class SpikeDAGModule(nn.Module):
             "inputs_nodes": self.inputs_nodes,
             "outputs_nodes": self.outputs_nodes,
             "timesteps": self.timesteps,
+            "preprocessing": self.preprocessing,
             "training": self.training,
             "ops": [op_to_dict(entry) for entry in self.ops.values()],
         }
@@ -304,7 +307,7 @@ def rebuild(data):
     for entry in data["ops"]:
         dag.add_op(entry["name"], rebuild_op(entry), entry["in_nodes"], entry["out_nodes"], entry["path"])
     dag.outputs_nodes = tuple(data["outputs_nodes"])
-    dag.timesteps = data["timesteps"]
+    dag.timesteps, dag.preprocessing = data["timesteps"], data.get("preprocessing")  # older files lack the latter
     dag.train(data["training"])
     dag.lint()
     return dag
@@ -360,6 +363,12 @@ torch.serialization.add_safe_globals([from_dict])
 def one_or_all(outputs):
     """The only output, or a tuple of several."""
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def span(values):
+    """The range of a tensor as text: "least..most", or one number if all are equal."""
+    least, most = values.min().item(), values.max().item()
+    return f"{least:.4g}" if least == most else f"{least:.4g}..{most:.4g}"
 
 
 def format_table(rows):

@@ -76,6 +76,9 @@ BOOL = instance(bool, "True or False")
 TEXT = instance(str, "a string")
 NAMES = Rule(several(TEXT, 0, 2**31).holds, "a tuple of strings")
 DICT = instance(dict, "a dictionary")
+NUMBER = Rule(
+    lambda value: isinstance(value, Real) and not isinstance(value, bool) and -3e38 <= value <= 3e38, "a number"
+)
 POSITIVE = Rule(
     lambda value: isinstance(value, Real) and not isinstance(value, bool) and 0 < value <= 3e38, "a positive number"
 )

@@ -1,6 +1,7 @@
 """Data sets: what the four loaders hold, in which order, and what they say about missing or damaged files."""
 
 import os
+import shutil
 import socket
 import struct
 import urllib.request
@@ -14,6 +15,7 @@ from PIL import Image
 import ann2snn
 import datasets
 import train_ann
+from inputs.image_files import FolderPixels, read_image
 
 TEST, VAL, TRAIN, TRAIN_VAL = range(4)
 COLOURS = {"ant": (255, 0, 51), "bee": (0, 102, 255), "cat": (204, 255, 0)}
@@ -294,7 +296,7 @@ def test_an_image_is_cut_to_the_square_at_its_centre(tmp_path, size, box):
     image = Image.new("RGB", size, (255, 0, 0))
     image.paste((0, 128, 255), box)
     image.save(tmp_path / "wide.png")
-    pixels = datasets.read_image(str(tmp_path / "wide.png"), 8)
+    pixels = read_image(str(tmp_path / "wide.png"), 8)
     assert pixels.dtype == torch.uint8
     assert torch.equal(pixels, torch.tensor([0, 128, 255]).view(3, 1, 1).expand(3, 8, 8).to(torch.uint8))
 
@@ -304,14 +306,14 @@ def test_every_kind_of_grey_or_transparent_image_becomes_rgb(tmp_path, mode):
     grey = np.array([[0, 0, 255, 255]] * 4, dtype=np.uint8)
     image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(grey).convert(mode)
     image.save(tmp_path / "grey.png")
-    pixels = datasets.read_image(str(tmp_path / "grey.png"), 4)
+    pixels = read_image(str(tmp_path / "grey.png"), 4)
     assert torch.equal(pixels, torch.from_numpy(grey).expand(3, 4, 4))
 
 
 def test_sixteen_bit_grey_keeps_its_middle_tones(tmp_path):
     grey = np.arange(16, dtype=np.uint16).reshape(4, 4) * 17
     Image.fromarray(grey * 257).save(tmp_path / "deep.png")
-    pixels = datasets.read_image(str(tmp_path / "deep.png"), 4).int()
+    pixels = read_image(str(tmp_path / "deep.png"), 4).int()
     assert (pixels - torch.from_numpy(grey.astype(np.int32))).abs().max() <= 1  # 65535 / 255 = 257, rounded either way
 
 
@@ -322,7 +324,7 @@ def test_a_folder_too_large_for_memory_gives_the_same_batches(random_folder, mon
 
     in_memory = batches()
     monkeypatch.setattr(datasets, "LARGEST_SET_IN_MEMORY", 0)
-    assert isinstance(loaders(random_folder, image_size=16)[TRAIN].dataset.pixels, datasets.FolderPixels)
+    assert isinstance(loaders(random_folder, image_size=16)[TRAIN].dataset.pixels, FolderPixels)
     lazy = batches()
     assert [len(batch) for batch in lazy] == [1, 1, 1, 1]
     assert all(same_batches(a, b) for a, b in zip(in_memory, lazy))
@@ -429,12 +431,12 @@ def test_an_unknown_data_set_is_refused_with_those_there_are():
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(OSError, match=f"{tmp_path}/nowhere/train"):
+    with pytest.raises(OSError, match=f"no image folder {tmp_path}/nowhere, expected"):
         loaders("folder", dataset_root=f"{tmp_path}/nowhere")
 
 
 def test_an_empty_folder_is_named(tmp_path):
-    with pytest.raises(OSError, match=f"{tmp_path}/train"):
+    with pytest.raises(ValueError, match=f"{tmp_path} is empty"):
         loaders(tmp_path)
     (tmp_path / "train").mkdir()
     with pytest.raises(ValueError, match=f"{tmp_path}/train is empty"):
@@ -463,13 +465,51 @@ def test_an_image_that_is_gone_or_turns_into_a_pipe_is_named(random_folder, monk
     gone.unlink()
     os.mkfifo(gone)
     with pytest.raises(OSError, match=f"cannot read the image {gone} .*not a regular file"):
-        datasets.read_image(str(gone), 8)
+        read_image(str(gone), 8)
 
 
-def test_a_missing_test_split_is_named(random_folder):
-    (random_folder / "test").rename(random_folder / "later")
-    with pytest.raises(OSError, match=f"{random_folder}/test"):
-        loaders(random_folder)
+def test_without_test_images_a_fifth_of_each_class_is_kept_for_them(random_folder, capsys):
+    shutil.rmtree(random_folder / "test")
+    expected = "has no test images, one in five of each class is kept for the test"
+    test, _, _, train_val = loaders(random_folder, image_size=None, val_share=0.0)
+    assert capsys.readouterr().err == f"{random_folder}/train {expected}\n"
+    assert (len(test.dataset), len(train_val.dataset)) == (2, 12)
+    for split in random_folder.glob("train/*"):
+        split.rename(random_folder / split.name)
+    (random_folder / "train").rmdir()
+    again = loaders(random_folder, image_size=None, val_share=0.0)
+    assert capsys.readouterr().err == f"{random_folder} {expected}\n"
+    assert same_batches(test, again[TEST]) and same_batches(train_val, again[TRAIN_VAL])
+    assert not set(sorted_rows(contents(test)[0])) & set(sorted_rows(contents(train_val)[0]))
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_the_folder_of_test_images_may_be_called_val(random_folder, name):
+    expected = contents(loaders(random_folder, image_size=8)[TEST])
+    (random_folder / "test").rename(random_folder / name)
+    assert all(torch.equal(a, b) for a, b in zip(contents(loaders(random_folder, image_size=8)[TEST]), expected))
+
+
+def test_grey_files_have_one_channel_unless_the_network_takes_three(tmp_path):
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(2):
+                random_image((9, 7), [len(split), ord(label), i], channels=1).save(
+                    tmp_path / split / label / f"{i}.png"
+                )
+    test = loaders(tmp_path, image_size=None, val_share=0.0)[TEST]
+    stored = [np.array(Image.open(tmp_path / "test" / label / f"{i}.png")) for label in "ab" for i in range(2)]
+    assert torch.allclose(pixels_of(test)[:, 0], torch.from_numpy(np.stack(stored)).float(), atol=1e-3)
+    assert test.dataset.channels == 1 and test.dataset.preprocessing.shape == (1, 7, 9)
+    three = loaders(tmp_path, image_size=None, val_share=0.0, channels=3)[TEST]
+    assert torch.allclose(pixels_of(three), pixels_of(test).expand(-1, 3, -1, -1), atol=1e-3)
+
+
+def test_files_of_several_sizes_need_a_size(colour_folder):
+    with pytest.raises(ValueError, match="have several sizes, choose one: --input_shape 3,224,224 or --crop 224"):
+        loaders(colour_folder, image_size=None)
+    assert loaders(colour_folder, image_size=None, crop=8)[TEST].dataset[0][0].shape == (3, 8, 8)
 
 
 def test_a_class_without_images_is_named(random_folder):
