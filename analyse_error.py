@@ -10,13 +10,16 @@ import argparse
 from functools import partial
 
 from command_line import add_conversion_flags, parse_conversion
-from options import AnalysisOptions
 from runtime.cli import OneLineParser, run_script
+from script_options import AnalysisOptions
 
 
 def parse_args(argv=None):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("net_name", help="network name to analyse")
+    parser.add_argument(
+        "net_name",
+        help="network to analyse: NAME, torchvision:NAME, timm:NAME, file.py:callable, model.onnx",
+    )
     load = parser.add_argument("--load", dest="ann_weight", metavar="FILE", help="same as --ann_weight")
     out = parser.add_argument("--out", metavar="DIR", help="folder for the report (analysis/<network>)")
     parser.main_actions.update({action: action.help for action in (load, out)})
@@ -26,7 +29,7 @@ def parse_args(argv=None):
 
 def main(args):
     # imported here so that --help and errors in the command line appear at once
-    from build_network import input_size
+    from build_network import choose_input
     from datasets import DETECTION_DATASETS, get_dataset
     from pipeline import accuracy_table, check_command_line, choose_measure, load_network, make
     from reports.analysis import analyse, summary_rows, write_report
@@ -43,7 +46,7 @@ def main(args):
     check_folder(folder)
     device = choose_device(args.device)
     seed_everything(args.seed)
-    args.image_size = input_size(args.net_name)
+    choose_input(args)
 
     test_loader, _, train_loader, train_val_loader = get_dataset(args)
     net, args = load_network(args, train_loader.dataset)

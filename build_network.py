@@ -1,7 +1,7 @@
 """The networks by name, and the place where a user adds one.
 
 To add a network, write a function `(in_channels, num_classes) -> nn.Module` and decorate it with `@network()`;
-`ann2snn.py <function name>` then converts it.
+`ann2snn.py <function name>` then converts it. A network in a file of your own needs no edit here: `networks/file.py`.
 """
 
 import os
@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from networks.checkpoint import load_weights
+from networks.file import FORMS, TIMM, TORCHVISION, as_shape, check_outside, is_outside, outside_network, outside_shape
 from runtime.cli import did_you_mean
 
-TORCHVISION = "torchvision:"  # prefix of the names of torchvision's networks
 TORCHVISION_IMAGE_SIZE = 224  # pixels: torchvision's classifiers were trained at 224x224, most of them
-PRETRAINED = "pretrained"  # as --ann_weight: the weights that torchvision has
+PRETRAINED = "pretrained"  # as --ann_weight: the weights that torchvision or timm has
 NETWORKS = {}  # name -> builder with an attribute `image_size`, the side of its square input in pixels
 
 
@@ -39,20 +39,26 @@ def check_net_name(name):
         known = models.list_models(module=models)
         if name.removeprefix(TORCHVISION) not in known:
             raise ValueError(f"torchvision has no image classifier '{name.removeprefix(TORCHVISION)}', see its list")
+    elif is_outside(name):
+        check_outside(name)
     elif name not in NETWORKS:
         raise ValueError(
-            f"unknown network '{name}', choose one of {', '.join(NETWORKS)}, torchvision:NAME, or add it to "
-            f"build_network.py{did_you_mean(name, NETWORKS)}"
+            f"unknown network '{name}', choose one of {', '.join(NETWORKS)}, {FORMS}{did_you_mean(name, NETWORKS)}"
         )
 
 
-def get_net_by_name(name, in_channels=1, num_classes=10, pretrained=False):
+def get_net_by_name(name, in_channels=1, num_classes=10, pretrained=False, net_args=None):
     """A new network for images with `in_channels` channels and for `num_classes` classes.
 
-    `torchvision:NAME` is an image classifier of torchvision; `pretrained` loads torchvision's weights. Raises
-    ValueError for an unknown name, and for `pretrained` with another network.
+    `torchvision:NAME` is an image classifier of torchvision; `pretrained` loads torchvision's weights. Other forms of
+    `name` stand in `networks/file.py`. net_args: more keyword arguments, for networks from outside. Raises ValueError
+    for an unknown name, and for `pretrained` or `net_args` with a network that takes none.
     """
     check_net_name(name)
+    if is_outside(name):
+        return outside_network(name, in_channels, num_classes, pretrained, net_args)
+    if net_args:
+        raise ValueError(f"--net_args are for networks of your own and timm:NAME, {name} takes none")
     if name.startswith(TORCHVISION):
         return torchvision_net(name.removeprefix(TORCHVISION), in_channels, num_classes, pretrained)
     if pretrained:
@@ -86,10 +92,28 @@ def torchvision_net(name, in_channels, num_classes, pretrained=False):
         ) from error
 
 
-def input_size(name):
-    """The side, in pixels, of the square images of network `name`."""
+def input_shape(name):
+    """(C, H, W) of the images of network `name`, with None for what only the data set or the user knows."""
     check_net_name(name)
-    return TORCHVISION_IMAGE_SIZE if name.startswith(TORCHVISION) else NETWORKS[name].image_size
+    if is_outside(name):
+        return outside_shape(name)
+    if name.startswith(TORCHVISION):
+        return 3, TORCHVISION_IMAGE_SIZE, TORCHVISION_IMAGE_SIZE
+    return as_shape(NETWORKS[name].image_size)
+
+
+def input_size(name):
+    """The height, in pixels, of the images of network `name`; None if it does not say."""
+    return input_shape(name)[1]
+
+
+def choose_input(args):
+    """Set `args.channels` and `args.image_size` (a side, (H, W) or None) by --input_shape or by what the network says.
+
+    None leaves the choice to the data set.
+    """
+    args.channels, height, width = getattr(args, "input_shape", None) or input_shape(args.net_name)
+    args.image_size = height if height == width else (height, width)
 
 
 class ExampleNet(nn.Module):
@@ -388,13 +412,15 @@ def debug_net3(in_channels, num_classes):
     return DebugConcat(num_classes)
 
 
-def build_trained_net(name, in_channels, num_classes, ann_weight=None):
+def build_trained_net(name, in_channels, num_classes, ann_weight=None, net_args=None):
     """Network `name` with the weights in the file `ann_weight`; warns about an untrained network.
 
-    ann_weight: "pretrained" stands for the weights that torchvision has for torchvision:NAME.
+    ann_weight: "pretrained" stands for the weights that torchvision or timm has. net_args: as in `get_net_by_name`.
     """
-    net = get_net_by_name(name, in_channels, num_classes, ann_weight == PRETRAINED)
-    if ann_weight is None and not getattr(NETWORKS.get(name), "has_weights", False):
+    net = get_net_by_name(name, in_channels, num_classes, ann_weight == PRETRAINED, net_args)
+    if ann_weight is None and is_outside(name) and not name.startswith(TIMM):
+        print(f"no --ann_weight: {name} keeps the weights that it is built with", file=sys.stderr)
+    elif ann_weight is None and not getattr(NETWORKS.get(name), "has_weights", False):
         print(f"warning: no --ann_weight, {name} starts from random weights", file=sys.stderr)
     return net if ann_weight in (None, PRETRAINED) else load_weights(net, ann_weight)
 

@@ -9,9 +9,11 @@ import argparse
 import os
 import sys
 
-from options import CONVERSION, GROUPS, PRESETS, check_threshold, joined_per_channel, preset_options
+from options import GROUPS, PRESETS, check_threshold, joined_per_channel, preset_options
 from runtime.flags import add_help_all, add_options, number_in
 from runtime.ranges import Real
+from runtime.user_code import names_code
+from script_options import CONVERSION
 
 WITH_SGD_ALONE = ("finetune_wd", "finetune_momentum", "finetune_nesterov", "finetune_damping")
 WITH_EPOCHS = ("finetune_lr", "finetune_optimizer", "finetune_distill", *WITH_SGD_ALONE)
@@ -134,6 +136,10 @@ def without_effect(args, given):
         note("there are no --spike_epochs", "spike_lr", "spike_gradient")
     if getattr(args, "report", "") is None:
         note("there is no --report", "analysis_images", "sweep")
-    if args.dataset in WITHOUT_FILES or os.path.isdir(args.dataset):
+    if args.dataset in WITHOUT_FILES or os.path.isdir(args.dataset) or names_code(args.dataset):
         note(f"--dataset {args.dataset} does not need it", "dataset_root")
+    if names_code(args.dataset):
+        note(f"{args.dataset} prepares its own images", "preprocess", "mean", "std", "resize", "crop")
+    if args.mean is not None and args.std is not None and args.preprocess != "imagenet":
+        note("--mean and --std are given", "preprocess")
     return list(found.items())

@@ -28,14 +28,16 @@ from spike_layers import (
     ViewOp,
 )
 
+DEFAULT_MAXPOOL = "gate"  # exact at every step: the pooled count is the largest count of its window
+
 
 def prepare_conversion(dag, maxpool=None, signed=None, avgpool="spike"):
     """A copy of `dag` that computes the same function and is ready for `plan_conversion`.
 
-    Max poolings are moved behind ReLUs. maxpool: "gate" or "or", the mode of all max poolings (`SpikeMaxPool2d`), or
-    None to keep their modes. signed: "pair" splits values without a ReLU by sign (`split_signs`); None leaves them, and
-    `plan_conversion` refuses them. avgpool: "fold" marks all average poolings to be folded if possible
-    (`conversion.plan.folded_poolings`), "spike" none. Raises ValueError for other values.
+    Max poolings are moved behind ReLUs. maxpool: "gate" or "or", the mode of all max poolings (`SpikeMaxPool2d`); None
+    keeps their modes, and is "gate" for those without one. signed: "pair" splits values without a ReLU by sign
+    (`split_signs`); None leaves them, and `plan_conversion` refuses them. avgpool: "fold" marks all average poolings
+    to be folded if possible (`conversion.plan.folded_poolings`), "spike" none. Raises ValueError for other values.
     """
     for name, value in {"maxpool": maxpool, "signed": signed, "avgpool": avgpool}.items():
         check_option(name, value)
@@ -44,8 +46,8 @@ def prepare_conversion(dag, maxpool=None, signed=None, avgpool="spike"):
     if signed == "pair":
         split_signs(dag)
     for entry in dag.ops.values():
-        if isinstance(entry.op, SpikeMaxPool2d) and maxpool is not None:
-            entry.op.mode = maxpool
+        if isinstance(entry.op, SpikeMaxPool2d):
+            entry.op.mode = maxpool or entry.op.mode or DEFAULT_MAXPOOL
         if isinstance(entry.op, SpikeAvgPool2d):
             entry.op.folded = avgpool == "fold"
     return dag

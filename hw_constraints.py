@@ -7,9 +7,10 @@ import argparse
 import sys
 from dataclasses import dataclass, fields
 
-from options import DEFAULT_CHIP, FIELDS, ChipOptions, ConversionOptions
+from options import DEFAULT_CHIP, FIELDS, ConversionOptions
 from runtime.cli import OneLineParser, run_script
 from runtime.flags import add_option, add_options, whole_number
+from script_options import BuildOptions, ChipOptions
 
 LARGEST_BITWIDTH = 8  # the widest integer weights that `quantization.check_bitwidth` accepts
 
@@ -210,7 +211,10 @@ def bitwidths_by_name(dag, weight_bitwidth):
 
 def parse_args(argv=None):
     parser = OneLineParser(description="Check a network against the limits of a chip.")
-    parser.add_argument("net_name", help="network name to check")
+    parser.add_argument(
+        "net_name",
+        help="network to check: NAME, torchvision:NAME, timm:NAME, file.py:callable, model.onnx",
+    )
     parser.add_argument(
         "--in_channels",
         type=whole_number(1),
@@ -218,7 +222,7 @@ def parse_args(argv=None):
         help="channels of the images (those of the network's first layer)",
     )
     parser.add_argument("--num_classes", type=whole_number(1), default=10, help="number of classes (%(default)s)")
-    add_options(parser, ChipOptions, hardware=DEFAULT_CHIP)
+    add_options(parser, BuildOptions, ChipOptions, hardware=DEFAULT_CHIP)
     add_option(parser, parser, FIELDS["weight_bitwidth"], 4)
     for each in fields(ConversionOptions):
         if each.metadata["group"] == "what a layer leaves open":
@@ -230,27 +234,24 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def default_channels(net_name):
-    """The channels to build a network for: 3 for torchvision's networks, else 1; some networks ignore the number."""
-    from build_network import TORCHVISION
-
-    return 3 if net_name.startswith(TORCHVISION) else 1
-
-
 def main(args):
     import torch
 
     from ann_parser import parse_ann_model
-    from build_network import get_net_by_name, input_size
+    from build_network import choose_input, get_net_by_name
     from dag_rewrites import prepare_conversion
     from hw_constraints import bitwidths_by_name, choose_bitwidths, hardware_layers
     from spike_dag import format_table
 
-    size = input_size(args.net_name)
-    wanted = args.in_channels or default_channels(args.net_name)
-    net = get_net_by_name(args.net_name, wanted, args.num_classes)
-    channels = args.in_channels or next((m.in_channels for m in net.modules() if hasattr(m, "in_channels")), wanted)
-    dag = parse_ann_model(net, (torch.zeros(1, channels, size, size),))
+    choose_input(args)
+    if args.image_size is None:
+        raise ValueError(f"{args.net_name} does not say what images it reads, give it --input_shape C,H,W")
+    wanted = args.in_channels or args.channels or 1  # some networks ignore the number
+    net = get_net_by_name(args.net_name, wanted, args.num_classes, net_args=args.net_args)
+    first = next((m.in_channels for m in net.modules() if hasattr(m, "in_channels")), wanted)
+    channels = args.in_channels or args.channels or first
+    size = (args.image_size, args.image_size) if isinstance(args.image_size, int) else args.image_size
+    dag = parse_ann_model(net, (torch.zeros(1, channels, *size),))
     dag = prepare_conversion(dag, args.maxpool, args.signed, args.avgpool)
     hardware, layers = HARDWARE[args.hardware], hardware_layers(dag, args.ann_layers)
     bits = bitwidths_by_name(dag, choose_bitwidths(dag, args.weight_bitwidth, hardware, args.ann_layers))

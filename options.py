@@ -15,6 +15,7 @@ FLOAT_BITS = 32
 TIMESTEPS = Whole(1, 65536)
 SHARE = Real(0, 1)
 EPOCHS = Whole(0)
+SIDE = Whole(1, 65536)  # pixels
 CHIPS = ("v1.0",)  # names of `hw_constraints.HARDWARE`
 DEFAULT_CHIP = "v1.0"  # whose limits warn where no chip is named
 GROUPS = (
@@ -284,11 +285,12 @@ class ConversionOptions(WeightOptions):
     )
     maxpool: str = option(
         None,
-        "max pooling of spikes: the largest spike count of a window passes (gate), or any spike (or)",
+        "max pooling of spikes: the largest spike count of a window passes (gate), or any spike, for chips without "
+        "counters (or)",
         "what a layer leaves open",
         choices=("gate", "or"),
         word="max pooling",
-        default_help="no default: a network with max pooling needs a choice",
+        default_help="gate",
         main=True,
     )
     avgpool: str = option(
@@ -404,40 +406,7 @@ class SpikeFinetuneOptions(Options):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Options of the scripts alone
-
-
-@dataclass(frozen=True)
-class NetworkOptions(Options):
-    """The trained network."""
-
-    ann_weight: str = option(
-        None,
-        "file of the trained weights, or pretrained for torchvision's own weights of torchvision:NAME",
-        "network and data",
-        metavar="FILE",
-        default_help="random weights",
-        main=True,
-    )
-
-
-@dataclass(frozen=True)
-class DataOptions(Options):
-    """The data set and its loaders."""
-
-    dataset: str = option(
-        "digits",
-        "digits, MNIST, CIFAR10, CIFAR100, COCO, folder, debug0..2, or the path of an image folder",
-        "network and data",
-        main=True,
-    )
-    dataset_root: str = option("./data", "folder that contains the data sets", "network and data")
-    num_workers: int = option(0, "processes that load the images", "network and data", span=Whole(0, 64))
-    batch_size: int = option(128, "images per training step", "network and data", span=Whole(1))
-    test_batch_size: int = option(100, "images per test step", "network and data", span=Whole(1))
-    val_share: float = option(
-        0.0, "share of the training images kept for validation", "network and data", span=Real(0, 0.9), metavar="SHARE"
-    )
+# Options of the scripts and of `pipeline.convert_network`; those of the scripts alone stand in script_options.py
 
 
 @dataclass(frozen=True)
@@ -472,63 +441,11 @@ class SimulatorOptions(Options):
     )
 
 
-@dataclass(frozen=True)
-class ChipOptions(Options):
-    """The chip whose limits the network must meet."""
-
-    hardware: str = option(
-        None,
-        "chip whose limits the network must meet; a table shows them for each layer",
-        "weights",
-        choices=CHIPS,
-        default_help=f"the limits of {DEFAULT_CHIP} only cause a warning",
-        main=True,
-    )
-
-
-@dataclass(frozen=True)
-class AnalysisOptions(Options):
-    """Scope of an error analysis."""
-
-    analysis_images: int = option(
-        128,
-        "test images that the error analysis examines; also the number of images its alternatives calibrate on",
-        "output",
-        span=Whole(2),
-        metavar="N",
-    )
-    sweep: bool = option(False, "also try other weight bits and timesteps, each finetuned and converted anew", "output")
-
-
-@dataclass(frozen=True)
-class OutputOptions(AnalysisOptions):
-    """Files that ann2snn.py writes."""
-
-    save_file: str = option("out_snn.pth", "file for the spiking network", "output", metavar="FILE", main=True)
-    results: str = option(
-        None, "file for all results, as JSON", "output", metavar="FILE.json", default_help="none", main=True
-    )
-    report: str = option(
-        None,
-        "folder for the error analysis that analyse_error.py writes",
-        "output",
-        metavar="DIR",
-        default_help="none",
-        main=True,
-    )
-
-
-CONVERSION = (
-    NetworkOptions,
-    DataOptions,
-    ChipOptions,
-    QuantizeOptions,
-    ConversionOptions,
-    SpikeFinetuneOptions,
-    SimulatorOptions,
-    RunOptions,
-)
-FIELDS = {each.name: each for cls in (*CONVERSION, OutputOptions) for each in fields(cls)}
+FIELDS = {
+    each.name: each
+    for cls in (QuantizeOptions, ConversionOptions, SpikeFinetuneOptions, SimulatorOptions, RunOptions)
+    for each in fields(cls)
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

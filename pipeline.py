@@ -19,7 +19,7 @@ import torch
 from ann_parser import parse_ann_model
 from build_network import build_trained_net, check_net_name
 from conversion.plan import plan_conversion
-from dag_rewrites import equalize_channels, prepare_conversion
+from dag_rewrites import DEFAULT_MAXPOOL, equalize_channels, prepare_conversion
 from datasets import DETECTION_DATASETS, check_dataset_name
 from detection.boxes import DetectionLoss, check_detects, evaluate_detector
 from finetuning.levels import quantize_activations
@@ -33,6 +33,7 @@ from hw_constraints import (
     hardware_table,
     violations,
 )
+from networks.file import is_outside
 from options import (
     DEFAULT_CHIP,
     ConversionOptions,
@@ -49,9 +50,16 @@ from runtime.device import choose_device, seed_everything
 from runtime.packages import REPORT_PACKAGES, check_packages
 from snn_weight_setter import convert
 from spike_dag import format_table
+from spike_layers import SpikeMaxPool2d
 from validate import evaluate
 
-CLASSIFIER_FLAGS = ("report", "spike_epochs", "spike_epochs_unlabelled", "finetune_distill")
+CLASSIFIER_FLAGS = ("report", "spike_epochs", "spike_epochs_unlabelled", "finetune_distill", "expect_top1")
+TOP1_TOLERANCE = 0.2  # points: another version of a JPEG decoder, or another order of summing, moves a few images
+NEAR_CHANCE = 1.5  # times the chance of a guess; a trained network is far above it, unless two classes are hard
+LOOK_AT = (
+    "look at the normalisation first (--preprocess none, --mean, --std), then at the size of the images "
+    "(--input_shape, --resize), the order of the classes, and the weights"
+)
 
 
 @dataclass
@@ -145,6 +153,7 @@ def make(args, net, loaders, criterion, device, measure, clock=None):
     train_loader, calibration_loader = loaders
     clock, made = clock or Stopwatch(), Networks(net)
     made.accuracies["ann"] = measure(net)
+    check_float_accuracy(made.accuracies["ann"], args, train_loader)
     clock.lap("validate_ann")
     quantize(args, made, loaders, criterion, device)
     clock.lap("quantize_finetune")
@@ -219,9 +228,11 @@ def load_network(args, images):
     cannot be converted, an output other than one row of class scores (for detectors: maps of boxes), and a network over
     the limits of the chip that --hardware names.
     """
-    raw_net = build_trained_net(args.net_name, images.channels, images.num_classes, args.ann_weight)
+    name, net_args = args.net_name, getattr(args, "net_args", None)
+    raw_net = build_trained_net(name, images.channels, images.num_classes, args.ann_weight, net_args)
     net = parse_ann_model(raw_net, (images[0][0][None],))
     net = prepare_conversion(net, args.maxpool, args.signed, args.avgpool)
+    tell_choices(net, args, images)
     plan_conversion(net, args.ann_layers)
     args = copy.copy(args)
     hardware = HARDWARE[args.hardware or DEFAULT_CHIP]
@@ -230,6 +241,36 @@ def load_network(args, images):
     check_outputs(net, args.net_name, images)
     check_limits(net, args)
     return net, args
+
+
+def tell_choices(net, args, images):
+    """Print on stderr what the run does to images, and how max poolings convert if the flags do not say it."""
+    preprocessing = getattr(images, "preprocessing", None)
+    if preprocessing is not None:
+        print(preprocessing.in_words(), file=sys.stderr)
+    if args.maxpool is None and any(isinstance(entry.op, SpikeMaxPool2d) for entry in net.ops.values()):
+        print(
+            f"max pooling: {DEFAULT_MAXPOOL}, the largest spike count of a window passes, which needs a counter per "
+            "input; --maxpool or lets any spike pass",
+            file=sys.stderr,
+        )
+
+
+def check_float_accuracy(result, args, train_loader):
+    """Raise ValueError if the float network has not the accuracy of --expect_top1; without it, warn near chance."""
+    expected, classes = getattr(args, "expect_top1", None), getattr(train_loader, "dataset", None)
+    classes = getattr(classes, "num_classes", None)
+    if result is None or "top1" not in result:
+        return
+    top1, samples = result["top1"], result["samples"]
+    if expected is not None and abs(top1 - expected) > max(TOP1_TOLERANCE, 100 / samples):
+        raise ValueError(
+            f"the float network has {top1:.2f} % of {samples} test images, --expect_top1 is {expected:g}: {LOOK_AT}"
+        )
+    has_weights = getattr(args, "ann_weight", None) or is_outside(getattr(args, "net_name", ""))
+    if expected is None and has_weights and classes and top1 < NEAR_CHANCE * 100 / classes:
+        chance = f"chance is {100 / classes:.3g} %"
+        print(f"warning: the float network has {top1:.2f} % ({chance}): {LOOK_AT}", file=sys.stderr)
 
 
 def choose_measure(args):

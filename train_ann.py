@@ -11,15 +11,19 @@ import copy
 import os
 import sys
 
-from options import DataOptions, RunOptions
+from options import RunOptions
 from runtime.cli import OneLineParser, run_script
 from runtime.flags import add_options, real_number, whole_number
+from script_options import BuildOptions, DataOptions
 
 
 def parse_args(argv=None):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("net_name", help="network name to train")
-    add_options(parser, DataOptions, val_share=0.1)
+    parser.add_argument(
+        "net_name",
+        help="network to train: NAME, torchvision:NAME, timm:NAME, file.py:callable, model.onnx",
+    )
+    add_options(parser, BuildOptions, DataOptions, val_share=0.1)
     parser.add_argument("--epochs", type=whole_number(1), default=60, help="passes over the training images")
     parser.add_argument("--lr", type=real_number(0), default=0.1, help="peak learning rate (%(default)s)")
     parser.add_argument("--wd", type=real_number(0), default=5e-4, help="weight decay (%(default)s)")
@@ -49,13 +53,13 @@ def parse_args(argv=None):
 def main(args):
     import torch
 
-    from build_network import input_size
+    from build_network import choose_input
     from datasets import check_dataset_name, get_dataset
     from runtime.device import choose_device, seed_everything
     from runtime.files import check_room, check_writable
 
     save_file = args.save_file or f"checkpoint/{args.net_name}_ann.pth"
-    args.image_size = input_size(args.net_name)
+    choose_input(args)
     check_dataset_name(args.dataset)
     check_flags(args)
     check_writable(save_file)
@@ -103,7 +107,7 @@ def load_network(args, images):
     from networks.checkpoint import load_weights
     from pipeline import check_classifies
 
-    net = get_net_by_name(args.net_name, images.channels, images.num_classes)
+    net = get_net_by_name(args.net_name, images.channels, images.num_classes, net_args=args.net_args)
     if args.ann_weight is not None:
         load_weights(net, args.ann_weight)
     # both checks run in eval mode; train_epoch sets its own
@@ -207,14 +211,16 @@ def check_flags(args):
 
 
 def network_and_file(text):
-    """Split `NET:FILE`; torchvision's names contain a colon, and files may. Raises ValueError for another text."""
-    from build_network import TORCHVISION
+    """Split `NET:FILE`; names from outside contain a colon, and files may. Raises ValueError for another text."""
+    from build_network import NETWORKS
 
-    prefix = TORCHVISION if text.startswith(TORCHVISION) else ""
-    name, _, file = text.removeprefix(prefix).partition(":")
-    if not name or not file:
+    name, _, file = text.partition(":")
+    if name not in NETWORKS:  # torchvision:NAME, file.py:NAME
+        second, _, file = file.partition(":")
+        name = f"{name}:{second}"
+    if not name.strip(":") or not file:
         raise ValueError(f"--teacher '{text}' is no network with a file of its weights, use NET:FILE")
-    return prefix + name, file
+    return name, file
 
 
 def top1_in_words(result):

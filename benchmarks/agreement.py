@@ -14,9 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from options import DataOptions, RunOptions
+from options import RunOptions
 from runtime.cli import OneLineParser, run_script
 from runtime.flags import add_options, whole_number
+from script_options import DataOptions
 
 
 def parse_args(argv=None):

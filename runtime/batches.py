@@ -53,7 +53,7 @@ def in_words(batch):
     if isinstance(batch, (tuple, list)):
         types = ", ".join(type(item).__name__ for item in batch[:MOST_NAMED])
         return f"a {type(batch).__name__} of {types or 'nothing'}"
-    return f"a {type(batch).__name__}"
+    return f"{'an' if type(batch).__name__[0] in 'aeiouAEIOU' else 'a'} {type(batch).__name__}"
 
 
 def labelled_batch(batch, device, dtype=torch.float32):

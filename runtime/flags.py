@@ -8,8 +8,10 @@ import re
 from dataclasses import fields
 
 from runtime.cli import HelpAll
-from runtime.ranges import Whole
+from runtime.ranges import Real, Whole
+from runtime.user_code import assignments
 
+LARGEST_SIDE = 65536  # channels or pixels of an image
 LARGEST = 2**31 - 1  # largest whole number; 32-bit counters of any library can hold it
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -113,7 +115,41 @@ def names(text):
     return tuple(name for name in text.split(",") if name)
 
 
-PARSERS = {"bitwidths": bitwidths, "threshold": threshold, "names": names, "memory_size": memory_size}
+def numbers(least, open=False):
+    """An argparse type: numbers separated by commas, one per channel, each from `least` on, or above it if `open`."""
+
+    def convert(text):
+        return tuple(number_in(Real(least, open=open))(part) for part in text.split(","))
+
+    return convert
+
+
+def input_shape(text):
+    """An argparse type: channels, height and width, separated by commas."""
+    shape = tuple(whole_number(1, LARGEST_SIDE)(part) for part in text.split(","))
+    if len(shape) != 3:
+        raise argparse.ArgumentTypeError(f"{text} is not C,H,W such as 3,32,32")
+    return shape
+
+
+def net_args(text):
+    """An argparse type: NAME=VALUE pairs, separated by commas."""
+    try:
+        return assignments(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+PARSERS = {
+    "bitwidths": bitwidths,
+    "threshold": threshold,
+    "names": names,
+    "memory_size": memory_size,
+    "numbers": numbers(-float("inf")),
+    "deviations": numbers(0, open=True),
+    "input_shape": input_shape,
+    "net_args": net_args,
+}
 
 
 def add_options(parser, *classes, groups=(), **defaults):

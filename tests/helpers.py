@@ -36,9 +36,10 @@ def python(*arguments):
 
 
 def errors_of(stderr):
-    """The lines of stderr but for progress bars and warnings."""
+    """The lines of stderr but for progress bars, warnings, and what the run says of its images."""
     lines = [re.sub(r"\x1b\[\w", "", line).split("\r")[-1].strip() for line in stderr.split("\n")]
-    return [line for line in lines if line and "%|" not in line and "warning" not in line.lower()]
+    said = re.compile(r"%\||warning|^images: ", re.IGNORECASE)
+    return [line for line in lines if line and not said.search(line)]
 
 
 def count_reached(layer, shape):

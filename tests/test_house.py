@@ -16,6 +16,7 @@ MAX_FILE, MAX_CLASS, MAX_FUNCTION, MAX_README = 600, 200, 40, 250  # lines
 FLOORS = (
     ("runtime",),
     ("options",),
+    ("script_options",),
     ("command_line",),
     ("kernels",),
     ("spike_tensor",),
@@ -29,12 +30,12 @@ FLOORS = (
     ("quantization",),
     ("conversion",),
     ("snn_weight_setter", "hw_constraints"),
-    ("networks", "validate"),
+    ("networks", "inputs", "validate"),
     ("build_network", "detection", "finetuning", "transformer"),
     ("datasets",),
     ("pipeline", "snn_transformer"),
     ("reports",),
-    ("ann2snn", "analyse_error", "train_ann"),
+    ("ann2snn", "analyse_error", "train_ann", "predict", "show"),
     ("benchmarks", "tools"),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

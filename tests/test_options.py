@@ -13,14 +13,13 @@ import pytest
 
 import ann2snn
 from options import (
-    CONVERSION,
     ConversionOptions,
-    OutputOptions,
     QuantizeOptions,
     SpikeFinetuneOptions,
-    check_option,
+    checked,
 )
 from runtime.ranges import Whole
+from script_options import CONVERSION, OutputOptions
 from snn_weight_setter import trans_ann2snn_weight
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +75,7 @@ def test_a_number_may_be_at_its_limits_and_not_beyond(name):
     least = step(span, span.least) if getattr(span, "open", False) else span.least
     accepted = [least] if span.most == math.inf else [least, span.most]
     for value in accepted:
-        assert getattr(made(cls, **{name: value}), name) == value == check_option(name, value)
+        assert getattr(made(cls, **{name: value}), name) == value == checked(FIELDS[name][0], value)
     beyond = [below(span)] if span.most == math.inf else [below(span), step(span, span.most)]
     for value in [*beyond, math.nan, math.inf, "8", True]:
         with pytest.raises(ValueError, match=f"^{name} .*: use {span}".replace("(", r"\(")):

@@ -11,7 +11,8 @@ from dataclasses import fields
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from options import CONVERSION, FIELDS, GROUPS, PRESETS, OutputOptions, preset_options
+from options import FIELDS, GROUPS, PRESETS, preset_options
+from script_options import CONVERSION, OutputOptions
 
 PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "docs", "flags.md")
 SHOWN_TIMESTEPS = (4, 16, 64)  # presets set different options for few and for many timesteps

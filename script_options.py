@@ -1,0 +1,184 @@
+"""The options of the scripts alone: network, data, chip, files. Like `options.py`, it imports nothing slow.
+
+add_options(parser, *CONVERSION, OutputOptions)     # the flags of a conversion
+"""
+
+from dataclasses import dataclass
+
+from options import (
+    CHIPS,
+    DEFAULT_CHIP,
+    SIDE,
+    ConversionOptions,
+    Options,
+    QuantizeOptions,
+    RunOptions,
+    SimulatorOptions,
+    SpikeFinetuneOptions,
+    option,
+)
+from runtime.ranges import Real, Whole
+
+
+@dataclass(frozen=True)
+class BuildOptions(Options):
+    """How the network is built."""
+
+    net_args: object = option(
+        None,
+        "arguments of a network of your own, width=24,depth=3; in_channels and num_classes are passed where it takes "
+        "them",
+        "network and data",
+        parse="net_args",
+        metavar="NAME=VALUE,...",
+        default_help="none",
+    )
+    input_shape: tuple = option(
+        None,
+        "shape of the images that the network reads, such as 3,32,32",
+        "network and data",
+        parse="input_shape",
+        metavar="C,H,W",
+        default_help="by network or data",
+        main=True,
+    )
+
+
+@dataclass(frozen=True)
+class NetworkOptions(BuildOptions):
+    """The trained network."""
+
+    ann_weight: str = option(
+        None,
+        "file of the trained weights; pretrained stands for those that torchvision or timm has for its networks",
+        "network and data",
+        metavar="FILE",
+        default_help="random weights",
+        main=True,
+    )
+    expect_top1: float = option(
+        None,
+        "accuracy of the float network in percent, as you measured it; the run stops before the work if it is not "
+        "found here",
+        "network and data",
+        span=Real(0, 100),
+        metavar="PERCENT",
+        default_help="a warning near chance",
+    )
+
+
+@dataclass(frozen=True)
+class DataOptions(Options):
+    """The data set and its loaders."""
+
+    dataset: str = option(
+        "digits",
+        "digits, MNIST, CIFAR10, CIFAR100, COCO, folder, debug0..2, path of an image folder, file.py:callable",
+        "network and data",
+        main=True,
+    )
+    dataset_root: str = option("./data", "folder that contains the data sets", "network and data")
+    num_workers: int = option(0, "processes that load the images", "network and data", span=Whole(0, 64))
+    batch_size: int = option(128, "images per training step", "network and data", span=Whole(1))
+    test_batch_size: int = option(100, "images per test step", "network and data", span=Whole(1))
+    val_share: float = option(
+        0.0, "share of the training images kept for validation", "network and data", span=Real(0, 0.9), metavar="SHARE"
+    )
+    preprocess: str = option(
+        "dataset",
+        "normalisation of the images: the mean and deviation of the data set (dataset), of ImageNet, with its resizing "
+        "of larger files (imagenet), or pixels from 0 to 1 as they are (none)",
+        "network and data",
+        choices=("dataset", "imagenet", "none"),
+        main=True,
+    )
+    mean: tuple = option(
+        None,
+        "mean per channel that is subtracted from pixels in 0 to 1, such as 0.485,0.456,0.406",
+        "network and data",
+        parse="numbers",
+        metavar="M,...",
+        default_help="by --preprocess",
+    )
+    std: tuple = option(
+        None,
+        "deviation per channel that pixels are divided by, such as 0.229,0.224,0.225",
+        "network and data",
+        parse="deviations",
+        metavar="S,...",
+        default_help="by --preprocess",
+    )
+    resize: int = option(
+        None,
+        "pixels of the shorter side of an image before its centre is cropped, as torchvision's Resize and CenterCrop",
+        "network and data",
+        span=SIDE,
+        metavar="PIXELS",
+        default_help="the centre is cropped to the network's shape, then resized",
+    )
+    crop: int = option(
+        None,
+        "pixels of each side of the centre crop",
+        "network and data",
+        span=SIDE,
+        metavar="PIXELS",
+        default_help="the size of --input_shape",
+    )
+
+
+@dataclass(frozen=True)
+class ChipOptions(Options):
+    """The chip whose limits the network must meet."""
+
+    hardware: str = option(
+        None,
+        "chip whose limits the network must meet; a table shows them for each layer",
+        "weights",
+        choices=CHIPS,
+        default_help=f"the limits of {DEFAULT_CHIP} only cause a warning",
+        main=True,
+    )
+
+
+@dataclass(frozen=True)
+class AnalysisOptions(Options):
+    """Scope of an error analysis."""
+
+    analysis_images: int = option(
+        128,
+        "test images that the error analysis examines; also the number of images its alternatives calibrate on",
+        "output",
+        span=Whole(2),
+        metavar="N",
+    )
+    sweep: bool = option(False, "also try other weight bits and timesteps, each finetuned and converted anew", "output")
+
+
+@dataclass(frozen=True)
+class OutputOptions(AnalysisOptions):
+    """Files that ann2snn.py writes."""
+
+    save_file: str = option("out_snn.pth", "file for the spiking network", "output", metavar="FILE", main=True)
+    results: str = option(
+        None, "file for all results, as JSON", "output", metavar="FILE.json", default_help="none", main=True
+    )
+    report: str = option(
+        None,
+        "folder for the error analysis that analyse_error.py writes",
+        "output",
+        metavar="DIR",
+        default_help="none",
+        main=True,
+    )
+
+
+CONVERSION = (
+    NetworkOptions,
+    DataOptions,
+    ChipOptions,
+    QuantizeOptions,
+    ConversionOptions,
+    SpikeFinetuneOptions,
+    SimulatorOptions,
+    RunOptions,
+)
