@@ -6,23 +6,28 @@
 
 import argparse
 import os
+import shlex
+import sys
 from functools import partial
 
 from command_line import add_conversion_flags, parse_conversion
-from options import OutputOptions
 from runtime.cli import OneLineParser, run_script
+from script_options import OutputOptions
 
 
 def parse_args(argv=None):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("net_name", help="network name to convert")
+    parser.add_argument(
+        "net_name",
+        help="network to convert: NAME, torchvision:NAME, timm:NAME, file.py:callable, model.onnx",
+    )
     add_conversion_flags(parser, OutputOptions)
     return parse_conversion(parser, argv)
 
 
 def main(args):
     # imported here so that --help and errors in the command line appear at once
-    from build_network import input_size
+    from build_network import choose_input
     from datasets import get_dataset
     from pipeline import Stopwatch, check_command_line, choose_measure, load_network, make
     from runtime.device import choose_device, seed_everything
@@ -33,7 +38,7 @@ def main(args):
     check_outputs(args)
     device = choose_device(args.device)
     seed_everything(args.seed)
-    args.image_size = input_size(args.net_name)
+    choose_input(args)
     clock = Stopwatch()
 
     test_loader, _, train_loader, train_val_loader = get_dataset(args)
@@ -44,6 +49,8 @@ def main(args):
     measure = partial(evaluate, loader=test_loader, device=device, criterion=criterion)
     made = make(args, net, (train_loader, train_val_loader), criterion, device, measure, clock)
 
+    preprocessing = getattr(train_loader.dataset, "preprocessing", None)
+    made.snn.preprocessing = None if preprocessing is None else preprocessing.to_dict()
     # save hours of work before printing, because stdout may be closed by now
     save(args, made)
     print_results(args, made)
@@ -88,7 +95,32 @@ def print_results(args, made):
         f"timesteps per image: every layer fires for {steps['firing']}, the next image starts after "
         f"{steps['interval']}, the answer is ready after {steps['latency']}"
     )
-    print(f"Save the SNN in {args.save_file}", flush=True)
+    print(f"Save the SNN in {args.save_file}")
+    print_next(args, made)
+
+
+def print_next(args, made):
+    """Print the accuracy after some timesteps, and commands that go on from here."""
+    steps = made.accuracies["snn"].get("top1_by_timestep")
+    if steps is not None:
+        powers = [2**k for k in range(args.timesteps.bit_length()) if 2**k < args.timesteps]
+        some = [f"T={t} {steps[t - 1]:.2f}" for t in [*powers, args.timesteps]]
+        print(f"top-1 % by timestep: {', '.join(some)}")
+    for command, purpose in next_commands(args, made):
+        print(f"next: {command}  # {purpose}")
+    sys.stdout.flush()
+
+
+def next_commands(args, made):
+    """`(command, purpose)` of what a user may want next."""
+    here, file = os.path.dirname(sys.argv[0]), shlex.quote(args.save_file)
+    facts = made.snn.preprocessing
+    yield f"python3 {os.path.join(here, 'show.py')} {file}", "its layers, integers and memory"
+    if facts is not None and "top1" in made.accuracies["snn"]:
+        normalisation = " --mean M --std S" if facts["mean"] is None else ""
+        yield f"python3 {os.path.join(here, 'predict.py')} {file} IMAGE{normalisation}", "the classes of an image"
+    if not args.report:
+        yield "the same command with --report DIR", "where it loses accuracy, and what regains it"
 
 
 def report(args, made, loaders, device):
@@ -104,19 +136,13 @@ def report(args, made, loaders, device):
 
 def print_layers(snn, firing_rate):
     """Print Vthr, lambda and firing rate of each spiking layer."""
-    from spike_dag import format_table
+    from spike_dag import format_table, span
 
     rows = [("spiking layer", "module path", "Vthr", "lambda", "spikes per neuron and step")]
     for name, neuron in snn.neurons().items():
         threshold, scale = neuron.Vthr.float(), neuron.scale_factor.float()
         rows.append((name, snn.ops[name].path, span(threshold), span(scale), f"{firing_rate[name]:.4f}"))
     print(format_table(rows))
-
-
-def span(values):
-    """The range of a tensor as text: "least..most", or one number if all are equal."""
-    least, most = values.min().item(), values.max().item()
-    return f"{least:.4g}" if least == most else f"{least:.4g}..{most:.4g}"
 
 
 def collect_results(args, made):
@@ -135,6 +161,7 @@ def collect_results(args, made):
             if key in result
         },
         "samples": spiking["samples"],
+        "preprocessing": made.snn.preprocessing,
         **by_timestep(spiking),
         "firing_rate": spiking["firing_rate"],
         "duration": made.snn.duration(),
