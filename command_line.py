@@ -27,9 +27,8 @@ def add_conversion_flags(parser, *more):
         "--preset",
         choices=PRESETS,
         default="specification",
-        help="specification (the defaults below), calibrated (a few images, no labels, minutes), finetuned (labels, "
-        "best at few timesteps and bits), exact (no spike is early or late, T more steps per image). Any flag "
-        "overrides it (%(default)s)",
+        help="specification (the defaults below), calibrated (images without labels, minutes), finetuned (labels), "
+        "exact (T more steps per image). Any flag overrides it (%(default)s)",
     )
     parser.main_actions[action] = action.help
     add_help_all(parser)

@@ -303,7 +303,7 @@ class ConversionOptions(WeightOptions):
     )
     signed: str = option(
         None,
-        "feed a layer that reads values without a ReLU with relu(x) and relu(-x) instead (MobileNetV2 needs it)",
+        "feed a layer that reads values without a ReLU with relu(x) and relu(-x) instead; MobileNetV2 needs it",
         "what a layer leaves open",
         choices=("pair",),
         word="choice",

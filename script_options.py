@@ -73,7 +73,7 @@ class DataOptions(Options):
 
     dataset: str = option(
         "digits",
-        "digits, MNIST, CIFAR10, CIFAR100, COCO, folder, debug0..2, path of an image folder, file.py:callable",
+        "digits, MNIST, CIFAR10, CIFAR100, COCO, folder, debug0..2, path of a folder, file.py:callable",
         "network and data",
         main=True,
     )

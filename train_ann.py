@@ -218,7 +218,7 @@ def network_and_file(text):
     if name not in NETWORKS:  # torchvision:NAME, file.py:NAME
         second, _, file = file.partition(":")
         name = f"{name}:{second}"
-    if not name.strip(":") or not file:
+    if not name.partition(":")[0] or name.endswith(":") or not file:
         raise ValueError(f"--teacher '{text}' is no network with a file of its weights, use NET:FILE")
     return name, file
 
