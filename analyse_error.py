@@ -18,7 +18,7 @@ def parse_args(argv=None):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "net_name",
-        help="network to analyse: NAME, torchvision:NAME, timm:NAME, file.py:callable, model.onnx",
+        help="NAME, torchvision:NAME, timm:NAME, file.py:callable or model.onnx",
     )
     load = parser.add_argument("--load", dest="ann_weight", metavar="FILE", help="same as --ann_weight")
     out = parser.add_argument("--out", metavar="DIR", help="folder for the report (analysis/<network>)")

@@ -19,7 +19,7 @@ def parse_args(argv=None):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "net_name",
-        help="network to convert: NAME, torchvision:NAME, timm:NAME, file.py:callable, model.onnx",
+        help="NAME, torchvision:NAME, timm:NAME, file.py:callable or model.onnx",
     )
     add_conversion_flags(parser, OutputOptions)
     return parse_conversion(parser, argv)

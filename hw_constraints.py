@@ -213,7 +213,7 @@ def parse_args(argv=None):
     parser = OneLineParser(description="Check a network against the limits of a chip.")
     parser.add_argument(
         "net_name",
-        help="network to check: NAME, torchvision:NAME, timm:NAME, file.py:callable, model.onnx",
+        help="NAME, torchvision:NAME, timm:NAME, file.py:callable or model.onnx",
     )
     parser.add_argument(
         "--in_channels",

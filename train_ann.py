@@ -21,7 +21,7 @@ def parse_args(argv=None):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "net_name",
-        help="network to train: NAME, torchvision:NAME, timm:NAME, file.py:callable, model.onnx",
+        help="NAME, torchvision:NAME, timm:NAME, file.py:callable or model.onnx",
     )
     add_options(parser, BuildOptions, DataOptions, val_share=0.1)
     parser.add_argument("--epochs", type=whole_number(1), default=60, help="passes over the training images")
