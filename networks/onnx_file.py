@@ -70,11 +70,21 @@ def opset_of(model, path):
 
 
 def check_structure(model, path):
-    """Raise ValueError unless onnx's own checker accepts the model."""
+    """Raise ValueError unless onnx's own checker accepts the model. It may lack the shapes of its input and output."""
+    open_ones = [each for each in (*model.graph.input, *model.graph.output) if lacks_shape(each.type)]
+    for each in open_ones:
+        each.type.tensor_type.shape.SetInParent()
     try:
         onnx.checker.check_model(model)
     except Exception as error:  # the checker raises errors of several kinds for damaged fields
         raise ValueError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+    for each in open_ones:
+        each.type.tensor_type.ClearField("shape")
+
+
+def lacks_shape(kind):
+    """Whether the type of an input or output is that of a tensor of unknown number of dimensions."""
+    return kind.HasField("tensor_type") and not kind.tensor_type.HasField("shape")
 
 
 def tensors_of(model):

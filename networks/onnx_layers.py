@@ -61,6 +61,25 @@ class SamePad(nn.Module):
         return F.pad(x, torch_pads(begins, ends), value=self.value) if any(begins + ends) else x
 
 
+class CeilPad(nn.Module):
+    """The padding of a pooling with ceil_mode, so that its last windows are whole.
+
+    A window that starts in the padding at the end is left out, as ONNX and PyTorch define it.
+    """
+
+    def __init__(self, begins, ends, spans, strides, value):
+        super().__init__()
+        self.begins, self.ends, self.spans, self.strides, self.value = begins, ends, spans, strides, value
+
+    def forward(self, x):
+        ends = []
+        for size, begin, end, span, stride in zip(x.shape[2:], self.begins, self.ends, self.spans, self.strides):
+            last = -(-(size + begin + end - span) // stride) * stride  # the start of the last window
+            last -= stride if last >= size + begin else 0
+            ends.append(last + span - size - begin)
+        return F.pad(x, torch_pads(self.begins, ends), value=self.value)
+
+
 def torch_pads(begins, ends):
     """Paddings by dimension in the order of F.pad: the last dimension first."""
     return [pad for pair in zip(reversed(begins), reversed(ends)) for pad in pair]
@@ -81,6 +100,8 @@ def padding_of(node, kernel, strides, dilations, value=0.0):
     is_pooling = node.op in ("MaxPool", "AveragePool")  # PyTorch's poolings take no padding above half of a window
     if begins == ends and not (is_pooling and any(2 * pad > size for pad, size in zip(begins, kernel))):
         return tuple(begins), []
+    if node.attribute("ceil_mode", 0):
+        return (0,) * rank, [CeilPad(begins, ends, spans, strides, value)]
     return (0,) * rank, [Call(F.pad, pad=torch_pads(begins, ends), value=value)]
 
 
@@ -323,7 +344,8 @@ def max_pool(node):
     # zeros never win against values that are not negative, and a zero padding can be converted
     padding, before = padding_of(node, kernel, strides, dilations, 0.0 if node.is_nonnegative else float("-inf"))
     kind = (nn.MaxPool1d, nn.MaxPool2d)[len(kernel) - 1]
-    return [*before, kind(kernel, strides, padding, dilations, ceil_mode=bool(node.attribute("ceil_mode", 0)))]
+    ceil = bool(node.attribute("ceil_mode", 0)) and not before
+    return [*before, kind(kernel, strides, padding, dilations, ceil_mode=ceil)]
 
 
 class PartialMean(nn.Module):
@@ -345,10 +367,12 @@ def average_pool(node):
     if any(step != 1 for step in dilations):
         node.refuse("dilations are not supported")
     padding, before = padding_of(node, kernel, strides, dilations)
-    counts_padding = bool(node.attribute("count_include_pad", 0)) or not any(padding)
+    counts_padding, ceil = (bool(node.attribute(name, 0)) for name in ("count_include_pad", "ceil_mode"))
+    if before and ceil and counts_padding:
+        node.refuse("ceil_mode is not supported with count_include_pad and pads that differ by side")
     kind = (nn.AvgPool1d, nn.AvgPool2d)[len(kernel) - 1]
-    pool = kind(kernel, strides, padding, bool(node.attribute("ceil_mode", 0)), counts_padding)
-    if before and not node.attribute("count_include_pad", 0):
+    pool = kind(kernel, strides, padding, ceil and not before, counts_padding or not any(padding))
+    if before and not counts_padding:
         return PartialMean(before[0], pool)
     return [*before, pool]
 

@@ -41,11 +41,12 @@ def scope_of(proto):
     found = re.findall(r"'([^']*)'", scopes)
     if found:
         return clean(found[-2]) if len(found) > 1 else ""
-    path = ""
+    path, above = "", None
     for part in proto.name.strip("/").split("/")[:-1]:
-        # an exporter writes "layer1/layer1.0": a module in a Sequential has its whole path
-        last = path.split(".")[-1]
-        path = path.removesuffix(last) + part if last and part.startswith(f"{last}.") else f"{path}.{part}".strip(".")
+        # an exporter writes "layer1/layer1.0": a module in a Sequential has the path of that one, too
+        is_in_sequential = above is not None and part.startswith(f"{above}.")
+        path = path.removesuffix(above) + part if is_in_sequential else f"{path}.{part}".strip(".")
+        above = part
     return clean(path)
 
 
