@@ -17,6 +17,7 @@ from runtime.torch_files import BEGINNINGS, ZIP, beginning_of
 FIRST_OPSET, LAST_OPSET = 7, 26  # before 7 Add, Mul and BatchNormalization meant something else
 DOMAINS = ("", "ai.onnx")  # two names of the standard operators
 MAX_FILE = 2**31 - 1  # bytes, the limit of protobuf
+LONGEST_NAME = 100  # letters of a name in a message
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 INTEGERS = {
     *(TensorProto.INT8, TensorProto.INT16, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL),
@@ -45,9 +46,30 @@ def read_onnx(path):
         raise ValueError(f"{path} cannot be read as ONNX: {kind_of(start)}") from error
     if not model.graph.node:
         raise ValueError(f"{path} cannot be read as ONNX: {kind_of(start) if not model.ir_version else 'it is empty'}")
+    check_names(model, path)
     opset_of(model, path)
     load_external_data(model, path)
     return model
+
+
+def shown(text):
+    """A name from a file in messages: on one line, and not too long."""
+    return " ".join(str(text).split())[:LONGEST_NAME]
+
+
+def check_names(model, path):
+    """Raise ValueError if a name in the model is no text: protobuf reads damaged text as bytes."""
+    graph = model.graph
+    names = [each.name for each in (*graph.initializer, *graph.input, *graph.output)]
+    names += [
+        part for tensor in tensors_of(model) for entry in tensor.external_data for part in (entry.key, entry.value)
+    ]
+    for node in graph.node:
+        names += [node.name, node.op_type, node.domain, *node.input, *node.output]
+        names += [attribute.name for attribute in node.attribute]
+        names += [part for entry in getattr(node, "metadata_props", ()) for part in (entry.key, entry.value)]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path} is damaged: a name in it is no text")
 
 
 def kind_of(start):
@@ -128,14 +150,20 @@ def place_of(tensor, path):
     name = os.path.realpath(os.path.join(folder, location.replace("\0", "")))
     is_inside = os.path.commonpath([folder, name]) == folder  # links followed
     if not location or "\0" in location or os.path.isabs(location) or not is_inside:
-        raise ValueError(f"{path} reads {tensor.name} from {location!r}, which is not in the folder of the model")
+        raise ValueError(
+            f"{path} reads {shown(tensor.name)} from {shown(location)!r}, which is not in the folder of the model"
+        )
     if not os.path.isfile(name):
-        raise FileNotFoundError(f"{path} has its weights in {location}, which is missing: put it into the same folder")
+        raise FileNotFoundError(
+            f"{path} has its weights in {shown(location)}, which is missing: put it into the same folder"
+        )
     expected = size_in_bytes(tensor, path)
     offset, length = (fields.get(key, default) for key, default in (("offset", "0"), ("length", str(expected))))
     is_there = re.fullmatch(r"\d{1,18}", offset) and int(offset) + expected <= os.path.getsize(name)
     if not is_there or length != str(expected):
-        raise ValueError(f"{path} does not fit {location}: the bytes of {tensor.name} are not there, export it again")
+        raise ValueError(
+            f"{path} does not fit {shown(location)}: the bytes of {shown(tensor.name)} are not there, export it again"
+        )
     return name, int(offset), expected
 
 
@@ -149,9 +177,9 @@ def check_tensor(tensor, path):
     """Raise NotImplementedError for a tensor type that no network has, and ValueError for a negative size."""
     if tensor.data_type not in FLOATS | INTEGERS:
         kind = dict(zip(TensorProto.DataType.values(), TensorProto.DataType.keys())).get(tensor.data_type, "unknown")
-        raise NotImplementedError(f"{path} holds {tensor.name or 'a tensor'} as {kind}, export it as float32")
+        raise NotImplementedError(f"{path} holds {shown(tensor.name) or 'a tensor'} as {kind}, export it as float32")
     if any(size < 0 for size in tensor.dims):
-        raise ValueError(f"{path} is damaged: {tensor.name} has the shape {list(tensor.dims)}")
+        raise ValueError(f"{path} is damaged: {shown(tensor.name)} has the shape {list(tensor.dims)}")
 
 
 def array_of(tensor, path):
@@ -166,7 +194,7 @@ def array_of(tensor, path):
             raise ValueError(f"it has {array.size} values")
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(
-            f"{path} is damaged: {tensor.name or 'a constant'} does not have the values of its shape "
+            f"{path} is damaged: {shown(tensor.name) or 'a constant'} does not have the values of its shape "
             f"{list(tensor.dims)}"
         ) from error
     return np.array(array, np.float32 if tensor.data_type in FLOATS else array.dtype)

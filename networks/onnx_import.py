@@ -6,6 +6,7 @@ dag = parse_ann_model(net, (torch.zeros(2, *net.input_shape),))
 Nothing in the file is run as code, and no file outside of the model's folder is read.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from networks.onnx_file import DOMAINS, FLOATS, array_of, check_structure, opset_of, read_onnx
+from networks.onnx_file import DOMAINS, FLOATS, array_of, check_structure, opset_of, read_onnx, shown
 from networks.onnx_layers import LAYERS, Call, SamePad, tensor
 from networks.onnx_names import module_paths, place
 from networks.onnx_node import Damaged, Node
@@ -27,7 +28,14 @@ MAX_ACTIVATIONS = 2**28  # values per image of one layer: 1 GB. A few declared s
 MOST_FOLDED, FREE_FOLDED = 4, 2**26
 # Operators whose outputs are not negative, and those whose outputs are not if no input is.
 RECTIFIERS = {"Relu", "Sigmoid", "Softmax"}
-KEEP_SIGN = {*SHAPES, "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "Concat"}
+KEEP_SIGN = {*SHAPES} - {"Pad"} | {
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+    "GlobalMaxPool",
+    "ReduceMean",
+    "Concat",
+}
 QUANTIZED = {
     *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"),
     *("ConvInteger", "MatMulInteger"),
@@ -46,7 +54,7 @@ ADVICE_FOR = {
     "a network without recurrent layers is needed": ("LSTM", "GRU", "RNN"),
 }
 ADVICE = {op: advice for advice, ops in ADVICE_FOR.items() for op in ops}
-ON_CONSTANTS = "it is supported for constants and shapes only"
+IMPORTABLE = f"can be imported: {', '.join(sorted(MODULES))}"
 
 
 def load_onnx(path):
@@ -64,6 +72,8 @@ def load_onnx(path):
     check_structure(model, path)
     net = Importer(model, path).build().eval()
     if net.input_shape is not None and None not in net.input_shape:
+        if math.prod(net.input_shape) > MAX_ACTIVATIONS:
+            raise ValueError(f"{path} takes images of {list(net.input_shape)}, which is too large")
         outputs = net.check(torch.empty(2, *net.input_shape, device="meta"))
         net.num_outputs = outputs[0].shape[1] if outputs[0].dim() == 2 else None
     return net
@@ -71,20 +81,21 @@ def load_onnx(path):
 
 def check_operators(graph, path):
     """Raise NotImplementedError for the first operator that cannot be imported, and for a quantized network."""
-    known = ", ".join(sorted(MODULES))
-    for node in graph.node:
-        where = f"{path}: node {node.name or next(iter(node.output), '')} ({node.op_type}) cannot be imported"
+    places = [
+        f"{path}: node {shown(node.name or next(iter(node.output), ''))} ({shown(node.op_type)}) cannot be imported"
+        for node in graph.node
+    ]
+    for node, where in zip(graph.node, places):
         if node.op_type in QUANTIZED:
             raise NotImplementedError(
                 f"{where}: the network is quantized, export it before the quantization, which this tool does itself"
             )
+    for node, where in zip(graph.node, places):
         if node.domain not in DOMAINS:
-            raise NotImplementedError(f"{where}: it is an operator of {node.domain}, can be imported: {known}")
-    for node in graph.node:
-        where = f"{path}: node {node.name or next(iter(node.output), '')} ({node.op_type}) cannot be imported"
+            raise NotImplementedError(f"{where}: it is an operator of {shown(node.domain)}; {IMPORTABLE}")
         if node.op_type not in FOLDS and node.op_type not in MODULES:
             advice = ADVICE.get(node.op_type)
-            raise NotImplementedError(f"{where}{f': {advice}' if advice else ''}; can be imported: {known}")
+            raise NotImplementedError(f"{where}{f': {advice}' if advice else ''}; {IMPORTABLE}")
 
 
 @dataclass
@@ -187,7 +198,7 @@ class Importer:
         """The graph's input. Raises NotImplementedError unless it is one floating-point tensor."""
         inputs = [each for each in self.graph.input if each.name not in self.constants]
         if len(inputs) != 1:
-            names = ", ".join(each.name for each in inputs) or "no input"
+            names = shown(", ".join(each.name for each in inputs)) or "no input"
             raise NotImplementedError(f"{self.path} has the inputs {names}, a network of one image can be imported")
         if inputs[0].type.tensor_type.elem_type not in FLOATS:
             raise NotImplementedError(f"{self.path} takes no floating-point tensor, export it for float32 images")
@@ -202,7 +213,9 @@ class Importer:
         made = {self.input.name, *(name for step in self.steps for name in step.outputs)} - self.numbers
         for each, name in zip(self.graph.output, outputs):
             if name not in made:
-                raise NotImplementedError(f"{self.path} returns {each.name}, which is not computed from the image")
+                raise NotImplementedError(
+                    f"{self.path} returns {shown(each.name)}, which is not computed from the image"
+                )
         self.note_last_reads(outputs)
         declared = declared_shape(self.graph.output[0].type)
         num_outputs = declared[1] if declared and len(declared) == 2 else None
@@ -236,7 +249,8 @@ class Importer:
         elif node.op == "CastLike" and node.is_constant(0):  # all activations are float32
             self.store(node, node.constant(0).astype(np.float32))
         elif node.op not in MODULES:
-            node.refuse(f"{ON_CONSTANTS}{f', {ADVICE[node.op]}' if node.op in ADVICE else ''}")
+            advice = ADVICE.get(node.op, "it is supported for constants and shapes only")
+            node.refuse(f"{advice}; {IMPORTABLE}")
         elif not self.joins_bias(node):
             self.add_modules(proto, node, given)
 
@@ -257,12 +271,14 @@ class Importer:
             return node.outputs
         read = [name for name in node.outputs[1:] if name and self.reads[name]]
         if read:
-            node.refuse(f"its further output {read[0]} is read, only the first is supported")
+            node.refuse(f"its further output {shown(read[0])} is read, only the first is supported")
         return node.outputs[:1]
 
     def add_modules(self, proto, node, given):
         """Append the steps of a node's modules, or note that it changes nothing."""
         node.is_nonnegative = self.nonnegative.issuperset(name for name in given if name not in self.numbers)
+        if not self.numbers.isdisjoint(given if node.op in LAYERS else given[:1]):
+            node.refuse("it computes with the shape of an activation")
         modules = self.modules_of(node)
         if isinstance(modules[0], nn.Identity):
             self.same[self.outputs_of(node)[0]] = given[0]

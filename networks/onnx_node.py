@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import onnx
 
-from networks.onnx_file import array_of
+from networks.onnx_file import array_of, shown
 
 MAX_SIZE = 2**16  # bound of a kernel size, stride, padding or factor, as in a saved network
 
@@ -35,7 +35,7 @@ class Node:
     @property
     def label(self):
         """The node in messages."""
-        return f"{self.path}: node {self.name} ({self.op})"
+        return f"{self.path}: node {shown(self.name)} ({shown(self.op)})"
 
     def alone(self):
         """A copy that holds its own constants only, for a layer that keeps it."""
@@ -74,7 +74,7 @@ class Node:
         if not self.has(i):
             return None
         if not self.is_constant(i):
-            self.refuse(f"its input {self.inputs[i]} is computed by the network, a constant is supported")
+            self.refuse(f"its input {shown(self.inputs[i])} is computed by the network, a constant is supported")
         return self.constants[self.inputs[i]]
 
     def weight(self, i):

@@ -107,6 +107,14 @@ CASES = {
     ),
     "resize_sizes": model(node("Resize", "x - - s"), s=whole(2, 3, 16, 24)),
     "resize_axes": model(node("Resize", "x - s", axes=[3, 2]), opset=18, s=np.float32([2, 1])),
+    "max_pool_of_padding": model(
+        node("Relu", "x", "r"),
+        node("Pad", "r p c", "z"),
+        node("MaxPool", "z", kernel_shape=[2, 2], pads=[0, 0, 1, 1], strides=[2, 2]),
+        p=whole(0, 0, 1, 1, 0, 0, 1, 1),
+        c=np.float32(-5),
+        shape=(2, 3, 7, 7),
+    ),
     "newest_opset": model(node("Conv", "x w", "z"), node("Relu", "z"), opset=26, w=W),
 }
 
