@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from networks.onnx_node import as_written
+
 
 class Call(nn.Module):
     """A torch function with fixed options."""
@@ -262,7 +264,7 @@ def clip(node):
     bounds = []
     for i, name in enumerate(("min", "max"), start=1):
         bound = node.attribute(name) if name in node.attributes else node.constant(i)
-        bound = None if bound is None else float(np.ravel(bound)[0])
+        bound = None if bound is None else as_written(np.ravel(bound)[0])
         # exporters write the largest float for "no bound"
         bounds.append(None if bound is not None and abs(bound) >= np.finfo(np.float32).max else bound)
     if bounds == [0, None]:
@@ -410,7 +412,7 @@ class WithConstant(nn.Module):
     def __init__(self, function, constant, is_first):
         super().__init__()
         self.function, self.is_first = function, is_first
-        self.value = constant.item() if constant.size == 1 else None
+        self.value = as_written(constant.item()) if constant.size == 1 else None
         self.register_buffer("constant", tensor(constant) if constant.size > 1 else None)
 
     def forward(self, x):

@@ -10,6 +10,11 @@ from networks.onnx_file import array_of, shown
 MAX_SIZE = 2**16  # bound of a kernel size, stride, padding or factor, as in a saved network
 
 
+def as_written(value):
+    """A float32 number as the network had it in Python: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
 class Damaged(ValueError):
     """Error for a node that does not fit its inputs, or declares impossible sizes."""
 
@@ -59,6 +64,8 @@ class Node:
         if attribute.type not in (kinds.FLOAT, kinds.INT, kinds.STRING, kinds.FLOATS, kinds.INTS, kinds.STRINGS):
             self.refuse(f"its attribute {attribute.name} is no number and no dense tensor")
         value = onnx.helper.get_attribute_value(attribute)
+        if attribute.type == kinds.FLOAT:
+            return as_written(value)
         return value.decode(errors="replace") if isinstance(value, bytes) else value
 
     def has(self, i):

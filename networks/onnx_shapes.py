@@ -14,7 +14,7 @@ from torch import nn
 
 from networks.onnx_file import FLOATS
 from networks.onnx_layers import torch_pads
-from networks.onnx_node import MAX_SIZE
+from networks.onnx_node import MAX_SIZE, as_written
 from networks.onnx_numbers import slices
 
 CHECKED_PIXELS = 3  # input pixels after which the pattern of nearest neighbours repeats, with one at each border
@@ -105,7 +105,7 @@ def pad(node, x, pads=None, value=None, axes=None):
     if node.attribute("mode", "constant") != "constant":
         node.refuse(f"it pads with mode {node.attribute('mode')}, constants are supported")
     pads = node.attribute("pads") if pads is None else pads.ravel().tolist()
-    value = node.attribute("value", 0.0) if value is None else float(value.ravel()[0])
+    value = node.attribute("value", 0.0) if value is None else as_written(value.ravel()[0])
     axes = list(range(x.dim())) if axes is None else [axis % x.dim() for axis in axes.ravel().tolist()]
     begins, ends = [0] * x.dim(), [0] * x.dim()
     for axis, begin, end in zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True):

@@ -232,6 +232,21 @@ def test_a_copy_computes_the_same_with_its_own_weights(tmp_path):
     assert torch.equal(imported(images), expected) and not torch.equal(twin(images), expected)
 
 
+def test_numbers_are_those_of_the_network(tmp_path):
+    """A file holds 0.7 as float32, which is 0.699999988 in Python."""
+    nodes = [
+        node("BatchNormalization", "x s s s s", "a", epsilon=1e-5),
+        node("Clip", "a lo hi", "b"),
+        node("LeakyRelu", "b", "c", alpha=0.1),
+        node("Div", "c d"),
+    ]
+    net = load_onnx(
+        saved(model(*nodes, s=abs(values(3)), lo=np.float32(0), hi=np.float32(0.7), d=np.float32(0.3)), tmp_path)
+    )
+    assert (net.the_BatchNormalization.eps, net.the_Clip.max_val, net.the_LeakyRelu.negative_slope) == (1e-5, 0.7, 0.1)
+    assert net.the_Div.value == 0.3
+
+
 def test_loading_draws_no_random_numbers(tmp_path):
     path = exported(network("resnet20"), tmp_path, **EXPORTERS["old"])
     torch.manual_seed(5)
