@@ -209,6 +209,8 @@ class Importer:
         batch = self.shape[0] if self.shape else None
         for proto in self.graph.node:
             self.add(proto, Node(proto, self.path, self.opset, batch, self.constants))
+        if not self.graph.output:
+            raise ValueError(f"{self.path} is damaged: it returns nothing")
         outputs = [self.name_of(each.name) for each in self.graph.output]
         made = {self.input.name, *(name for step in self.steps for name in step.outputs)} - self.numbers
         for each, name in zip(self.graph.output, outputs):

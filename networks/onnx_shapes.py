@@ -100,6 +100,18 @@ def split(node, x, sizes=None):
     return torch.split(x, sizes or -(-x.shape[axis] // parts), axis)
 
 
+def split_to_sequence(node, x, sizes=None):
+    """The parts as one value, which only SequenceAt reads."""
+    if sizes is None and not node.attribute("keepdims", 1):
+        node.refuse("keepdims=0 is not supported, use Split")
+    sizes = 1 if sizes is None else sizes.tolist()  # one size for all parts, or a list
+    return [torch.split(x, sizes, node.attribute("axis", 0))]
+
+
+def part_of_sequence(node, parts, position):
+    return parts[int(position)]
+
+
 def pad(node, x, pads=None, value=None, axes=None):
     """Zero padding, or with another constant."""
     if node.attribute("mode", "constant") != "constant":
@@ -219,6 +231,7 @@ SHAPES = {
     **{"Reshape": rearranged(reshape), "Flatten": rearranged(flatten), "Transpose": rearranged(transpose)},
     **{"Squeeze": rearranged(squeeze), "Unsqueeze": rearranged(unsqueeze), "Slice": rearranged(take_slice)},
     **{"Split": rearranged(split), "Pad": rearranged(pad)},
+    **{"SplitToSequence": rearranged(split_to_sequence), "SequenceAt": rearranged(part_of_sequence)},
     **{"Resize": rearranged(resize), "Upsample": rearranged(resize)},
     **{"Cast": cast, "CastLike": like, "Dropout": dropout},
     "Identity": lambda node: nn.Identity(),

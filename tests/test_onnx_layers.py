@@ -88,6 +88,12 @@ CASES = {
     "split_input": model(node("Split", "x s", "y z", axis=-1), outputs="y z", s=whole(3, 5)),
     "split_equal": model(node("Split", "x", "y z", axis=2), outputs="y z"),
     "split_number": model(node("Split", "x", "y z", axis=1, num_outputs=2), outputs="y z", opset=18),
+    "split_to_sequence": model(
+        node("SplitToSequence", "x s", "q", axis=1), node("SequenceAt", "q p"), s=whole(1, 2), p=np.int64(-1)
+    ),
+    "split_to_equal_parts": model(
+        node("SplitToSequence", "x s", "q", axis=2), node("SequenceAt", "q p"), s=np.int64(3), p=np.int64(2)
+    ),
     "pad_attribute": model(node("Pad", "x", pads=[0, 0, 1, 2, 0, 0, 0, 3]), opset=7),
     "pad_input": model(node("Pad", "x p"), p=whole(0, 0, 1, 2, 0, 0, 0, -3)),
     "pad_value": model(node("Pad", "x p c"), p=whole(0, 1, 0, 2, 0, 0, 0, 0), c=np.float32(1.5)),
