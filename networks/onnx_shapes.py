@@ -77,6 +77,8 @@ def unsqueeze(node, x, axes=None):
     axes = node.attribute("axes") if axes is None else axes.ravel().tolist()
     rank = x.dim() + len(axes)
     axes, sizes = {axis % rank for axis in axes}, iter(x.shape)
+    if len(axes) != rank - x.dim():
+        node.damaged("it has an axis twice")
     return x.reshape([1 if i in axes else next(sizes) for i in range(rank)])
 
 

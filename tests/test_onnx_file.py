@@ -213,6 +213,11 @@ def test_declared_sizes_are_checked_before_they_are_allocated(name, tmp_path):
     refusal(saved(GREEDY[name], tmp_path), ValueError)
 
 
+def test_axes_that_stand_twice(tmp_path):
+    path = saved(model(node("Unsqueeze", "x a"), a=whole(1, 1)), tmp_path)
+    assert "the_Unsqueeze (Unsqueeze) is damaged: it has an axis twice" in refusal(path, ValueError)
+
+
 def test_declared_sizes_of_an_open_image_are_checked_at_the_call(tmp_path):
     net = load_onnx(
         saved(model(node("Pad", "x p"), shape=("b", 3, "h", "w"), p=whole(0, 0, 60000, 60000, 0, 0, 0, 0)), tmp_path)
