@@ -2,8 +2,8 @@
 
 How the shared parts relate: reference.py computes spikes and operations on its own, in NumPy integers, and imports
 nothing of the toolkit. helpers.py builds and converts small networks, and asserts their spikes against the reference;
-tracing.py does so for the tracer's tests. Both are imported by name. Fixtures are here where several files use them,
-else in the file that does. No test file imports another one.
+tracing.py does so for the tracer's tests, onnx_models.py for the importer's. All are imported by name. Fixtures are
+here where several files use them, else in the file that does. No test file imports another one.
 """
 
 from types import SimpleNamespace
@@ -14,7 +14,8 @@ import torch
 from build_network import get_net_by_name
 from datasets import get_dataset
 
-pytest.register_assert_rewrite("helpers", "tracing")  # so that their failures show values, as those of the tests do
+# so that their failures show values, as those of the tests do
+pytest.register_assert_rewrite("helpers", "tracing", "onnx_models")
 from helpers import with_random_norms  # noqa: E402
 
 torch.set_num_threads(2)
