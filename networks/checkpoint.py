@@ -18,7 +18,6 @@ from runtime.torch_files import OtherFile, read_weights_file, unusual_kind
 HOW_TO_SAVE = "save it with torch.save(net.state_dict(), path)"
 PLAIN = ((), ("state_dict",))  # the keys around the weights in plain files; the second form is that of train_ann.py
 MOST_NAMED = 3  # names that a line lists
-PARAMETRIZED = ("_orig", "parametrizations.")  # in the names of tensors that a weight is computed of
 
 
 @dataclass
@@ -78,7 +77,7 @@ def note_of(fit, harmless, path):
     counters = sum(name not in fit.names for name in fit.expected)
     others = " and ".join(other.where() for other in fit.others)
     notes = (
-        f"not those under {others}, which fit too" if others else None,
+        f"not those {others}, which fit too" if others else None,
         change_of_names(fit),
         f"{counters} {COUNTER} missing (not needed)" if counters else None,
         counted(fit.merged, "weight") + " computed of two tensors" + listed(fit.merged) if fit.merged else None,
@@ -132,13 +131,17 @@ def check_fit(fit, path):
 def nearest(name, fit):
     """What the file has instead of a tensor that it lacks, in words."""
     unused = [there for there in fit.tensors if there not in fit.names.values()]
-    close = difflib.get_close_matches(fit.removed + name.removeprefix(fit.added), unused, n=1)
-    if not close:
-        return f", it has others{listed(unused)}" if unused else ""
-    words = f", the nearest name in it is {close[0]} {shape_of(fit.tensors[close[0]])}"
-    if any(part in close[0] for part in PARAMETRIZED):
-        words += ": undo the parametrization before saving, with torch.nn.utils.parametrize.remove_parametrizations"
-    return words
+    wanted = fit.removed + name.removeprefix(fit.added)
+    module, _, last = wanted.rpartition(".")
+    computed = (f"{wanted}_orig", f"{module}.parametrizations.{last}.", f"parametrizations.{wanted}.")
+    for there in unused:
+        if fit.short[there].startswith(computed):
+            how = "undo the parametrization before saving (torch.nn.utils.parametrize.remove_parametrizations)"
+            return f", it has {there}, of which that is computed: {how}"
+    close = difflib.get_close_matches(wanted, unused, n=1)
+    if close:
+        return f", the nearest name in it is {close[0]} {shape_of(fit.tensors[close[0]])}"
+    return f", it has others{listed(unused)}" if unused else ""
 
 
 def check_tensor(name, tensor, expected, path):

@@ -25,32 +25,27 @@ USUAL = r"(state_?dict|(model|net|network)(_state)?(_?dict)?|module|_orig_mod|ba
 OF_TRAINING = r"(?i)(.*_)?(criterion|loss(es|_fn|_func|_function)?|metrics?|accuracy|acc|top1|top5|aux\w*)"
 COUNTERS = {"total_ops", "total_params", "n_averaged"}  # of the profiler thop, and of torch's AveragedModel
 PARAMETERS = {"weight", "bias", "running_mean", "running_var", COUNTER}  # of one dimension, or none
-# Pairs of tensors of which a weight is computed: the ends of their names, and the function.
-MERGES = (
-    ("weight_v", "weight_g", lambda v, g: of_norm(v, g)),
-    ("parametrizations.weight.original1", "parametrizations.weight.original0", lambda v, g: of_norm(v, g)),
-    ("weight_orig", "weight_mask", lambda weight, mask: weight * mask),
-)
 
 
 class Ambiguous(ValueError):
     """Error for several weights that fit a network, none of them by a usual name."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Fit:
     """Tensors of a file under the names of a network.
 
     path: the keys of the dicts around them. removed, added: the prefix of the file's names that the network lacks, and
-    the other way round. tensors: name -> tensor of the whole dict. names: name in the network -> name in the dict.
-    expected: the network's state dict. merged: the weights that were computed of two tensors. others: Fits that were
-    not chosen.
+    the other way round; both are of short names. tensors: name -> tensor of the whole dict. short: name in the dict ->
+    name without wrappers. names: name in the network -> name in the dict. expected: the network's state dict.
+    merged: the weights that were computed of two tensors. others: Fits that were not chosen.
     """
 
     path: tuple
     removed: str
     added: str
     tensors: dict
+    short: dict
     names: dict
     expected: dict
     merged: list
@@ -87,16 +82,21 @@ class Fit:
         return 0 if self.is_averaged else 1 if all(re.fullmatch(USUAL, part) for part in self.parts) else 2
 
     def where(self):
-        """The place in the file in words, such as `"state_dict"` or `"state_dict" with the prefix "teacher."`."""
-        place = " > ".join(f'"{key}"' for key in self.path)
-        prefix = f'the prefix "{self.removed}"' if self.removed else ""
-        return f"{place} with {prefix}" if place and prefix else place or prefix or "no key"
+        """The place in the file in words, such as `under "state_dict"` or `with the prefix "teacher."`."""
+        place = ["under " + " > ".join(f'"{key}"' for key in self.path)] if self.path else []
+        prefix = [f'with the prefix "{self.removed}"'] if self.removed else []
+        return " ".join(place + prefix) or "at the top"
 
 
 def find_fits(saved, expected):
     """All Fits of what a file holds, best first. expected: the network's state dict."""
-    fits = [fit for path, tensors in dicts_of_tensors(saved) for fit in fits_of(path, tensors, expected)]
-    return sorted(fits, key=lambda fit: (-fit.shaped, -len(fit.names), len(fit.removed) + len(fit.added)))
+    own, ends = plain_names(expected), defaultdict(list)
+    for short, name in own.items():
+        for prefix, rest in cuts(short):
+            if prefix:
+                ends[rest].append((prefix, name))
+    fits = [fit for path, tensors in dicts_of_tensors(saved) for fit in fits_of(path, tensors, expected, own, ends)]
+    return sorted(fits, key=lambda fit: (-fit.shaped, -len(fit.names), len(fit.removed + fit.added), -len(fit.tensors)))
 
 
 def choose_fit(fits):
@@ -112,17 +112,19 @@ def choose_fit(fits):
     first, *rivals = [fit for fit in whole if fit.rank == best]
     for rival in rivals:
         if not has_same_values(first, rival):
-            raise Ambiguous(f"under {first.where()} and under {rival.where()}")
+            raise Ambiguous(f"{first.where()} and {rival.where()}")
     first.others = [fit for fit in whole if fit is not first and fit not in rivals]
     return first
 
 
 def has_same_values(fit, other):
     """Whether two Fits have equal tensors."""
-    pairs = [(fit.tensors[fit.names[name]], other.tensors[other.names.get(name, name)]) for name in fit.names]
-    return fit.names.keys() == other.names.keys() and all(
-        not unusual_kind(a) and not unusual_kind(b) and a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs
-    )
+    if fit.names.keys() != other.names.keys():
+        return False
+    pairs = [(fit.tensors[fit.names[name]], other.tensors[other.names[name]]) for name in fit.names]
+    if any(unusual_kind(a) or unusual_kind(b) for a, b in pairs):
+        return False
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
 def dicts_of_tensors(saved, path=()):
@@ -145,21 +147,23 @@ def shape_of(tensor):
 # Names
 
 
-def fits_of(path, tensors, expected):
-    """A Fit of one dict of tensors for every pair of prefixes; one without names if no name fits."""
+def fits_of(path, tensors, expected, own, ends):
+    """A Fit of one dict of tensors for every pair of prefixes; one without names if no name fits.
+
+    own: the network's short names -> its names. ends: the end of a short name -> (prefix, name) of the network.
+    """
     tensors, merged = merge(tensors, expected)
-    own, there = plain_names(expected), plain_names(tensors)
+    there = plain_names(tensors)
     pairs = defaultdict(dict)  # (prefix removed, prefix added) -> name in the network -> name in the file
     for short, name in there.items():
         for prefix, rest in cuts(short):
             if rest in own:
                 pairs[prefix, ""][own[rest]] = name
-    for short, name in own.items():
-        for prefix, rest in cuts(short):
-            if prefix and rest in there:
-                pairs["", prefix][name] = there[rest]
+        for prefix, whole in ends.get(short, ()):
+            pairs["", prefix][whole] = name
+    short = {name: short for short, name in there.items()}
     pairs = pairs or {("", ""): {}}
-    return [Fit(path, removed, added, tensors, names, expected, merged) for (removed, added), names in pairs.items()]
+    return [Fit(path, *prefixes, tensors, short, names, expected, merged) for prefixes, names in pairs.items()]
 
 
 def cuts(name):
@@ -184,7 +188,7 @@ def change_of_names(fit):
     if fit.added and all(own.endswith(name) for own, name in fit.names.items()):
         return f'prefix "{fit.added}" added'
     parts = {part for own, name in fit.names.items() for part in name.split(".") if part not in own.split(".")}
-    return f"{', '.join(sorted(parts)) or 'wrappers'} taken out of names"
+    return f"{', '.join(sorted(parts))} taken out of names" if parts else "wrappers added to names"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,20 +202,22 @@ def merge(tensors, expected):
     """
     tensors, merged = dict(tensors), []
     for value, factor, function in MERGES:
-        if any(name.endswith(factor) for name in expected):
+        starts = [name.removesuffix(value) for name in tensors if name == value or name.endswith(f".{value}")]
+        if not starts or any(name.endswith(factor) for name in expected):
             continue
-        for name in [name for name in tensors if name.endswith(f".{value}") or name == value]:
-            start = name.removesuffix(value)
-            a, b = tensors[name], tensors.get(start + factor)
-            if b is not None and not unusual_kind(a) and not unusual_kind(b) and can_scale(a, b):
-                del tensors[name], tensors[start + factor]
+        for start in starts:
+            a, b = tensors[start + value], tensors.get(start + factor)
+            if b is not None and can_scale(a, b):
+                del tensors[start + value], tensors[start + factor]
                 tensors[f"{start}weight"] = function(a.detach(), b.detach())
                 merged.append(f"{start}weight")
     return tensors, merged
 
 
 def can_scale(values, factor):
-    """Whether a tensor has, in each dimension, the extent of `values` or 1, or is a scalar."""
+    """Whether both are plain floats, and `factor` is a scalar or has the extent of `values` or 1 in each dimension."""
+    if any(unusual_kind(tensor) or not tensor.is_floating_point() for tensor in (values, factor)):
+        return False
     extents = zip(factor.shape, values.shape)
     return not factor.dim() or (factor.dim() == values.dim() and all(own in (1, other) for own, other in extents))
 
@@ -223,6 +229,14 @@ def of_norm(v, g):
     return v * (g / norm)
 
 
+# Weight normalisation in both forms of torch, and pruning: the ends of the names, and the function.
+MERGES = (
+    ("weight_v", "weight_g", of_norm),
+    ("parametrizations.weight.original1", "parametrizations.weight.original0", of_norm),
+    ("weight_orig", "weight_mask", torch.mul),
+)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tensors beside the weights
 
@@ -231,7 +245,7 @@ def sort_extras(fit):
     """`harmless, foreign`: the names of the dict that the network lacks: of training, and of another network."""
     used = {*fit.names.values()}
     used.update(name for other in fit.others for name in other.names.values() if is_average_of(fit, other))
-    modules = {module for name in fit.names.values() for module in ancestors(name)}
+    modules = {module for name in fit.names.values() for module in ancestors(fit.short[name])}
     modules -= set(ancestors(fit.removed))
     extras = [name for name in fit.tensors if name not in used]
     harmless = [name for name in extras if is_of_training(name, fit, modules)]
@@ -252,15 +266,15 @@ def ancestors(name):
 def is_of_training(name, fit, modules):
     """Whether a tensor that the network lacks only served its training. When in doubt it did not.
 
-    modules: those of the network, by their names in the file.
+    modules: those of the network, by their short names in the file.
     """
-    *path, last = name.split(".")
-    tensor = fit.tensors[name]
+    short, tensor = fit.short[name], fit.tensors[name]
+    *path, last = short.split(".")
     if last in COUNTERS and tensor.numel() == 1:
         return True
-    if any(module in modules for module in ancestors(name)):
+    if any(module in modules for module in ancestors(short)):
         return False
     if any(re.fullmatch(OF_TRAINING, part) for part in path or [last]):
         return True
-    is_outside = bool(fit.removed) and not name.startswith(fit.removed)
+    is_outside = bool(fit.removed) and not short.startswith(fit.removed)
     return is_outside and tensor.dim() <= 1 and last not in PARAMETERS

@@ -36,6 +36,7 @@ BEGINNINGS = (
     (rb".{257}ustar", "it is a tar archive", "unpack it"),
     (rb"\x93NUMPY", "it is a .npy file of NumPy", SAVE_STATE),
     (rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "it is a compressed file", "unpack it"),
+    (rb"\s*\{\s*\"", "it is a JSON file", SAVE_STATE),
     (rb"\x80[\x02-\x05]", "it is a pickle that torch.save did not write", SAVE_STATE),
 )
 # The same for zip files, with a pattern for the name of an entry.
@@ -44,7 +45,7 @@ ENTRIES = (
     (r".*/archive_format|serialized_exported_program.*", "it is a program of torch.export", OF_PYTORCH),
     (r".*\.npy", "it is a .npz file of NumPy", SAVE_STATE),
     (r"model\.weights\.h5", "it is a Keras file", "convert its weights to PyTorch"),
-    (r"pytorch_model.*|.*\.pth|.*\.pt|.*\.safetensors", "it is a zip file with a file of weights in it", "unpack it"),
+    (r".*\.(pth|pt|bin|safetensors)", "it is a zip file with a file of weights in it", "unpack it"),
 )
 # Classes that hold settings or numbers, which training scripts save beside weights. They are loaded without contents.
 LEFT_OUT = (
@@ -120,8 +121,9 @@ def read_torch_file(path, takes_legacy=True):
     elif not (takes_legacy and start.startswith(LEGACY)):
         raise kind_of(start)
     try:
-        with torch.serialization.safe_globals(inert()):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # torch.load gets the file, not its path: by the end of a name it would choose another reader
+        with open(path, "rb") as file, torch.serialization.safe_globals(inert()):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except OtherFile:  # from the code that rebuilds a network
         raise
     except Exception as error:  # damaged bytes can make torch.load raise anything, even OSError
