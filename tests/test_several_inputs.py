@@ -1,5 +1,6 @@
 """Networks with several inputs and several outputs: from the loader to the spikes."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -44,12 +45,13 @@ class TwoInputs(nn.Module):
         return tuple(every[name] for name in self.outputs)
 
 
+@functools.cache
 def trained(outputs="scores"):
-    """A network that has learnt the labels from the scores."""
+    """A network that has learnt the labels from the scores. Nothing may change it."""
     torch.manual_seed(0)
     net = TwoInputs(outputs)
     optimizer = torch.optim.Adam(net.parameters(), 0.02)
-    for _ in range(200):
+    for _ in range(100):
         optimizer.zero_grad()
         returned = net(IMAGES, CODES)
         PLAIN(returned if outputs == "scores" else returned[net.outputs.index("scores")], LABELS).backward()
@@ -70,14 +72,17 @@ LOADERS = {
 }
 
 
+@functools.cache
+def converted(kind):
+    """The network on batches of a form."""
+    make_loader = {**LOADERS, "dicts": lambda: NAMED}[kind]
+    options = {"timesteps": 8, "weight_bitwidth": 4, "finetune_epochs": 1, "device": "cpu"}
+    return convert_network(trained(), make_loader(), make_loader(), **options)
+
+
 @pytest.mark.parametrize("kind", [*LOADERS, "dicts"])
 def test_every_form_of_batches_gives_the_same_networks(kind):
-    def converted(make_loader):
-        options = {"timesteps": 8, "weight_bitwidth": 4, "finetune_epochs": 1, "spike_epochs": 1, "device": "cpu"}
-        return convert_network(net, make_loader(), make_loader(), **options)
-
-    net = trained()
-    expected, found = converted(LOADERS["pairs"]), converted({**LOADERS, "dicts": lambda: NAMED}[kind])
+    net, expected, found = trained(), converted("pairs"), converted(kind)
     assert found.accuracies == expected.accuracies
     assert torch.equal(found.snn(IMAGES, CODES), expected.snn(IMAGES, CODES))
     wanted = {"ann": net, "qnet": expected.qnet, "snn": expected.snn}
@@ -87,18 +92,21 @@ def test_every_form_of_batches_gives_the_same_networks(kind):
     assert found.ann_top1 > 95 and found.snn_top1 > 80  # 3 classes, the largest has half of the samples
 
 
-@pytest.mark.parametrize("kind", LOADERS)
+@functools.cache
+def call_by_call(kind):
+    """What the converted network returns, and how right it is, after one call after the other."""
+    loader = LOADERS[kind]
+    qnet = quantize_finetune(trained(), loader(), PLAIN, "cpu", SGD)
+    snn = trans_ann2snn_weight(qnet, loader(), "cpu", 8, 8)
+    snn = finetune_spikes(snn, loader(), "cpu", 1, criterion=PLAIN, qnet=qnet)
+    curve = evaluate(snn, loader(), "cpu", PLAIN, 8, every_step=True)
+    return curve["top1_by_timestep"], curve["loss"], snn(IMAGES, CODES).tolist()
+
+
+@pytest.mark.parametrize("kind", ["TensorDataset", "flat, with an index", "iterator"])
 def test_each_call_of_its_own(kind):
     """The calls that get a graph, which no longer knows the names of the arguments."""
-    make, net = LOADERS[kind], trained()
-    results = []
-    for loader in (LOADERS["pairs"], make):
-        qnet = quantize_finetune(net, loader(), PLAIN, "cpu", SGD)
-        snn = trans_ann2snn_weight(qnet, loader(), "cpu", 8, 8)
-        snn = finetune_spikes(snn, loader(), "cpu", 1, criterion=PLAIN, qnet=qnet)
-        curve = evaluate(snn, loader(), "cpu", PLAIN, 8, every_step=True)
-        results.append((curve["top1_by_timestep"], curve["loss"], snn(IMAGES, CODES).tolist()))
-    assert results[0] == results[1]
+    assert call_by_call(kind) == call_by_call("pairs")
 
 
 @pytest.mark.parametrize("mode", ["subtraction", "zero"])
@@ -127,7 +135,14 @@ def test_every_spike_of_two_inputs(tmp_path, mode, listen):
 def test_the_first_output_that_fits_the_labels_counts(outputs):
     net = trained(outputs)
     made = convert_network(
-        net, PAIRS, PAIRS, timesteps=8, spike_epochs=1, spike_epochs_unlabelled=1, finetune_distill=0.5, device="cpu"
+        net,
+        PAIRS,
+        PAIRS,
+        timesteps=8,
+        finetune_epochs=1,
+        spike_epochs=1,
+        spike_epochs_unlabelled=1,
+        finetune_distill=0.5,
     )
     index = outputs.split().index("scores")
     for name, network in {"ann": net, "qnet": made.qnet, "snn": made.snn}.items():
@@ -143,7 +158,9 @@ def test_a_criterion_of_all_outputs_gets_the_tuple():
         seen.add(tuple(len(x.shape) for x in outputs))
         return PLAIN(outputs[1], labels) + outputs[0].square().mean()
 
-    made = convert_network(trained("map scores"), PAIRS, PAIRS, criterion=criterion, timesteps=4, device="cpu")
+    made = convert_network(
+        trained("map scores"), PAIRS, PAIRS, criterion=criterion, timesteps=4, finetune_epochs=1, device="cpu"
+    )
     scores = made.snn(IMAGES, CODES)
     assert seen == {(4, 2)}
     loss = PLAIN(scores[1], LABELS) + scores[0].square().mean()
