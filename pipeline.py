@@ -45,7 +45,7 @@ from options import (
     preset_options,
 )
 from quantization import as_dag, quantize_finetune, weights_in_words
-from runtime.batches import reusable
+from runtime.batches import loader_for, reusable
 from runtime.device import choose_device, seed_everything
 from runtime.packages import REPORT_PACKAGES, check_packages
 from snn_weight_setter import convert
@@ -117,7 +117,8 @@ def convert_network(net, train_loader, test_loader=None, *, criterion=None, pres
     args = options_by_name(preset, options)
     device, criterion = choose_device(args.device), criterion or torch.nn.CrossEntropyLoss()
     seed_everything(args.seed)
-    train_loader = reusable(train_loader)
+    train_loader = reusable(loader_for(net, train_loader))
+    test_loader = None if test_loader is None else reusable(loader_for(net, test_loader))
     graph = prepare_conversion(as_dag(net, train_loader), args.maxpool, args.signed, args.avgpool)
     args.weight_bitwidth = choose_bitwidths(graph, args.weight_bitwidth, HARDWARE[DEFAULT_CHIP], args.ann_layers)
 

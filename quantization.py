@@ -21,6 +21,7 @@ from runtime.batches import (
     first_batch,
     first_output,
     labelled_batch,
+    loader_for,
     loss_of,
     memory_format,
     on_device,
@@ -331,7 +332,8 @@ def training_loss(net, inputs, targets, criterion, teacher, distill):
         return loss
     with torch.no_grad():
         wanted = teacher(*inputs)
-    return loss.lerp(distillation_loss(first_output(outputs), first_output(wanted)), distill)
+    pair = first_output(outputs, targets), first_output(wanted, targets)
+    return loss.lerp(distillation_loss(*pair), distill)
 
 
 def check_converges(net, mean, name):
@@ -382,7 +384,7 @@ def quantize_finetune(net, train_loader, criterion, device, args):
     nothing to train, and a loss that diverges.
     """
     options = QuantizeOptions.of(args)
-    train_loader = reusable(train_loader)
+    train_loader = reusable(loader_for(net, train_loader))
     qnet = as_dag(net, train_loader).to(device, memory_format=torch.channels_last)
     init_quantize_net(qnet, options.weight_bitwidth, options.weights_per_channel)
     if options.finetune_epochs:
@@ -472,5 +474,5 @@ def as_dag(net, loader):
     from ann_parser import parse_ann_model  # late, because ann_parser stands above this module
 
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
-    inputs = on_device(split_batch(first_batch(loader))[0], device, 1, type_of(net))
+    inputs = on_device(split_batch(first_batch(loader_for(net, loader)))[0], device, 1, type_of(net))
     return parse_ann_model(net, inputs).float()

@@ -22,7 +22,7 @@ from conversion.statistics import calibrate, use_learnt_scales
 from dag_rewrites import prepare_conversion
 from options import ConversionOptions
 from quantization import as_dag, set_bitwidths
-from runtime.batches import reusable
+from runtime.batches import loader_for, reusable
 
 
 def trans_ann2snn_weight(qnet, loader, device, timesteps, weight_bitwidth, **options):
@@ -50,7 +50,7 @@ def trans_ann2snn_weight(qnet, loader, device, timesteps, weight_bitwidth, **opt
 
 def convert(qnet, loader, device, options):
     """As `trans_ann2snn_weight`, with all options as one `options.ConversionOptions`."""
-    loader = reusable(loader, options.calibration_samples)
+    loader = reusable(loader_for(qnet, loader), options.calibration_samples)
     qnet = prepare_conversion(as_dag(qnet, loader), options.maxpool, options.signed, options.avgpool)
     qnet.to(device).eval()
     plan = plan_conversion(qnet, options.ann_layers)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from runtime.batches import batches_of, fit_labels, labelled_batch, loss_of, type_of
+from runtime.batches import batches_of, fit_labels, labelled_batch, loader_for, loss_of, main_output, type_of
 from runtime.device import in_eval_mode
 from spike_dag import one_or_all
 from spike_tensor import firing_ratios, record_firing_ratios
@@ -35,7 +35,8 @@ def evaluate(net, loader, device, criterion, timesteps=None, every_step=False):
     """Top-1 accuracy of a network on all samples of `loader`; `timesteps` is given for a spiking one.
 
     loader: batches as `batches.split_batch` takes them; labels are classes [B] or [B, 1], or a row of shares [B, C].
-    Only the first output counts. A single score per sample, [B] or [B, 1], decides between two classes (`hits_of`).
+    Of several outputs the first that fits the labels counts. A single score per sample, [B] or [B, 1], decides between
+    two classes (`hits_of`).
 
     Returns a dict: top1 and (for five classes or more) top5 in percent, loss, samples; for a spiking network also
     firing_rate, spikes per neuron and step by layer, and with `every_step` top1_by_timestep, percent after step
@@ -57,7 +58,7 @@ def validate(net, loader, device, metric, timesteps=None):
     Returns samples, the summary, the means per sample and, where `timesteps` is given, firing_rate, spikes per neuron
     and step by layer. Raises ValueError where the loader is empty or the loss is not finite.
     """
-    totals, samples = {}, 0
+    totals, samples, loader = {}, 0, loader_for(net, loader)
     with measured_on(net, device):
         for batch in batches_of(tqdm(loader, "validate", leave=False, delay=1)):
             inputs, targets = labelled_batch(batch, device, type_of(net))
@@ -114,7 +115,8 @@ class Top1:
         self.criterion, self.every_step = criterion, every_step
 
     def measure_batch(self, inputs, outputs, targets):
-        scores, last = outputs[0], tuple(x[-1] for x in outputs)  # [T, B, C] of the first output, [B, ...] of all
+        last = tuple(x[-1] for x in outputs)  # [B, ...] of every output
+        scores = outputs[main_output([x.shape for x in last], targets)]  # [T, B, C]
         targets = fit_labels(scores[-1], targets)
         hits = 100.0 * hits_of(scores, targets, self.criterion).double().mean(1).cpu()  # [T]
         means = {"top1": hits[-1], "loss": loss_of(self.criterion, one_or_all(last), targets).item()}

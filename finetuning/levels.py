@@ -22,7 +22,7 @@ from conversion.statistics import calibrate, use_learnt_scales
 from conversion.units import Units
 from options import TIMESTEPS, check_option
 from quantization import as_dag
-from runtime.batches import reusable
+from runtime.batches import loader_for, reusable
 from runtime.ranges import check_number
 from spike_neurons import ClipFloorShift
 
@@ -38,7 +38,7 @@ def quantize_activations(net, loader, device, levels, ann_layers=(), calibration
     """
     levels = check_number("activation_levels", levels, TIMESTEPS)
     calibration_samples = check_option("calibration_samples", calibration_samples)
-    loader = reusable(loader, calibration_samples)
+    loader = reusable(loader_for(net, loader), calibration_samples)
     net = as_dag(net, loader).to(device).eval()
 
     statistics, shapes = calibrate(net, loader, device, calibration_samples, "mse", levels, per_channel)

@@ -41,6 +41,7 @@ from runtime.batches import (
     count_batches,
     first_output,
     labelled_batch,
+    loader_for,
     loss_of,
     on_device,
     reusable,
@@ -90,7 +91,7 @@ def finetune_spikes(
         raise ValueError("every layer of the network is frozen (requires_grad=False), unfreeze what is to be finetuned")
     if teacher is not None:
         teacher = copy.deepcopy(teacher).to(device, torch.float32).eval()
-    loader = reusable(loader)
+    loader = reusable(loader_for(snn, loader))
     lr = default_lr(snn.timesteps, criterion is not None) if lr is None else lr
     part_size = max(1, MOST_UNROLLED[torch.device(device).type] // snn.timesteps) if gradient == "time" else sys.maxsize
     how = {"forward": GRADIENTS[gradient], "criterion": criterion, "teacher": teacher, "features": features}
@@ -155,7 +156,7 @@ def finetune_on_spikes(snn, qnet, ann, train_loader, calibration_loader, criteri
     options = SpikeFinetuneOptions.of(args)
     how = {"lr": options.spike_lr, "teacher": ann, "gradient": options.spike_gradient}
     if options.spike_epochs_unlabelled:
-        few = first_images(calibration_loader, args.calibration_samples)
+        few = first_images(loader_for(snn, calibration_loader), args.calibration_samples)
         snn = qnet = finetune_spikes(snn, few, device, options.spike_epochs_unlabelled, qnet=qnet, **how)
     if options.spike_epochs:
         snn = finetune_spikes(snn, train_loader, device, options.spike_epochs, criterion=criterion, qnet=qnet, **how)
@@ -182,7 +183,8 @@ def total_loss(snn, inputs, targets, *, forward, criterion, teacher, features):
     if teacher is not None:
         with torch.no_grad():
             wanted, known = ann_forward(teacher, inputs)
-        loss = loss + distillation_loss(first_output(outputs), first_output(wanted), SPIKES_TEMPERATURE)
+        pair = first_output(outputs, targets), first_output(wanted, targets)
+        loss = loss + distillation_loss(*pair, SPIKES_TEMPERATURE)
         errors = [relative_error(activation, known[name]) for name, activation in activations]
         loss = loss + features * sum(errors) / max(len(errors), 1)
     return loss

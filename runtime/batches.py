@@ -1,10 +1,12 @@
 """Data loaders: the batch formats that a loader may yield, and the four loaders of a data set.
 
 inputs, labels = split_batch(batch)                             # (tensor, ...), labels or None
+loader = loader_for(net, loader)                                # its batches with the inputs of `net` as a tuple
 loader = reusable(loader)                                       # a list of its batches if it can run only once
 test, val, train, train_val = four_loaders(*four_sets, args)    # for data sets that fetch whole batches
 """
 
+import inspect
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -54,6 +56,72 @@ def in_words(batch):
         types = ", ".join(type(item).__name__ for item in batch[:MOST_NAMED])
         return f"a {type(batch).__name__} of {types or 'nothing'}"
     return f"{'an' if type(batch).__name__[0] in 'aeiouAEIOU' else 'a'} {type(batch).__name__}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several inputs
+
+
+def loader_for(net, loader):
+    """The loader with batches ((a, b, ...), labels, ...) for a network with several inputs; else the loader itself.
+
+    Batches may also be (a, b, ..., labels, ...), as a TensorDataset gives them, or dicts under the names that `forward`
+    has for its inputs. Raises ValueError, in the loop over it, for batches with another number of inputs.
+    """
+    names = input_names(net)
+    if len(names) < 2:
+        return loader
+    if isinstance(loader, Iterator):
+        return (group_inputs(batch, names) for batch in loader)
+    return GroupedLoader(loader, names)
+
+
+class GroupedLoader:
+    """A loader whose batches have the inputs as a tuple (`group_inputs`). names: those of the inputs."""
+
+    def __init__(self, loader, names):
+        self.loader, self.names = loader, names
+
+    def __iter__(self):
+        return (group_inputs(batch, self.names) for batch in self.loader)
+
+    def __len__(self):
+        return len(self.loader)  # a TypeError for a loader without a length, as from the loader itself
+
+
+def input_names(net):
+    """The names of the inputs that a network needs: those of a graph, or the arguments of `forward` without default.
+
+    It is () where `forward` takes any number, so nothing is known.
+    """
+    if (nodes := getattr(net, "inputs_nodes", None)) is not None:
+        return tuple(nodes)
+    try:
+        parameters = inspect.signature(net.forward).parameters.values()
+    except (TypeError, ValueError):  # a forward that is not written in Python
+        return ()
+    if any(p.kind == p.VAR_POSITIONAL for p in parameters):
+        return ()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(p.name for p in parameters if p.kind in positional and p.default is p.empty)
+
+
+def group_inputs(batch, names):
+    """A batch as ((a, b, ...), labels, ...). Raises ValueError if it has not one input for each of `names`."""
+    if isinstance(batch, Mapping) and all(name in batch for name in names):
+        batch = (tuple(batch[name] for name in names), by_name(batch, LABEL_KEYS))
+    elif isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], torch.Tensor):
+        few = sum(isinstance(x, torch.Tensor) and x.is_floating_point() for x in batch[: len(names)])
+        if few == len(names):
+            batch = (tuple(batch[:few]), *batch[few:])
+    inputs = split_batch(batch)[0]
+    if len(inputs) != len(names):
+        found = "1 input" if len(inputs) == 1 else f"{len(inputs)} inputs"
+        raise ValueError(
+            f"a batch of the data loader has {found} and the network takes {len(names)}: give (({', '.join(names)}), "
+            f"labels) or ({', '.join(names)}, labels)"
+        )
+    return batch
 
 
 def labelled_batch(batch, device, dtype=torch.float32):
@@ -146,9 +214,33 @@ def has_length(loader):
 # Labels and outputs
 
 
-def first_output(outputs):
-    """The first of several outputs, or the only one."""
-    return outputs[0] if isinstance(outputs, (tuple, list)) else outputs
+def first_output(outputs, targets=None):
+    """The only output, or the first of several whose shape fits the labels; without labels the first of [B] or [B, C].
+
+    Only shapes decide, so that all batches choose alike. Raises ValueError if the labels fit none of several outputs.
+    """
+    if not isinstance(outputs, (tuple, list)):
+        return outputs
+    if targets is None:
+        return next((x for x in outputs if x.dim() in (1, 2)), outputs[0])
+    return outputs[main_output([x.shape for x in outputs], targets)]
+
+
+def main_output(shapes, targets):
+    """The index of the output that the labels are for; see `first_output`. shapes: of one output or several."""
+    for i, shape in enumerate(shapes):
+        try:
+            fit_labels(torch.empty(shape, device="meta"), targets)
+        except ValueError:
+            if len(shapes) == 1:
+                raise
+        else:
+            return i
+    words = " and ".join(str(list(shape)) for shape in shapes)
+    raise ValueError(
+        f"the network returns {words} and the labels are {list(targets.shape)}, which fit none of these outputs: "
+        "return [B, classes] for labels [B], [B, 1] or [B, classes]"
+    )
 
 
 def fit_labels(outputs, targets):
@@ -174,14 +266,16 @@ def fit_labels(outputs, targets):
 def loss_of(criterion, outputs, targets):
     """The loss with the labels unchanged or, if the criterion rejects them, as `fit_labels` returns them.
 
-    With several outputs the criterion gets the tuple or, if it rejects a tuple, the first output. Raises ValueError,
-    with both shapes, if the criterion accepts neither form of the labels.
+    With several outputs the criterion gets the tuple or, if it rejects a tuple, the first output that fits the labels.
+    Raises ValueError, with both shapes, if the criterion accepts neither form of the labels.
     """
+    hint = ""
     if isinstance(outputs, (tuple, list)):
+        hint = "; of several outputs the first whose shape fits the labels counts, return the class scores first"
         try:
             return criterion(outputs, targets)
         except (TypeError, AttributeError):  # torch's losses raise one of these for a tuple
-            outputs = first_output(outputs)
+            outputs = first_output(outputs, targets)
     is_score = isinstance(outputs, torch.Tensor) and (outputs.dim() == 1 or outputs.shape[1:] == (1,))
     if is_score and targets.numel() == outputs.numel():
         targets = targets.reshape(outputs.shape)  # [B, 1] minus [B] in a squared error would be [B, B]
@@ -197,6 +291,7 @@ def loss_of(criterion, outputs, targets):
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"the criterion does not take outputs {list(outputs.shape)} with labels {list(targets.shape)}: {reason}"
+                f"{hint}"
             ) from error
     return loss_of(criterion, outputs, fitted)
 

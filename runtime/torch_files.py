@@ -1,31 +1,42 @@
 """Read files of torch.save: check them for damage first, and never run Python code from the file.
 
 state = read_torch_file("weights.pth")     # raises OtherFile, a ValueError, for a file of another kind
+state = read_weights_file("weights.pth")   # the same for files of torch.save and of safetensors
 """
 
 import os
 import pickle
+import pickletools
 import re
 import zipfile
+from collections import OrderedDict
 
 import torch
+
+from runtime.packages import check_packages
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # 8-bit floats can only be stored
 ZIP = b"PK\x03\x04"
 DOS_FOLDER = 0x10  # the attribute of a folder in zip files; torch.save writes no folders
-BEGINNING = 64  # bytes read to recognise a file; the patterns below need at most 23 bytes after blanks
+BEGINNING = 512  # bytes read to recognise a file; a tar archive has its name behind 257 bytes
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # magic number of torch.save before PyTorch 1.6
 SAVE_STATE = "save a state dict with torch.save(net.state_dict(), path)"
 OF_PYTORCH = "take the PyTorch network that it was made of, and torch.save(net.state_dict(), path)"
+OF_ONNX = f"give it as the network, it has its own weights, or {OF_PYTORCH}"
+SAFETENSORS = rb".{4}\0{4}\{"  # the length of a header, and the header in JSON
 # Files that users mistake for files of torch.save: the pattern of their first bytes, their kind, and advice.
 BEGINNINGS = (
     (rb"version https://git-lfs", "it is a pointer of Git LFS, not the file itself", "fetch that with git lfs pull"),
     (rb"\s*<(!DOCTYPE|!doctype|html|\?xml)", "it is a web page", "download the file itself"),
     (rb"\x89HDF\r\n", "it is an HDF5 file, as Keras writes it", "convert its weights to PyTorch"),
-    (rb".{4}\0{4}\{", "it is a safetensors file", "torch.save what safetensors.torch.load_file(path) returns"),
-    (rb"\x08[\x01-\x20][\x12\x1a\x22\x28\x32\x3a\x42]", "it is an ONNX file", OF_PYTORCH),
+    (SAFETENSORS, "it is a safetensors file", "torch.save what safetensors.torch.load_file(path) returns"),
+    (rb"\x08[\x01-\x20][\x12\x1a\x22\x28\x32\x3a\x42]", "it is an ONNX file", OF_ONNX),
+    (rb".{4}TFL3", "it is a TensorFlow Lite file", "convert its weights to PyTorch"),
+    (rb"GGUF", "it is a GGUF file", "convert its weights to PyTorch"),
+    (rb".{257}ustar", "it is a tar archive", "unpack it"),
     (rb"\x93NUMPY", "it is a .npy file of NumPy", SAVE_STATE),
     (rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "it is a compressed file", "unpack it"),
+    (rb"\s*\{\s*\"", "it is a JSON file", SAVE_STATE),
     (rb"\x80[\x02-\x05]", "it is a pickle that torch.save did not write", SAVE_STATE),
 )
 # The same for zip files, with a pattern for the name of an entry.
@@ -33,7 +44,23 @@ ENTRIES = (
     (r".*/constants\.pkl", "it is TorchScript", OF_PYTORCH),
     (r".*/archive_format|serialized_exported_program.*", "it is a program of torch.export", OF_PYTORCH),
     (r".*\.npy", "it is a .npz file of NumPy", SAVE_STATE),
+    (r"model\.weights\.h5", "it is a Keras file", "convert its weights to PyTorch"),
+    (r".*\.(pth|pt|bin|safetensors)", "it is a zip file with a file of weights in it", "unpack it"),
 )
+# Classes that hold settings or numbers, which training scripts save beside weights. They are loaded without contents.
+LEFT_OUT = (
+    *("argparse.Namespace", "types.SimpleNamespace", "pathlib._local.PosixPath", "pathlib._local.WindowsPath"),
+    *("pathlib.PosixPath", "pathlib.WindowsPath", "builtins.list", "builtins.dict", "builtins.float", "builtins.int"),
+    *("numpy.core.multiarray.scalar", "numpy.core.multiarray._reconstruct", "numpy.dtype", "numpy.ndarray"),
+    *("numpy._core.multiarray.scalar", "numpy._core.multiarray._reconstruct"),
+)
+# Dicts of other classes, and those that are made by a call. They are loaded as plain dicts.
+DICTS = (
+    *("easydict.EasyDict", "yacs.config.CfgNode", "lightning_fabric.utilities.data.AttributeDict"),
+    *("lightning.fabric.utilities.data.AttributeDict", "pytorch_lightning.utilities.parsing.AttributeDict"),
+)
+CALLED_DICTS = ("collections.defaultdict",)
+NETWORK_MODULES = r"torch\.(nn\.(?!modules\.loss\.|parameter\.)|fx\.)"  # what a pickled network is made of
 
 
 class OtherFile(ValueError):
@@ -42,6 +69,44 @@ class OtherFile(ValueError):
     def __init__(self, found, advice=None):
         super().__init__(found if advice is None else f"{found}: {advice}")
         self.found, self.advice = found, advice
+
+
+class LeftOut:
+    """Stands for an object that is not loaded, whatever the file does with it. It keeps and runs nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def empty_dict(*args):
+    """Stands for a class of dicts that is called with arguments of its own."""
+    return {}
+
+
+def inert():
+    """What `torch.load` takes for the classes above: `(replacement, name)` each. None of them runs code of a file."""
+    replacements = ((LeftOut, LEFT_OUT), (OrderedDict, DICTS), (empty_dict, CALLED_DICTS))
+    return [(replacement, name) for replacement, names in replacements for name in names]
+
+
+def read_weights_file(path):
+    """Load a file of torch.save or of safetensors to the CPU. Its contents decide, not the end of its name.
+
+    Raises like `read_torch_file`, and ValueError, with the package to install, if safetensors is missing.
+    """
+    if not re.match(SAFETENSORS, beginning_of(path), re.DOTALL):
+        return read_torch_file(path)
+    check_packages(f"{path} is a safetensors file and", "safetensors")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, KeyError, OSError) as error:  # KeyError: a type of numbers that torch lacks
+        raise OtherFile(f"it is a safetensors file, truncated or damaged ({type(error).__name__}: {error})") from error
 
 
 def read_torch_file(path, takes_legacy=True):
@@ -56,11 +121,13 @@ def read_torch_file(path, takes_legacy=True):
     elif not (takes_legacy and start.startswith(LEGACY)):
         raise kind_of(start)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # torch.load gets the file, not its path: by the end of a name it would choose another reader
+        with open(path, "rb") as file, torch.serialization.safe_globals(inert()):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except OtherFile:  # from the code that rebuilds a network
         raise
     except Exception as error:  # damaged bytes can make torch.load raise anything, even OSError
-        raise refused(error) from error
+        raise refused(error, path) from error
 
 
 def beginning_of(path):
@@ -127,16 +194,39 @@ def has_checksums(parts):
     return any(part.CRC for part in parts)
 
 
-def refused(error):
+def refused(error, path):
     """The OtherFile error for an error of torch.load; it names the class or function that was not unpickled."""
     name = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
     if name is None:
         return OtherFile(f"it is damaged, or holds what torch.load does not take ({type(error).__name__})", SAVE_STATE)
-    kind = "a whole network" if name[1].startswith("torch.nn.") else "Python objects"
+    is_network = any(re.match(NETWORK_MODULES, each) for each in (name[1], *pickled_names(path)))
+    kind = "a whole network" if is_network else "Python objects"
     return OtherFile(
         f"it holds {kind} ({name[1]}), which are not loaded for safety",
         "save the weights alone, torch.save(net.state_dict(), path)",
     )
+
+
+def pickled_names(path):
+    """The classes and functions that a file of torch.save names, read without running any of it."""
+    names = []
+    try:
+        with open(path, "rb") as file:
+            if zipfile.is_zipfile(file):
+                with zipfile.ZipFile(file) as archive:
+                    pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+                    return global_names(archive.open(pickled))
+            file.seek(0)
+            for _ in range(4):  # the magic number, the protocol, the system, and what was saved
+                names += global_names(file)
+    except Exception:  # damaged bytes can make pickletools raise anything; names found so far will do
+        pass
+    return names
+
+
+def global_names(file):
+    """The names in one pickle, of protocol 2 as torch.save writes it."""
+    return [arg.replace(" ", ".") for opcode, arg, _ in pickletools.genops(file) if opcode.name == "GLOBAL"]
 
 
 def unusual_kind(tensor):

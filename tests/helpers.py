@@ -326,7 +326,7 @@ def convert(net, images, timesteps=16, bits=4, **options):
 def spikes_and_first_currents(snn, images, timesteps, chunk=None):
     """What the simulator computes: op name -> uint8 [T, B, ...] spikes, and float32 currents caused by the image.
 
-    All images at a time, and all timesteps or `chunk` of them.
+    All images at a time, and all timesteps or `chunk` of them. images: a tuple for a network with several inputs.
     """
     trains, currents = {}, {}
 
@@ -338,7 +338,8 @@ def spikes_and_first_currents(snn, images, timesteps, chunk=None):
             currents[name] = value.data.cpu().numpy()
 
     with mock.patch.object(spike_simulator, "cut", lambda dag, inputs, *_: (len(inputs[0]), chunk or timesteps)):
-        spike_simulator.simulate(snn, (images,), timesteps, watch=watch)
+        inputs = images if isinstance(images, tuple) else (images,)
+        spike_simulator.simulate(snn, inputs, timesteps, watch=watch)
     return trains, currents
 
 
