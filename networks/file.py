@@ -91,7 +91,8 @@ def outside_shape(name):
     if name.endswith(ONNX):
         from networks.onnx_import import load_onnx
 
-        return load_onnx(name).input_shape
+        shape = load_onnx(name).input_shape or ()
+        return tuple(shape) if len(shape) == 3 else (None, None, None)
     target = load_code(name).target
     said = next((getattr(target, each) for each in SHAPE_NAMES if hasattr(target, each)), None)
     return as_shape(said)
