@@ -143,6 +143,7 @@ def test_the_first_output_that_fits_the_labels_counts(outputs):
         spike_epochs=1,
         spike_epochs_unlabelled=1,
         finetune_distill=0.5,
+        device="cpu",
     )
     index = outputs.split().index("scores")
     for name, network in {"ann": net, "qnet": made.qnet, "snn": made.snn}.items():
