@@ -303,10 +303,19 @@ def take_over(dag, name, factor, shift, frozen, shapes):
     op.weight.mul_(op.input_view(per_input))
     op.bias = nn.Parameter(added if op.bias is None else op.bias + added)
     if border is not None:
-        bias_map = SpikeBiasMap(border.shape)
-        bias_map.bias, bias_map.frozen = nn.Parameter(border), frozenset({"bias"})
-        out = insert_behind(dag, name, "bias_map", bias_map)
-        shapes[out] = shapes[dag.ops[name].out]
+        add_map(dag, name, border, shapes)
+
+
+def add_map(dag, name, values, shapes):
+    """Add a constant map, [C, H, W], to the output of op `name`: to a SpikeBiasMap behind it, or to a new one."""
+    behind = dag.only_reader(dag.ops[name].out)
+    if behind is not None and isinstance(dag.ops[behind].op, SpikeBiasMap):
+        dag.ops[behind].op.bias.add_(values)
+        return
+    bias_map = SpikeBiasMap(values.shape)
+    bias_map.bias, bias_map.frozen = nn.Parameter(values), frozenset({"bias"})
+    out = insert_behind(dag, name, "bias_map", bias_map)
+    shapes[out] = shapes[dag.ops[name].out]
 
 
 def first_of_channels(values):

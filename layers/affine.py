@@ -26,6 +26,11 @@ class SpikeAffine(SpikeBatchNorm):
         """It has integers, and sends currents, unless it only scales spikes."""
         return not hasattr(self, "weight_q")
 
+    @property
+    def carries_bias(self):
+        """A mere factor of spikes has no bias."""
+        return not self.passes_spikes
+
     def factors(self, dim):
         """The factors, broadcastable to a sample of `dim` dimensions; a scalar if all are equal."""
         weight = self.weight.detach()
