@@ -195,9 +195,7 @@ def fold_into_layers_behind(dag, name, shapes):
     entry = dag.ops[name]
     norm, (node,), shape = entry.op, entry.inputs, shapes[entry.out]
     on_image = holds_image(dag, node)
-    if on_image and isinstance(norm, SpikeBiasMap):
-        return
-    if entry.out in dag.outputs_nodes or (on_image and dag.only_reader(entry.out) is None):
+    if on_image and (isinstance(norm, SpikeBiasMap) or dag.only_reader(entry.out) is None):
         return
     factor, shift = maps_of(norm, shape)
     for reader in dict.fromkeys(dag.readers(entry.out)):
@@ -208,7 +206,7 @@ def fold_into_layers_behind(dag, name, shapes):
             take_over(dag, *taker, norm.frozen, shapes)
         read = dag.ops[reader].inputs
         dag.ops[reader]["in_nodes"] = tuple(node if each == entry.out else each for each in read)
-    if not dag.readers(entry.out):
+    if not dag.readers(entry.out) and entry.out not in dag.outputs_nodes:
         remove_op(dag, name)
 
 

@@ -201,8 +201,8 @@ class SpikeBatchNorm(SpikeLayer):
             return CURRENT
         split = "" if place.splits_signs() else ", or split the values behind it by sign (--signed pair)"
         raise ValueError(
-            f"{place.where} may make values of either sign of spikes, and the layers behind it cannot take it over: "
-            f"put it behind a convolution or linear layer, or before a ReLU{split}"
+            f"{place.where} adds constants to spikes or turns their signs, and the layers behind it cannot take that "
+            f"over: put it behind a convolution or linear layer, or before a ReLU{split}"
         )
 
     def convert(self, setter, entry):
