@@ -337,7 +337,7 @@ def record_matmul(trace, function, input, other):
 def record_linear(trace, input, weight, source, output):
     """Record a linear layer of a weight [M, N] that is, or is made from, the tensor `source`."""
     op = SpikeLinear(weight.shape[1], weight.shape[0], bias=False)
-    op.take(weight, None)
+    op.take(weight.contiguous(), None)  # products of another memory order round differently
     op.frozen = frozen_names(source, None)
     return trace.record("linear", op, [input], output)
 
@@ -373,7 +373,7 @@ def record_einsum(trace, function, equation, *operands):
     weight = matrix if both[0] == into else matrix.t()  # [M, N]
     if x.dim() == 2:
         return record_linear(trace, x, weight, matrix, F.linear(x, weight))
-    kernel = weight[:, :, None, None]
+    kernel = weight.contiguous()[:, :, None, None]
     op = SpikeConv2d(kernel.shape[1], kernel.shape[0], 1, bias=False)
     op.take(kernel, None)
     op.frozen = frozen_names(matrix, None)
