@@ -131,7 +131,7 @@ def fold_batch_norms(dag: SpikeDAGModule, shapes):
 
 
 def merge_relus(dag):
-    """Merge each ReLU into a clipped one behind it that alone reads it, as in torch.minimum(x.relu(), ceiling).
+    """Merge each ReLU into one of a lower ceiling that alone reads it, as in torch.minimum(x.relu(), ceiling).
 
     A positive factor between them changes nothing, if the first one is not clipped.
     """
@@ -140,8 +140,7 @@ def merge_relus(dag):
         if behind is not None and ceiling is None and isinstance(dag.ops[behind].op, SpikeAffine):
             behind = dag.only_reader(dag.ops[behind].out) if dag.ops[behind].op.only_scales() else None
         second = None if behind is None else dag.ops[behind].op
-        if isinstance(second, SpikeReLU) and second.ceiling is not None:
-            second.ceiling = second.ceiling if ceiling is None else min(ceiling, second.ceiling)
+        if isinstance(second, SpikeReLU) and (second.ceiling or torch.inf) < (ceiling or torch.inf):
             remove_op(dag, name)
 
 
