@@ -456,7 +456,7 @@ RECORDING_FUNCTIONS = {
     ),
     arithmetic.record_addmm: (torch.addmm, torch.Tensor.addmm),
     arithmetic.record_einsum: (torch.einsum,),
-    arithmetic.record_cast: (torch.Tensor.float, torch.Tensor.to, torch.Tensor.type),
+    arithmetic.record_cast: (torch.Tensor.float, torch.Tensor.to, torch.Tensor.type, torch.Tensor.type_as),
     arithmetic.make_constant: (
         *(torch.zeros_like, torch.ones_like, torch.full_like, torch.Tensor.new_zeros, torch.Tensor.new_ones),
         *(torch.Tensor.new_full, torch.Tensor.new_tensor),

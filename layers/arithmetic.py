@@ -202,6 +202,8 @@ def record_negative(trace, function, input):
 def record_cast(trace, function, input, *args, **kwargs):
     """Record nothing if the type stays; an image of whole numbers that becomes float32 is multiplied by 1."""
     output = function(input, *args, **kwargs)
+    if not trace.is_traced(input):  # constant.to(x)
+        return output
     if output.dtype == torch.float32 and trace.on_image(input) and not input.is_floating_point():
         return record_affine(trace, function, input, output)
     if output.dtype != input.dtype:
