@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from dag_rewrites import fold_batch_norms
+from dag_rewrites import fold_batch_norms, holds_image
+from layers import arithmetic
 from spike_dag import SpikeDAGModule
 from spike_layers import (
     ConcatOp,
     SoftmaxOp,
-    SpikeAdd,
     SpikeAvgPool2d,
     SpikeBatchNorm,
     SpikeConv2d,
@@ -31,10 +31,10 @@ from spike_layers import (
 )
 
 CAN_BE_TRACED = (
-    "conv2d, conv_transpose2d, linear, batch_norm, relu, relu6, avg_pool2d, max_pool2d, add, cat, pad, view and flatten"
+    "conv2d, conv_transpose2d, linear, batch_norm, relu, clamp, avg_pool2d, max_pool2d, add, cat, pad, view, flatten "
+    "and arithmetic with constants"
 )
 
-ON_THE_IMAGE = "normalise the images in the data set or its loader instead, or write a BatchNorm as the first layer"
 EXPORTED = "is an exported program and cannot be traced, pass the Python module that was given to torch.export instead"
 
 # advice -> names of the refused functions that it helps with
@@ -56,7 +56,8 @@ ADVICE_FOR = {
     ),
     "inside of a network put a ReLU in its place; at its end leave it out, and apply it outside, to what the converted "
     "network returns": ("sigmoid", "logsigmoid", "hardsigmoid", "tanh", "exp"),
-    "a network's path must not depend on the values of its activations": (
+    "a network's path must not depend on the values of its activations; relu, clamp, maximum and minimum with a "
+    "constant choose some of them": (
         *("bool", "item", "tolist", "int", "float", "index", "nonzero", "where"),
         *("eq", "ne", "lt", "le", "gt", "ge", "allclose", "equal", "argmax", "argmin", "topk", "sort"),
     ),
@@ -71,18 +72,19 @@ ADVICE_FOR = {
     ),
     "the product with a constant weight is a linear layer, F.linear(x, weight.t()); a product of two activations "
     "cannot be computed by spikes": (
-        *("matmul", "rmatmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "tensordot", "dot", "inner"),
+        *("matmul", "rmatmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "dot", "inner", "bilinear"),
     ),
+    "it moves the channels to the end; over the channels a product is a 1x1 convolution, "
+    "F.conv2d(x, weight.t()[:, :, None, None]), of flattened values a linear layer": ("tensordot",),
     "use x.mean([2, 3]) or an average pooling, and put the factor into the weights behind it": ("sum",),
-    "put the minus sign into the weights of the layer before it": ("neg", "negative"),
     "leave it out, a network is traced in one type": ("half", "bfloat16", "double", "type"),
+    "spikes compute no product or quotient of two activations, only with constants": (
+        *("mul", "multiply", "rmul", "imul", "div", "divide", "true_divide", "truediv", "itruediv"),
+        *("addcmul", "addcdiv", "square", "floor_divide", "remainder"),
+    ),
+    "spikes compute no quotient by an activation": ("rdiv", "rtruediv", "reciprocal"),
 }
 ADVICE = {name: advice for advice, names in ADVICE_FOR.items() for name in names}
-SUBTRACTIONS = ("sub", "subtract", "rsub", "isub")
-PRODUCTS = (
-    *("mul", "multiply", "rmul", "imul"),
-    *("div", "divide", "true_divide", "truediv", "rdiv", "rtruediv", "itruediv"),
-)
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
 # Largest difference between a network and its graph, relative to the largest output. Folded BatchNorms and another
@@ -110,10 +112,11 @@ def parse_ann_model(model, inputs, fold=True):
     check_finite_weights(model)
     model, inputs = in_float32(model), tuple(as_float32(x) for x in inputs)
     # at least two images: a view that mixes batch and channels can go unnoticed with one
-    traced = Trace(copy_of(model).eval()).run(*[torch.cat([x, x]) if len(x) == 1 else x for x in inputs])
+    trace = Trace(copy_of(model).eval())
+    traced = trace.run(*[torch.cat([x, x]) if len(x) == 1 else x for x in inputs])
     dag = copy.deepcopy(traced)
     if fold:
-        fold_batch_norms(dag)
+        fold_batch_norms(dag, trace.shapes)
     dag.lint()
     with torch.no_grad(), WithoutAutocast():
         expected = copy_of(model).eval()(*[x.clone() for x in inputs])
@@ -239,8 +242,9 @@ def as_tuple(value):
 class Trace(TorchFunctionMode):
     """One run of a network that records every call on a traced tensor.
 
-    names: id of a tensor -> its node, None after its memory was overwritten. kept: the tensors themselves, kept alive
-    so that no id is used twice. paths: module paths of the modules that are running, innermost last.
+    names: id of a tensor -> its node, None after its memory was overwritten. shapes: node -> shape of a sample. kept:
+    the tensors themselves, kept alive so that no id is used twice. paths: module paths of the modules that are running,
+    innermost last.
     """
 
     def __init__(self, model):
@@ -249,6 +253,7 @@ class Trace(TorchFunctionMode):
         self.dag = SpikeDAGModule()
         self.recorders = dict(wrapped_functions.values())
         self.names = {}
+        self.shapes = {}
         self.kept = []
         self.counts = {}
         self.paths = [""]
@@ -302,11 +307,17 @@ class Trace(TorchFunctionMode):
     def remember(self, tensor, node):
         """Note that `tensor` now holds the value of `node`."""
         self.names[id(tensor)] = node
+        self.shapes[node] = tuple(tensor.shape[1:])
         self.kept.append(tensor)
 
     def record_in_place(self, op_type, op, inputs, output):
         """As `record`, for an in-place function: other tensors with the same memory lose their node."""
         self.record(op_type, op, inputs, output)
+        return self.overwrite(output, self.names[id(output)])
+
+    def overwrite(self, output, node):
+        """Note that the memory of `output` now holds the value of `node`; other tensors with it lose their node."""
+        self.remember(output, node)
         memory = output.untyped_storage().data_ptr()
         for other in self.kept:
             if other is not output and other.untyped_storage().data_ptr() == memory:
@@ -319,32 +330,23 @@ class Trace(TorchFunctionMode):
             return any(self.is_traced(item) for item in value)
         return isinstance(value, torch.Tensor) and id(value) in self.names
 
-    def refuse(self, function, advice=None, operands=()):
+    def refuse(self, function, advice=None):
         """Raise NotImplementedError that names the function, the module path and a replacement."""
         if isinstance(function, torch._ops.OpOverload):
             raise NotImplementedError(f"{self.paths[-1] or 'the network'} {EXPORTED}")
         name = resolve_name(function) or getattr(function, "__name__", str(function))
         word = name.removesuffix(".__get__").split(".")[-1].strip("_")
-        advice = advice or self.advice_on_numbers(word, operands) or ADVICE.get(word)
-        advice = advice or f"write it with {CAN_BE_TRACED}"
+        advice = advice or ADVICE.get(word) or f"write it with {CAN_BE_TRACED}"
         raise NotImplementedError(f"{name} in {self.here()} cannot be converted: {advice}")
 
-    def advice_on_numbers(self, word, operands):
-        """Advice for a difference, product or quotient called `word`; None for any other function."""
-        if word not in SUBTRACTIONS + PRODUCTS:
-            return None
-        if sum(map(self.is_traced, operands)) > 1:
-            minus = "put the minus sign into the weights of the layer whose output is subtracted, and add"
-            return minus if word in SUBTRACTIONS else "spikes compute no product or quotient of two activations"
-        if self.is_image(operands):
-            return ON_THE_IMAGE
-        if word in SUBTRACTIONS:
-            return "put the constant into the bias of the layer before it, and a minus sign into the weights"
-        return "put the factor into the weights of the layer before or behind it"
+    def on_image(self, tensor):
+        """Whether a tensor is an input of the network, or is computed from inputs by layers without weights only."""
+        return holds_image(self.dag, self.node_of(tensor))
 
-    def is_image(self, operands):
-        """Whether one of the operands is an input of the network itself."""
-        return any(self.is_traced(x) and self.names.get(id(x)) in self.dag.inputs_nodes for x in operands)
+    def is_rectified(self, tensor):
+        """Whether a tensor is the output of a ReLU."""
+        name = self.dag.writer(self.node_of(tensor))
+        return name is not None and isinstance(self.dag.ops[name].op, SpikeReLU)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -352,7 +354,7 @@ class Trace(TorchFunctionMode):
             if function in SHAPE_QUESTIONS or not self.is_traced([*args, *kwargs.values()]):
                 return function(*args, **kwargs)
             if function not in self.recorders:
-                self.refuse(function, operands=args)
+                self.refuse(function)
             return self.recorders[function](self, function, *args, **kwargs)
 
     def record(self, op_type, op, inputs, output):
@@ -377,12 +379,6 @@ class Trace(TorchFunctionMode):
         """Raise NotImplementedError for weights that are computed from the network's input."""
         if self.is_traced([weight, bias]):
             self.refuse(function, "the weights must not be computed from the input")
-
-    def refuse_constants(self, function, input, other):
-        """Raise NotImplementedError for a sum with a constant."""
-        if not self.is_traced(input) or not self.is_traced(other):
-            into_bias = "adding a constant is not supported, move it into the bias of the layer before"
-            self.refuse(function, ON_THE_IMAGE if self.is_image([input, other]) else into_bias)
 
     def node_of(self, tensor):
         """The node of a traced tensor. Raises NotImplementedError for a constant or an overwritten tensor."""
@@ -415,38 +411,55 @@ RECORDING_FUNCTIONS = {
     SpikeReLU.traced: (F.relu, torch.relu, torch.Tensor.relu),
     SpikeReLU.traced_in_place: (F.relu_, torch.relu_, torch.Tensor.relu_),
     SpikeReLU.traced_relu6: (F.relu6,),
-    SpikeReLU.traced_hardtanh: (F.hardtanh,),
-    SpikeReLU.traced_hardtanh_in_place: (F.hardtanh_,),
-    SpikeReLU.traced_clamp: (
-        torch.clamp,
-        torch.Tensor.clamp,
-        torch.Tensor.clamp_min,
-        torch.clamp_min,
-        torch.clip,
-        torch.Tensor.clip,
+    arithmetic.record_hardtanh: (F.hardtanh,),
+    arithmetic.record_clamp: (
+        *(torch.clamp, torch.Tensor.clamp, torch.clip, torch.Tensor.clip),
+        *(torch.clamp_, torch.Tensor.clamp_, torch.clip_, torch.Tensor.clip_),
     ),
-    SpikeReLU.traced_clamp_in_place: (
-        torch.clamp_,
-        torch.Tensor.clamp_,
-        torch.clamp_min_,
-        torch.Tensor.clamp_min_,
-        torch.clip_,
-        torch.Tensor.clip_,
+    arithmetic.record_clamp_min: (
+        *(torch.clamp_min, torch.Tensor.clamp_min, torch.clamp_min_, torch.Tensor.clamp_min_),
     ),
+    arithmetic.record_clamp_max: (
+        *(torch.clamp_max, torch.Tensor.clamp_max, torch.clamp_max_, torch.Tensor.clamp_max_),
+    ),
+    arithmetic.record_maximum: (torch.maximum, torch.Tensor.maximum, torch.max, torch.Tensor.max, torch.fmax),
+    arithmetic.record_minimum: (torch.minimum, torch.Tensor.minimum, torch.min, torch.Tensor.min, torch.fmin),
+    arithmetic.record_threshold: (F.threshold, torch.threshold),
     SpikeAvgPool2d.traced: (F.avg_pool2d,),
     SpikeAvgPool2d.traced_adaptive: (F.adaptive_avg_pool2d,),
     SpikeAvgPool2d.traced_mean: (torch.mean, torch.Tensor.mean),
     SpikeMaxPool2d.traced: (F.max_pool2d, torch.max_pool2d),
     SpikePad.traced: (F.pad,),
-    SpikeAdd.traced: (
-        torch.add,
-        torch.Tensor.add,
-        torch.Tensor.__add__,
-        torch.Tensor.__radd__,
+    arithmetic.record_sum: (
+        *(torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__),
+        *(torch.Tensor.add_, torch.Tensor.__iadd__),
     ),
-    SpikeAdd.traced_in_place: (
-        torch.Tensor.add_,
-        torch.Tensor.__iadd__,
+    arithmetic.record_difference: (
+        *(torch.sub, torch.subtract, torch.Tensor.sub, torch.Tensor.subtract, torch.Tensor.__sub__),
+        *(torch.Tensor.sub_, torch.Tensor.subtract_, torch.Tensor.__isub__),
+    ),
+    arithmetic.record_reverse_difference: (torch.rsub, torch.Tensor.__rsub__),
+    arithmetic.record_product: (
+        *(torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.multiply, torch.Tensor.__mul__),
+        *(torch.Tensor.__rmul__, torch.Tensor.mul_, torch.Tensor.multiply_, torch.Tensor.__imul__),
+    ),
+    arithmetic.record_quotient: (
+        *(torch.div, torch.divide, torch.true_divide, torch.Tensor.div, torch.Tensor.divide, torch.Tensor.true_divide),
+        *(torch.Tensor.__truediv__, torch.Tensor.div_, torch.Tensor.divide_, torch.Tensor.__itruediv__),
+    ),
+    arithmetic.record_negative: (
+        *(torch.neg, torch.negative, torch.Tensor.neg, torch.Tensor.negative, torch.Tensor.__neg__),
+        *(torch.neg_, torch.Tensor.neg_, torch.Tensor.negative_),
+    ),
+    arithmetic.record_matmul: (
+        *(torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__),
+    ),
+    arithmetic.record_addmm: (torch.addmm, torch.Tensor.addmm),
+    arithmetic.record_einsum: (torch.einsum,),
+    arithmetic.record_cast: (torch.Tensor.float, torch.Tensor.to, torch.Tensor.type, torch.Tensor.type_as),
+    arithmetic.make_constant: (
+        *(torch.zeros_like, torch.ones_like, torch.full_like, torch.Tensor.new_zeros, torch.Tensor.new_ones),
+        *(torch.Tensor.new_full, torch.Tensor.new_tensor),
     ),
     ConcatOp.traced: (torch.cat, torch.concat, torch.concatenate),
     ViewOp.traced: (
@@ -484,8 +497,8 @@ RECORDING_FUNCTIONS = {
         torch.Tensor.clone,
         torch.clone,
         torch.Tensor.detach,
-        torch.Tensor.float,
-        torch.Tensor.to,
+        torch.Tensor.positive,
+        torch.positive,
     ),
 }
 

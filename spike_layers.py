@@ -12,12 +12,14 @@ layer is the real-valued image, the same at every step, so its current is comput
     layers/weighted.py     SpikeConv2d, SpikeConvBN, SpikeConvTranspose2d, SpikeLinear
     layers/pooling.py      SpikeAvgPool2d, SpikeMaxPool2d
     layers/activations.py  SpikeReLU, SignedReLU, SpikeBatchNorm, SoftmaxOp
-    layers/joining.py      SpikeAdd, ConcatOp, SpikePad, ViewOp
+    layers/affine.py       SpikeAffine, SpikeBiasMap, ImageAffine
+    layers/joining.py      SpikeAdd, SpikeSubtract, ConcatOp, SpikePad, ViewOp
 """
 
 from layers.activations import SignedReLU, SoftmaxOp, SpikeBatchNorm, SpikeReLU
+from layers.affine import ImageAffine, SpikeAffine, SpikeBiasMap
 from layers.base import ANALOG, CURRENT, OP_TYPES, SPIKES, SpikeLayer
-from layers.joining import ConcatOp, SpikeAdd, SpikePad, ViewOp, concat_scales
+from layers.joining import ConcatOp, SpikeAdd, SpikePad, SpikeSubtract, ViewOp, concat_scales
 from layers.pooling import SpikeAvgPool2d, SpikeMaxPool2d
 from layers.weighted import SpikeConv2d, SpikeConvBN, SpikeConvTranspose2d, SpikeLinear, WeightedLayer
 
@@ -27,11 +29,14 @@ __all__ = [
     "OP_TYPES",
     "SPIKES",
     "ConcatOp",
+    "ImageAffine",
     "SignedReLU",
     "SoftmaxOp",
     "SpikeAdd",
+    "SpikeAffine",
     "SpikeAvgPool2d",
     "SpikeBatchNorm",
+    "SpikeBiasMap",
     "SpikeConv2d",
     "SpikeConvBN",
     "SpikeConvTranspose2d",
@@ -40,6 +45,7 @@ __all__ = [
     "SpikeMaxPool2d",
     "SpikePad",
     "SpikeReLU",
+    "SpikeSubtract",
     "ViewOp",
     "WeightedLayer",
     "concat_scales",

@@ -29,7 +29,7 @@ def spike_targets(dag, plan, statistics, shapes):
     for name, entry in dag.ops.items():
         if plan.kinds[entry.out] != SPIKES:
             continue
-        if name in plan.firing:
+        if name in plan.firing or entry.op.rescales:
             targets[entry.out] = torch.tensor(statistics[name].max_o)
         else:
             groups.join(entry.out, *entry.inputs)

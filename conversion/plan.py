@@ -3,6 +3,7 @@
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from dag_rewrites import holds_image
 from spike_layers import ANALOG, CURRENT, SPIKES, SpikeMaxPool2d
 
 LARGEST_SUM = 255  # most spikes in the window of a folded pooling: the largest uint8
@@ -163,14 +164,6 @@ def has_weights_behind(dag, name):
             return True
         reached.add(entry.out)
     return False
-
-
-def holds_image(dag, node):
-    """Whether a node is an input, or is computed from inputs by ops without trained weights only."""
-    name = dag.writer(node)
-    return name is None or (
-        not dag.ops[name].op.is_trained and all(holds_image(dag, read) for read in dag.ops[name].inputs)
-    )
 
 
 def folded_poolings(dag, kinds):

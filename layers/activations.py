@@ -46,22 +46,6 @@ class SpikeReLU(SpikeLayer):
     def traced_relu6(cls, trace, function, input, inplace=False):
         return cls.traced(trace, function, input, inplace, 6.0)
 
-    @classmethod
-    def traced_hardtanh(cls, trace, function, input, min_val=-1.0, max_val=1.0, inplace=False):
-        return cls.traced(trace, function, input, inplace, ceiling_of(trace, function, min_val, max_val))
-
-    @classmethod
-    def traced_hardtanh_in_place(cls, trace, function, input, min_val=-1.0, max_val=1.0):
-        return cls.traced_hardtanh(trace, function, input, min_val, max_val, inplace=True)
-
-    @classmethod
-    def traced_clamp(cls, trace, function, input, min=None, max=None):
-        return cls.traced(trace, function, input, False, ceiling_of(trace, function, min, max))
-
-    @classmethod
-    def traced_clamp_in_place(cls, trace, function, input, min=None, max=None):
-        return cls.traced_in_place(trace, function, input, ceiling_of(trace, function, min, max))
-
     def activation(self, x):
         return F.relu(x) if self.ceiling is None else x.clamp(0, self.ceiling)
 
@@ -89,14 +73,6 @@ class SpikeReLU(SpikeLayer):
 
     def extra_repr(self):
         return "" if self.ceiling is None else f"ceiling={self.ceiling:g}"
-
-
-def ceiling_of(trace, function, least, most):
-    """The ceiling of a clamp, or None. Raises NotImplementedError for a clamp that is no ReLU."""
-    numbers = [value for value in (least, most) if value is not None]
-    if any(isinstance(value, torch.Tensor) for value in numbers) or least != 0 or (most is not None and most <= 0):
-        trace.refuse(function, "only a lower bound of 0 and an upper one above it, a relu or relu6, are supported")
-    return None if most is None else float(most)
 
 
 class SignedReLU(SpikeLayer):
@@ -178,6 +154,15 @@ class SpikeBatchNorm(SpikeLayer):
         return trace.record("batch_norm", op, [input], output)
 
     @property
+    def may_turn_negative(self):
+        """Whether it may make values below 0 of values that are not."""
+        return bool((self.weight < 0).any() or (self.bias < 0).any())
+
+    def only_scales(self):
+        """Whether it multiplies every channel by a positive factor, and adds nothing."""
+        return bool((self.weight > 0).all() and (self.bias == 0).all())
+
+    @property
     def output_channels(self):
         """Number of output channels, C."""
         return len(self.weight)
@@ -191,6 +176,10 @@ class SpikeBatchNorm(SpikeLayer):
         """Store the integer weight and the bias per step, both broadcastable to a sample."""
         self.register_buffer("weight_q", weight_q)
         self.register_buffer("bias_q", bias_q)
+
+    @classmethod
+    def parameters_of(cls, integers):
+        return {name: values.flatten() for name, values in integers.items()}
 
     def activation(self, x):
         shape = [-1, *[1] * (x.dim() - 2)]
@@ -210,8 +199,10 @@ class SpikeBatchNorm(SpikeLayer):
             return ANALOG
         if place.feeds_neuron:
             return CURRENT
+        split = "" if place.splits_signs() else ", or split the values behind it by sign (--signed pair)"
         raise ValueError(
-            f"{place.where}: this BatchNorm cannot be folded into a convolution, put it behind one, or before a ReLU"
+            f"{place.where} adds constants to spikes or turns their signs, and the layers behind it cannot take that "
+            f"over: put it behind a convolution or linear layer, or before a ReLU{split}"
         )
 
     def convert(self, setter, entry):

@@ -32,6 +32,10 @@ class SpikeLayer(nn.Module):
     selects: it passes some of the spikes, depending on earlier ones.
     splits_signs: it makes two channels of opposite sign out of each one. carries_bias: converted, it has a bias_q.
     folded: it has no neuron; the layers behind it weigh every spike of its windows (`SpikeAvgPool2d`).
+    rescales: its spikes stand for other activations than the spikes that it reads.
+    may_turn_negative: it may send values below 0 although it reads none.
+    channelwise: it computes each channel from that channel alone, so that a positive factor passes, and a constant
+    becomes what the layer makes of it. Any factor passes if it is linear, too.
     is_measured: calibration pools its activations. Other layers only rearrange activations of the layers before them.
     passes_scale: scaling a channel of its input by a positive factor scales its output. passes_shift: a constant per
     channel passes, too.
@@ -48,7 +52,7 @@ class SpikeLayer(nn.Module):
     arity = (1, 1)
     has_weights = is_trained = is_linear = rectifies = fires = adds = False
     passes_spikes = passes_sums = passes_scale = passes_shift = False
-    hands_on = False
+    hands_on = rescales = may_turn_negative = channelwise = False
     is_measured = True
     folded = selects = splits_signs = carries_bias = False
     ceiling = None
@@ -139,6 +143,11 @@ class SpikeLayer(nn.Module):
     def contradiction(cls, config):
         """A contradiction between fields of a file's `config`, in words, or None."""
         return None
+
+    @classmethod
+    def parameters_of(cls, integers):
+        """The float parameters of a layer whose file has integers only. integers: "weight", "bias" -> tensor."""
+        return integers
 
     def config(self):
         """The constructor's arguments, as plain data."""

@@ -15,7 +15,10 @@ class SpikeAdd(SpikeLayer):
 
     Converted, each input of spikes is multiplied by an integer weight (`branch_weights`) and becomes a current, so that
     all inputs of the neuron share one unit. An input that is already a current in this unit has the weight None.
+    signs: of each input in the sum; the branch weights contain them.
     """
+
+    signs = (1, 1)
 
     fields = {"branch_weights": several(either(NONE, POTENTIALS), 2, 2)}  # noqa: RUF012
     arity = (2, 2)
@@ -34,18 +37,6 @@ class SpikeAdd(SpikeLayer):
     def branch_weights(self):
         """The weight of each input, None for a current in the add's own unit."""
         return self.branch_weight0, self.branch_weight1
-
-    @classmethod
-    def traced(cls, trace, function, input, other, *, alpha=1):
-        if isinstance(other, (int, float)) and other == 0:  # Python's sum(...) starts with 0
-            return trace.record_nothing(torch.Tensor.clone, input)
-        check_add(trace, function, input, other, alpha)
-        return trace.record("add", cls(), [input, other], torch.add(input, other))
-
-    @classmethod
-    def traced_in_place(cls, trace, function, input, other, *, alpha=1):
-        check_add(trace, function, input, other, alpha)
-        return trace.record_in_place("add", cls(), [input, other], input.add_(other))
 
     def activation(self, x, y):
         return x + y
@@ -100,12 +91,14 @@ class SpikeAdd(SpikeLayer):
         fires = entry.name in setter.plan.firing
         unit = setter.spike_sum_unit([setter.scales[n] for n in entry.inputs]) if fires else setter.unit_of(entry.out)
         weights = []
-        for node in entry.inputs:
+        for node, sign in zip(entry.inputs, self.signs):
             kind, weight = setter.plan.kinds[node], None
             if kind == ANALOG:
-                weight = 1 / unit
+                weight = sign / unit
             elif kind == SPIKES or not setter.shares_unit(node, entry.out):
-                weight = setter.branch_weight(entry.name, node, unit)
+                weight = sign * setter.branch_weight(entry.name, node, unit)
+            elif sign < 0:
+                weight = torch.tensor(-1.0 if setter.largest_read(entry) is None else -1)
             weights.append(weight)
         self.set_branch_weights(weights)
         largest = setter.largest_of(entry)
@@ -129,13 +122,26 @@ class SpikeAdd(SpikeLayer):
         return spikes.double().sum().item()  # one synapse per spike
 
 
-def check_add(trace, function, input, other, alpha):
-    """Raise NotImplementedError unless this is a plain sum of two activations of the same shape."""
-    trace.refuse_constants(function, input, other)
-    if alpha != 1:
-        trace.refuse(function, "only alpha=1 is supported, move the factor into the weights before it")
-    if input.shape != other.shape:
-        trace.refuse(function, f"the shapes {list(input.shape)} and {list(other.shape)} differ")
+class SpikeSubtract(SpikeAdd):
+    """The difference x - y of two inputs of the same shape. Converted, y has negative branch weights."""
+
+    signs = (1, -1)
+    fires = False
+    may_turn_negative = True
+
+    def activation(self, x, y):
+        return x - y
+
+    def plan(self, place):
+        """CURRENT before a neuron, ANALOG in ANN parts. Raises ValueError for spikes without a ReLU behind it."""
+        if set(place.reads) != {SPIKES}:
+            return super().plan(place)
+        if place.feeds_neuron:
+            return CURRENT
+        if place.before_neuron:
+            split = "" if place.splits_signs() else ", or split the values behind it by sign (--signed pair)"
+            raise ValueError(f"{place.where} subtracts, its values may be negative: put a ReLU behind it{split}")
+        return ANALOG
 
 
 class ConcatOp(SpikeLayer):
@@ -221,7 +227,7 @@ class SpikePad(SpikeLayer):
     """Zero padding of height and width. pads: (left, right, top, bottom) as in F.pad; negative values crop."""
 
     fields = {"pads": several(whole(-4096, 4096), 4, 4)}  # noqa: RUF012
-    is_linear = hands_on = passes_spikes = passes_sums = True
+    is_linear = hands_on = passes_spikes = passes_sums = channelwise = True
 
     def __init__(self, pads):
         super().__init__()

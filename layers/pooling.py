@@ -28,8 +28,8 @@ class SpikeAvgPool2d(SpikeConv2d):
         "folded": BOOL,
         "input_size": either(NONE, several(whole(1, 65536), 2, 2)),
     }
-    is_trained = carries_bias = False
-    is_linear = hands_on = passes_scale = fires = True
+    is_trained = carries_bias = may_turn_negative = False
+    is_linear = hands_on = passes_scale = fires = channelwise = True
 
     def __init__(self, channels, kernel_size, stride, padding=0, folded=False, input_size=None):
         super().__init__(channels, channels, kernel_size, stride, padding, groups=channels, bias=False)
@@ -203,7 +203,7 @@ class SpikeMaxPool2d(SpikeLayer):
 
     modes = ("gate", "or")
     fields = WINDOW | {"ceil_mode": BOOL, "mode": either(NONE, one_of(*modes))}
-    passes_spikes = hands_on = selects = True
+    passes_spikes = hands_on = selects = channelwise = True
 
     def __init__(self, kernel_size, stride, padding=(0, 0), dilation=(1, 1), ceil_mode=False, mode=None):
         super().__init__()

@@ -37,7 +37,7 @@ class WeightedLayer(SpikeLayer, abstract=True):
     learns: autograd follows the currents to weights and biases (`finetuning.on_spikes.learning`).
     """
 
-    has_weights = is_trained = carries_bias = True
+    has_weights = is_trained = carries_bias = may_turn_negative = True
     spatial = 0  # number of dimensions of a sample behind the channels
     currents = None  # a SpikeCurrents, which computes currents from spikes; created with the first spikes
 

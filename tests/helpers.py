@@ -202,12 +202,34 @@ class Preactivated(nn.Module):
         return self.fc(F.relu(self.last(x)).flatten(1))
 
 
+class Constants(nn.Module):
+    """Arithmetic with constants: a normalised image, a BatchNorm behind a ReLU, differences, factors, bounds, maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.a, self.b, self.c = (nn.Conv2d(size, 4, 3, padding=1) for size in (4, 4, 8))
+        self.gamma = nn.Parameter(torch.rand(4, 1, 1) + 0.5)
+        self.register_buffer("mean", torch.tensor([0.5, 0.4]).view(2, 1, 1))
+        self.register_buffer("places", torch.rand(4, 7, 7) - 0.5)
+        self.weight = nn.Parameter(torch.randn(4 * 49, 3) / 14)
+
+    def forward(self, x):  # [B, 2, 7, 7]
+        x = self.norm(F.relu(self.first((x - self.mean) / 0.25)))
+        y, z = F.relu(self.a(x) + self.places), self.b(x).clamp(-0.5, 1)
+        x = F.relu(y - 0.5 * z)
+        x = torch.cat([x, 0.7 * y], 1)
+        x = torch.minimum(F.relu(0.25 - self.c(x) * self.gamma), self.gamma)
+        return x.flatten(1) @ self.weight + 1
+
+
 MODELS = {
     "dense": Dense,
     "bottlenecks": Bottlenecks,
     "shortcuts": Shortcuts,
     "upwards": Upwards,
     "preactivated": Preactivated,
+    "constants": Constants,
 }
 
 

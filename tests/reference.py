@@ -75,7 +75,9 @@ def compute(op, inputs):
     if op["type"] == "SpikeConvTranspose2d":
         value = convolve_transposed(inputs[0], tensors["weight_q"].astype(np.int64), op["config"])
         return value + tensors["bias_q"].astype(np.int64)[:, None, None] if "bias_q" in tensors else value
-    if op["type"] == "SpikeBatchNorm":
+    if op["type"] == "SpikeAffine" and "weight_q" not in tensors:
+        return inputs[0]  # it scales what the spikes stand for
+    if op["type"] in ("SpikeBatchNorm", "SpikeAffine", "SpikeBiasMap"):
         kind = inputs[0].dtype  # float32 on the way of the image's current
         return inputs[0] * tensors["weight_q"].astype(kind) + tensors["bias_q"].astype(kind)
     if op["type"] == "SignedReLU":
@@ -88,7 +90,7 @@ def compute(op, inputs):
         return value + tensors["bias_q"].astype(np.int64) if "bias_q" in tensors else value
     if op["type"] == "SpikeReLU":
         return inputs[0]
-    if op["type"] == "SpikeAdd":
+    if op["type"] in ("SpikeAdd", "SpikeSubtract"):
         weights = [tensors.get(f"branch_weight{i}", np.int64(1)) for i in range(2)]
         kind = np.float32 if any(value.dtype == np.float32 for value in inputs) else np.int64
         whole = [w if x.dtype == np.float32 else w.astype(np.int64) for x, w in zip(inputs, weights)]

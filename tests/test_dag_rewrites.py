@@ -26,9 +26,20 @@ BEHIND_NORM = {
     "convolution": ([nn.Conv2d(4, 6, 3)], ["conv2"]),
 }
 BORDERS = {
-    "padded pooling": ([nn.AvgPool2d(2, padding=1), nn.Conv2d(4, 6, 3)], ["batch_norm1", "avg_pool1", "conv2"]),
-    "padded convolution": ([nn.Conv2d(4, 6, 3, padding=1)], ["batch_norm1", "conv2"]),
-    "another view": ([nn.Unflatten(1, (2, 2)), nn.Flatten(), nn.Linear(256, 5)], None),
+    "padded pooling": ([nn.AvgPool2d(2, padding=1), nn.Conv2d(4, 6, 3)], ["avg_pool1", "conv2", "bias_map1"]),
+    "padded convolution": ([nn.Conv2d(4, 6, 3, padding=1)], ["conv2", "bias_map1"]),
+    "padding of its own": ([nn.ZeroPad2d((1, 0, 2, 0)), nn.Conv2d(4, 6, 3)], ["pad1", "conv2", "bias_map1"]),
+    "same padding": ([nn.Conv2d(4, 6, 3, padding="same", dilation=2)], ["conv2", "bias_map1"]),
+    "transposed": ([nn.ConvTranspose2d(4, 6, 3, 2, 1, groups=2)], ["conv_transpose1", "bias_map1"]),
+    "padding of a 1x1 convolution": ([nn.Conv2d(4, 6, 1, padding=(0, 1))], ["conv2", "bias_map1"]),
+    "a BatchNorm behind": ([nn.Conv2d(4, 6, 3, 2, 1), nn.BatchNorm2d(6)], ["conv2", "bias_map1"]),
+    "another view": ([nn.Unflatten(1, (2, 2)), nn.Flatten(), nn.Linear(256, 5)], ["view1", "view2", "linear1"]),
+    "channels that a view mixes": ([nn.Unflatten(1, (2, 2)), nn.Flatten(2, 3), nn.Conv2d(2, 4, 1)], None),
+    "read by several": (
+        [Call(lambda x: torch.cat([x, F.avg_pool2d(x, 3, 1, 1)], 1)), nn.Conv2d(8, 6, 1)],
+        ["avg_pool1", "concat1", "conv2", "bias_map1"],
+    ),
+    "max pooling": ([nn.MaxPool2d(2), nn.Conv2d(4, 6, 1)], ["batch_norm1", "max_pool1", "conv2"]),  # a factor < 0
     "read twice": ([Call(lambda x: x + F.avg_pool2d(x, 1)), nn.Conv2d(4, 6, 1)], None),
 }
 
@@ -43,6 +54,27 @@ def test_batch_norm_folds_into_what_reads_it_where_that_is_exact(modules, ops):
     dag = trace_and_compare(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), norm, *modules))
     assert ops is None or list(dag.ops) == ["conv1", "relu1", *ops]
     assert ops is not None or "batch_norm1" in dag.ops
+
+
+def test_a_batch_norm_before_a_max_pooling_folds_behind_it_where_its_factors_are_positive():
+    norm = nn.BatchNorm2d(4)
+    nn.init.uniform_(norm.bias, -1, 1)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), norm, nn.MaxPool2d(3, 2, 1), nn.Conv2d(4, 6, 3, padding=1)
+    )
+    assert list(trace_and_compare(net).ops) == ["conv1", "relu1", "max_pool1", "conv2", "bias_map1"]
+
+
+def test_a_border_is_the_same_constant_at_every_size_and_zero_inside():
+    norm = nn.BatchNorm2d(4)
+    nn.init.uniform_(norm.bias, -1, 1)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), norm, nn.Conv2d(4, 6, 3, padding=1), nn.ReLU())
+    dag = trace_and_compare(net)
+    border = dag.ops["bias_map1"].op.bias
+    assert not border[:, 1:-1, 1:-1].any() and border[:, 0].all() and border.shape == (6, 8, 8)
+    assert dag.ops["bias_map1"].op.trained_parameters() == []  # finetuning leaves it
+    with pytest.raises(ValueError, match=r"of \[6, 8, 8\] is added to \[6, 9, 9\]: give images of the size"):
+        dag(torch.rand(1, 3, 9, 9))
 
 
 def trained_names():

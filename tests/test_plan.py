@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from helpers import Function, conv, convert, sequential, with_statistics
 from torch import nn
-from tracing import image, largest_difference
+from tracing import Call, image, largest_difference
 
 from ann_parser import parse_ann_model
 from conversion.plan import plan_conversion
@@ -93,9 +93,14 @@ REFUSED = {
         [Twice(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(1)), nn.Conv2d(4, 2, 3), nn.ReLU()],
         r"max_pool1 \(0.second\) pools values that may be negative, put a ReLU before it, or next behind",
     ),
-    "norm between relu and padded conv": (
-        [nn.Conv2d(1, 2, 3), nn.ReLU(), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 3, padding=1), nn.ReLU()],
-        r"batch_norm1 \(2\): this BatchNorm cannot be folded .* put it behind one, or before a ReLU",
+    "a factor below 0 before max pooling": (
+        [nn.Conv2d(1, 2, 3), nn.ReLU(), Call(torch.neg), nn.MaxPool2d(2), nn.Conv2d(2, 2, 3), nn.ReLU()],
+        r"affine1 \(2\) adds constants to spikes or turns their signs, .* put it behind a convolution or linear layer, "
+        r"or before a ReLU, or split .*--signed pair",
+    ),
+    "a difference without a ReLU": (
+        [nn.Conv2d(1, 2, 3), nn.ReLU(), Call(lambda x: x - F.avg_pool2d(x, 3, 1, 1)), nn.Conv2d(2, 2, 3), nn.ReLU()],
+        r"add1 \(2\) subtracts, its values may be negative: put a ReLU behind it, or split .*--signed pair",
     ),
     "conv reads conv": (
         [nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3), nn.ReLU()],

@@ -259,12 +259,9 @@ def add_in_place(y):
 
 
 CHANGES = {
-    "y += 1": add_in_place,
-    "y *= 2": lambda y: y.__imul__(2),
-    "y -= 1": lambda y: y.__isub__(1),
-    "y /= 2": lambda y: y.__itruediv__(2),
+    "y **= 2": lambda y: y.__ipow__(2),
     "y[0] = 1": set_item,
-    "y.add_(1)": lambda y: y.add_(1),
+    "y.mul_(y)": lambda y: y.mul_(y),
     "F.dropout(y, inplace=True)": lambda y: F.dropout(y, 0.5, True, True),
 }
 
@@ -273,6 +270,28 @@ CHANGES = {
 def test_what_changes_a_value_inside_a_stretch_belongs_to_it(function):
     with pytest.raises((ValueError, NotImplementedError)):
         SNNTransformer(Beside(function), ["first", "second"], example_inputs=torch.rand(3, 1, 4, 4))
+
+
+CONSTANTS = {
+    "y += 1": add_in_place,
+    "y *= 2": lambda y: y.__imul__(2),
+    "y -= 1": lambda y: y.__isub__(1),
+    "y /= 2": lambda y: y.__itruediv__(2),
+    "y.add_(1)": lambda y: y.add_(1),
+}
+
+
+@pytest.mark.parametrize("function", CONSTANTS.values(), ids=CONSTANTS)
+def test_constants_inside_a_stretch_belong_to_it(function):
+    torch.manual_seed(0)
+    net, x = Beside(function).eval(), torch.rand(3, 1, 4, 4)
+    before = Beside(lambda y: y).eval()
+    before.load_state_dict(net.state_dict())
+    transformer = SNNTransformer(net, ["first", "second"], weight_bitwidth=32, example_inputs=x)
+    with torch.no_grad():
+        for actual, expected in zip(transformer.inference_get_status(x.clone()), net(x.clone()), strict=True):
+            assert torch.allclose(actual, expected, atol=1e-6)
+        assert not torch.allclose(net(x.clone())[0], before(x.clone())[0], atol=1e-3)  # the second layer reads the sum
 
 
 class UnderAutocast(nn.Module):

@@ -25,6 +25,7 @@ from runtime.files import naming, remove_stale, temporary_beside
 from runtime.torch_files import OtherFile
 from spike_dag import FORMAT as DAG_FORMAT
 from spike_dag import from_dict
+from spike_layers import OP_TYPES, SpikeLayer
 from spike_simulator import node_shapes, one_thread_per_operator, run_ops
 from spike_tensor import Current, Memory, SpikeTensor
 
@@ -379,10 +380,9 @@ def with_float_weights(op):
     """An op with float parameters: its module has them, but a layer that reads spikes does not use them."""
     tensors = op["tensors"]
     names = ("weight", "bias") if op["config"].get("bias", True) else ("weight",)  # bias_q alone may be of a correction
-    for name in names:
-        if f"{name}_q" in tensors and name not in tensors and op["type"] != "SpikeAvgPool2d":
-            integers = tensors[f"{name}_q"].float()
-            tensors[name] = integers.flatten() if op["type"] == "SpikeBatchNorm" else integers
+    if op["type"] != "SpikeAvgPool2d":
+        missing = {n: tensors[f"{n}_q"].float() for n in names if f"{n}_q" in tensors and n not in tensors}
+        tensors.update(OP_TYPES.get(op["type"], SpikeLayer).parameters_of(missing))
     if op["type"] == "SpikeAvgPool2d" and "weight_q" in tensors:
         tensors.setdefault("weight", tensors["weight_q"].float())
     return op

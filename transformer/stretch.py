@@ -401,10 +401,6 @@ class StretchTrace(Trace):
             self.outputs[call.output] = self.output_node(result), result.clone()
         return result
 
-    def is_image(self, operands):
-        """False: no data set could normalise the inputs of a stretch, so that advice is not given."""
-        return False
-
     def add_input(self, number, tensor):
         """Record that the stretch reads `tensor` from outside; returns the float32 tensor that it reads."""
         if number not in self.inputs:
@@ -421,7 +417,7 @@ class StretchTrace(Trace):
         for run in (self, again):
             run.dag.outputs_nodes = tuple(node for node, _ in values_in_order(run.outputs))
             run.dag.lint()
-        fold_batch_norms(self.dag)
+        fold_batch_norms(self.dag, self.shapes)
         self.dag.lint()
         for run in (self, again):
             inputs = [value for _, value, _ in values_in_order(run.inputs)]
