@@ -14,9 +14,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from dag_rewrites import fold_batch_norms
+from layers.functions import spellings
 from spike_dag import SpikeDAGModule
 from spike_layers import (
     ConcatOp,
+    FunctionOp,
+    LeakyReLUOp,
     SoftmaxOp,
     SpikeAdd,
     SpikeAvgPool2d,
@@ -34,6 +37,10 @@ CAN_BE_TRACED = (
     "conv2d, conv_transpose2d, linear, batch_norm, relu, relu6, avg_pool2d, max_pool2d, add, cat, pad, view and flatten"
 )
 
+GATES = (
+    "spikes compute no product or quotient of two activations, so no gate (squeeze-and-excitation); write x * "
+    "sigmoid(x) as F.silu(x)"
+)
 ON_THE_IMAGE = "normalise the images in the data set or its loader instead, or write a BatchNorm as the first layer"
 EXPORTED = "is an exported program and cannot be traced, pass the Python module that was given to torch.export instead"
 
@@ -50,12 +57,6 @@ ADVICE_FOR = {
         "upsample_bilinear",
         "pixel_shuffle",
     ),
-    "use relu: a neuron sends no negative spikes": (
-        *("leaky_relu", "rrelu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish"),
-        *("softplus", "softsign", "tanhshrink", "hardshrink", "softshrink"),
-    ),
-    "inside of a network put a ReLU in its place; at its end leave it out, and apply it outside, to what the converted "
-    "network returns": ("sigmoid", "logsigmoid", "hardsigmoid", "tanh", "exp"),
     "a network's path must not depend on the values of its activations": (
         *("bool", "item", "tolist", "int", "float", "index", "nonzero", "where"),
         *("eq", "ne", "lt", "le", "gt", "ge", "allclose", "equal", "argmax", "argmin", "topk", "sort"),
@@ -335,7 +336,7 @@ class Trace(TorchFunctionMode):
             return None
         if sum(map(self.is_traced, operands)) > 1:
             minus = "put the minus sign into the weights of the layer whose output is subtracted, and add"
-            return minus if word in SUBTRACTIONS else "spikes compute no product or quotient of two activations"
+            return minus if word in SUBTRACTIONS else GATES
         if self.is_image(operands):
             return ON_THE_IMAGE
         if word in SUBTRACTIONS:
@@ -462,6 +463,20 @@ RECORDING_FUNCTIONS = {
         torch.unflatten,
         torch.Tensor.unflatten,
     ),
+    LeakyReLUOp.traced: (F.leaky_relu,),
+    LeakyReLUOp.traced_in_place: (F.leaky_relu_,),
+    LeakyReLUOp.traced_prelu: (F.prelu, torch.Tensor.prelu),
+    LeakyReLUOp.traced_rrelu: (F.rrelu, torch.rrelu),
+    LeakyReLUOp.traced_rrelu_in_place: (F.rrelu_,),
+    LeakyReLUOp.traced_abs: (
+        torch.abs,
+        torch.absolute,
+        torch.Tensor.abs,
+        torch.Tensor.absolute,
+        torch.Tensor.__abs__,
+    ),
+    LeakyReLUOp.traced_abs_in_place: (torch.abs_, torch.Tensor.abs_, torch.Tensor.absolute_),
+    FunctionOp.traced: spellings(),
     SoftmaxOp.traced: (
         F.softmax,
         F.log_softmax,

@@ -11,14 +11,18 @@ layer is the real-valued image, the same at every step, so its current is comput
     layers/base.py         SpikeLayer: methods and attributes of every layer
     layers/weighted.py     SpikeConv2d, SpikeConvBN, SpikeConvTranspose2d, SpikeLinear
     layers/pooling.py      SpikeAvgPool2d, SpikeMaxPool2d
-    layers/activations.py  SpikeReLU, SignedReLU, SpikeBatchNorm, SoftmaxOp
+    layers/activations.py  SpikeReLU, SpikeBatchNorm, SoftmaxOp
+    layers/signs.py        SignedReLU, LeakyReLUOp, MergeSigns
+    layers/functions.py    FunctionOp
     layers/joining.py      SpikeAdd, ConcatOp, SpikePad, ViewOp
 """
 
-from layers.activations import SignedReLU, SoftmaxOp, SpikeBatchNorm, SpikeReLU
+from layers.activations import SoftmaxOp, SpikeBatchNorm, SpikeReLU
 from layers.base import ANALOG, CURRENT, OP_TYPES, SPIKES, SpikeLayer
+from layers.functions import FunctionOp
 from layers.joining import ConcatOp, SpikeAdd, SpikePad, ViewOp, concat_scales
 from layers.pooling import SpikeAvgPool2d, SpikeMaxPool2d
+from layers.signs import LeakyReLUOp, MergeSigns, SignedReLU
 from layers.weighted import SpikeConv2d, SpikeConvBN, SpikeConvTranspose2d, SpikeLinear, WeightedLayer
 
 __all__ = [
@@ -27,6 +31,9 @@ __all__ = [
     "OP_TYPES",
     "SPIKES",
     "ConcatOp",
+    "FunctionOp",
+    "LeakyReLUOp",
+    "MergeSigns",
     "SignedReLU",
     "SoftmaxOp",
     "SpikeAdd",
