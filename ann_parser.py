@@ -14,7 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from dag_rewrites import fold_batch_norms
-from layers.functions import spellings
+from layers.functions import SPELLINGS
 from spike_dag import SpikeDAGModule
 from spike_layers import (
     ConcatOp,
@@ -476,7 +476,7 @@ RECORDING_FUNCTIONS = {
         torch.Tensor.__abs__,
     ),
     LeakyReLUOp.traced_abs_in_place: (torch.abs_, torch.Tensor.abs_, torch.Tensor.absolute_),
-    FunctionOp.traced: spellings(),
+    FunctionOp.traced: tuple(SPELLINGS),
     SoftmaxOp.traced: (
         F.softmax,
         F.log_softmax,

@@ -41,8 +41,9 @@ def prepare_conversion(dag, maxpool=None, signed=None, avgpool="spike"):
 
     Max poolings are moved behind ReLUs. maxpool: "gate" or "or", the mode of all max poolings (`SpikeMaxPool2d`), or
     None to keep their modes. signed: "pair" splits values without a ReLU, and behind a LeakyReLU, by sign
-    (`split_signs`, `split_leaky_relus`); None leaves them, and `plan_conversion` refuses them. avgpool: "fold" marks all average poolings to be folded if possible
-    (`conversion.plan.folded_poolings`), "spike" none. Raises ValueError for other values.
+    (`split_signs`, `split_leaky_relus`); None leaves them, and `plan_conversion` refuses them. avgpool: "fold" marks
+    all average poolings to be folded if possible (`conversion.plan.folded_poolings`), "spike" none. Raises ValueError
+    for other values.
     """
     for name, value in {"maxpool": maxpool, "signed": signed, "avgpool": avgpool}.items():
         check_option(name, value)
@@ -377,7 +378,7 @@ def replace_activations(dag, by="relu"):
 
 
 def replaced_in_words(replaced):
-    """The result of `replace_activations` in words: "replaced 17 silu and 2 gelu by relu"; "" if nothing was replaced."""
+    """The Counter of `replace_activations` in words: "replaced 17 silu and 2 gelu by relu"; "" for an empty one."""
     counts = [f"{count} {name}" for name, count in replaced.items()]
     return f"replaced {' and '.join(counts)} by relu" if counts else ""
 

@@ -69,7 +69,9 @@ def merged_pairs(dag, plan):
 
 
 def larger_of_pairs(scales):
-    """The larger lambda of each pair of channels, for both of them: [2C, 1, 1] or [2N]."""
+    """The larger lambda of each pair of channels, for both: [2C, 1, 1] or [2N]. A single lambda is unchanged."""
+    if scales.numel() == 1:
+        return scales
     pairs = scales.unflatten(0, (-1, 2))
     return pairs.amax(1, keepdim=True).expand_as(pairs).flatten(0, 1)
 

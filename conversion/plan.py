@@ -105,7 +105,7 @@ class Place:
     def max_pool_behind(self):
         """The max pooling, as messages name it, that the op's values reach without a ReLU, or None.
 
-        Such values cannot be split by sign.
+        Such values can be pooled as pairs of signs only.
         """
         name = max_pool_behind(self.dag, self.entry.out)
         return None if name is None else self.dag.where(name)

@@ -6,6 +6,7 @@ from torch import nn
 from torch.overrides import resolve_name
 
 from layers.base import ANALOG, CURRENT, SPIKES, SpikeLayer, frozen_names, widened
+from layers.functions import FunctionOp
 from runtime.rules import BOOL, CHANNELS, DIM, NONE, POSITIVE, either, whole
 from spike_tensor import Current
 
@@ -48,7 +49,9 @@ class SpikeReLU(SpikeLayer):
 
     @classmethod
     def traced_hardtanh(cls, trace, function, input, min_val=-1.0, max_val=1.0, inplace=False):
-        return cls.traced(trace, function, input, inplace, ceiling_of(trace, function, min_val, max_val))
+        if not is_relu(min_val, max_val):
+            return FunctionOp.record(trace, function, "hardtanh", input, inplace, min_val=min_val, max_val=max_val)
+        return cls.traced(trace, function, input, inplace, ceiling_of(max_val))
 
     @classmethod
     def traced_hardtanh_in_place(cls, trace, function, input, min_val=-1.0, max_val=1.0):
@@ -56,11 +59,15 @@ class SpikeReLU(SpikeLayer):
 
     @classmethod
     def traced_clamp(cls, trace, function, input, min=None, max=None):
-        return cls.traced(trace, function, input, False, ceiling_of(trace, function, min, max))
+        if not is_relu(min, max):
+            return FunctionOp.record(trace, function, "clamp", input, min=min, max=max)
+        return cls.traced(trace, function, input, False, ceiling_of(max))
 
     @classmethod
     def traced_clamp_in_place(cls, trace, function, input, min=None, max=None):
-        return cls.traced_in_place(trace, function, input, ceiling_of(trace, function, min, max))
+        if not is_relu(min, max):
+            return FunctionOp.record(trace, function, "clamp", input, True, min=min, max=max)
+        return cls.traced_in_place(trace, function, input, ceiling_of(max))
 
     def activation(self, x):
         return F.relu(x) if self.ceiling is None else x.clamp(0, self.ceiling)
@@ -91,12 +98,19 @@ class SpikeReLU(SpikeLayer):
         return "" if self.ceiling is None else f"ceiling={self.ceiling:g}"
 
 
-def ceiling_of(trace, function, least, most):
-    """The ceiling of a clamp, or None. Raises NotImplementedError for a clamp that is no ReLU."""
-    numbers = [value for value in (least, most) if value is not None]
-    if any(isinstance(value, torch.Tensor) for value in numbers) or least != 0 or (most is not None and most <= 0):
-        trace.refuse(function, "only a lower bound of 0 and an upper one above it, a relu or relu6, are supported")
+def is_relu(least, most):
+    """Whether a clamp to numbers is a ReLU, with a ceiling or without."""
+    return is_number(least) and least == 0 and (most is None or (is_number(most) and most > 0))
+
+
+def ceiling_of(most):
+    """The ceiling of a ReLU from the upper bound of a clamp, or None."""
     return None if most is None else float(most)
+
+
+def is_number(value):
+    """Whether a bound is a number and no tensor."""
+    return isinstance(value, (int, float))
 
 
 class SpikeBatchNorm(SpikeLayer):

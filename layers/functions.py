@@ -41,17 +41,14 @@ def function_called(name):
 
 
 def spellings():
-    """Every spelling of every function: in torch.nn.functional, in torch, as a method, as an operator, in place."""
-    names = [name for name in (*ACTIVATIONS, *OTHERS) if name not in OWN_RECORDERS]
-    homes = (F, torch, torch.Tensor, torch.special)
-    found = [
-        getattr(home, spelling)
-        for name in names
-        for spelling in (name, f"{name}_", f"__{name}__", f"__i{name}__")
-        for home in homes
-        if hasattr(home, spelling)
-    ]
-    return tuple(dict.fromkeys([*found, torch.special.expit]))
+    """Every spelling of every function -> its name, and whether it overwrites its input."""
+    found = {torch.special.expit: ("sigmoid", False)}
+    for name in (*ACTIVATIONS, *OTHERS):
+        for spelling in (name, f"__{name}__", f"{name}_", f"__i{name}__"):
+            homes = [home for home in (F, torch, torch.Tensor, torch.special) if hasattr(home, spelling)]
+            in_place = spelling in (f"{name}_", f"__i{name}__")
+            found.update((getattr(home, spelling), (name, in_place)) for home in homes if name not in OWN_RECORDERS)
+    return found
 
 
 def by_name(name, input, args, settings):
@@ -62,6 +59,9 @@ def by_name(name, input, args, settings):
         return args, settings
     (_, *rest) = bound.arguments.items()
     return (), dict(rest)
+
+
+SPELLINGS = spellings()
 
 
 class FunctionOp(SpikeLayer):
@@ -89,9 +89,17 @@ class FunctionOp(SpikeLayer):
 
     @classmethod
     def traced(cls, trace, function, input, *args, **settings):
-        name = function.__name__.strip("_").replace("special_", "").replace("expit", "sigmoid")
+        name, in_place = SPELLINGS[function]
+        return cls.record(trace, function, name, input, in_place, *args, **settings)
+
+    @classmethod
+    def record(cls, trace, function, name, input, in_place=False, *args, **settings):
+        """Record a call of the function `name`; `in_place`: it overwrites its input.
+
+        Raises NotImplementedError for arguments other than numbers and words.
+        """
         args, settings = by_name(name, input, args, settings)
-        in_place = settings.get("inplace") or function.__name__.endswith("_") != function.__name__.endswith("__")
+        in_place = in_place or settings.get("inplace", False)
         settings = {key: value for key, value in settings.items() if key not in NO_SETTINGS}
         if not all(map(SETTING.holds, args)) or not SETTINGS.holds(settings):
             trace.refuse(function, "its arguments must be numbers")
@@ -130,15 +138,15 @@ class FunctionOp(SpikeLayer):
         if place.is_image() or not (CURRENT in place.reads or place.has_weights_behind()):
             return ANALOG
         if not place.has_weights_behind():
-            raise ValueError(f"{place.where} reads values that feed a ReLU too, apply it outside, to what stands behind it")
+            raise ValueError(f"{place.where} reads values that feed a ReLU too, apply it outside of the network")
         how = (
             "put a ReLU in its place (--replace_activations relu) and finetune"
             if self.is_activation
             else "use it only behind the last layer"
         )
         raise ValueError(
-            f"{place.where}: spikes cannot compute {self.name} inside of a network: {how}, or leave it ANN together with "
-            "the layer before it (--ann_layers)"
+            f"{place.where}: spikes cannot compute {self.name} inside of a network: {how}, or leave it ANN together "
+            "with the layer before it (--ann_layers)"
         )
 
     def misfit(self, reads):

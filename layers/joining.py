@@ -300,7 +300,7 @@ class ViewOp(SpikeLayer):
         return SpikeTensor.like(data, x.timesteps, scale)
 
     def on_pairs(self, merges):
-        """Pairs pass a view that flattens a sample, whose features are blocks of a channel each, or keeps its channels."""
+        """Pairs pass a view that keeps the channels, or flattens a sample: each channel is then a block of features."""
         (merge,) = merges
         if not merge.signs.dim():
             return None

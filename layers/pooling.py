@@ -276,7 +276,10 @@ class SpikeMaxPool2d(SpikeLayer):
     def plan(self, place):
         """SPIKES or ANALOG, as its input. Raises ValueError for currents, and for spikes without a chosen mode."""
         if place.reads[0] == CURRENT:
-            raise ValueError(f"{place.where} pools values that may be negative, put a ReLU before it, or next behind")
+            split = "" if place.splits_signs() else ", or split them by sign (--signed pair)"
+            raise ValueError(
+                f"{place.where} pools values that may be negative, put a ReLU before it, or next behind{split}"
+            )
         kind = place.passes_on()
         if kind == SPIKES and self.mode is None:
             raise ValueError(

@@ -5,9 +5,9 @@ Spikes are not negative, so a value x of either sign is sent as a pair, relu(x) 
     x = relu(x) - relu(-x)                        # slope 1: a layer without a ReLU
     leaky(x) = relu(x) - slope * relu(-x)         # LeakyReLU, PReLU
 
-The slope is part of the neuron's threshold: the neuron of slope * relu(-x) has a threshold of Vthr / slope. So the layer
-behind has each weight twice, W and -W, in the same integers at any bit width. (A slope in the weights would be rounded
-to 0 at few bits: 0.1 of a 4-bit weight.)
+The slope is part of the neuron's threshold: the neuron of slope * relu(-x) has a threshold of Vthr / slope. So the
+layer behind has each weight twice, W and -W, in the same integers at any bit width. (A slope in the weights would be
+rounded to 0 at few bits: 0.1 of a 4-bit weight.)
 
 The two values of a pair are adjacent channels: 2c for relu(x_c), 2c + 1 for slope_c * relu(-x_c). Behind a view that
 flattens a sample, they are adjacent blocks of features.
@@ -44,8 +44,8 @@ def in_words(slope):
 class SignedReLU(SpikeLayer):
     """Two ReLUs for a value of either sign, [B, C, ...] -> [B, 2C, ...].
 
-    Channel 2c is relu(x_c), channel 2c + 1 is |slope_c| * relu(-x_c). slope: [C], or None for 1. The layer behind it has
-    each weight twice: W for relu(x), and -W (W where the slope is negative) for the other.
+    Channel 2c is relu(x_c), channel 2c + 1 is |slope_c| * relu(-x_c). slope: [C], or None for 1. The layer behind it
+    has each weight twice: W for relu(x), and -W (W where the slope is negative) for the other.
     """
 
     fields = {"slope": either(NONE, WEIGHTS)}  # noqa: RUF012
@@ -57,7 +57,7 @@ class SignedReLU(SpikeLayer):
 
     @property
     def passes_scale(self):
-        """A positive factor passes the ReLUs of a LeakyReLU. A layer without a ReLU before its pair keeps its weights."""
+        """A positive factor passes the ReLUs of a LeakyReLU. A layer without any ReLU keeps its weights."""
         return self.slope is not None
 
     def activation(self, x):
@@ -175,8 +175,8 @@ class LeakyReLUOp(SpikeLayer):
         if place.is_image() or not (CURRENT in place.reads or place.has_weights_behind()):
             return ANALOG
         raise ValueError(
-            f"{place.where}: a LeakyReLU or PReLU sends values of either sign, spikes only as pairs: give --signed pair, "
-            "which converts it exactly"
+            f"{place.where}: a LeakyReLU or PReLU sends values of either sign, which takes pairs of spikes: give "
+            "--signed pair, which converts it exactly"
         )
 
     def misfit(self, reads):
@@ -190,8 +190,8 @@ class MergeSigns(SpikeLayer):
     """The value that a pair stands for, [B, 2C, ...] -> [B, C, ...]: first + sign * second.
 
     signs: -1, or 1 where a slope is negative, 0 where it is 0; [C], or a scalar for all channels. block: number of
-    adjacent features that belong to one channel, 1 unless a view has flattened the sample. Converted, it makes a current
-    of the spikes: `branch_weight` is the integer weight of each.
+    adjacent features that belong to one channel, 1 unless a view has flattened the sample. Converted, it makes a
+    current of the spikes: `branch_weight` is the integer weight of each.
     """
 
     fields = {"signs": WEIGHTS, "block": CHANNELS, "branch_weight": either(NONE, POTENTIALS)}  # noqa: RUF012

@@ -178,7 +178,7 @@ def pool_spikes(op, spikes, counts):
 
 
 def in_windows(x, config):
-    """What a max pooling takes from every window of int64 [B, C, H, W]: of pairs, the minimum of every second channel."""
+    """What a max pooling takes from windows of int64 [B, C, H, W]: of pairs, the minimum of every second channel."""
     y = extreme_in_windows(x, config, np.max)
     if config.get("pairs"):
         y[:, 1::2] = extreme_in_windows(x[:, 1::2], config, np.min)
