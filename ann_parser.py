@@ -15,9 +15,12 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from dag_rewrites import fold_batch_norms, holds_image
 from layers import arithmetic
+from layers.functions import SPELLINGS
 from spike_dag import SpikeDAGModule
 from spike_layers import (
     ConcatOp,
+    FunctionOp,
+    LeakyReLUOp,
     SoftmaxOp,
     SpikeAvgPool2d,
     SpikeBatchNorm,
@@ -50,12 +53,6 @@ ADVICE_FOR = {
         "upsample_bilinear",
         "pixel_shuffle",
     ),
-    "use relu: a neuron sends no negative spikes": (
-        *("leaky_relu", "rrelu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish"),
-        *("softplus", "softsign", "tanhshrink", "hardshrink", "softshrink"),
-    ),
-    "inside of a network put a ReLU in its place; at its end leave it out, and apply it outside, to what the converted "
-    "network returns": ("sigmoid", "logsigmoid", "hardsigmoid", "tanh", "exp"),
     "a network's path must not depend on the values of its activations; relu, clamp, maximum and minimum with a "
     "constant choose some of them": (
         *("bool", "item", "tolist", "int", "float", "index", "nonzero", "where"),
@@ -78,7 +75,8 @@ ADVICE_FOR = {
     "F.conv2d(x, weight.t()[:, :, None, None]), of flattened values a linear layer": ("tensordot",),
     "use x.mean([2, 3]) or an average pooling, and put the factor into the weights behind it": ("sum",),
     "leave it out, a network is traced in one type": ("half", "bfloat16", "double", "type"),
-    "spikes compute no product or quotient of two activations, only with constants": (
+    "spikes compute no product or quotient of two activations, only with constants, so no gate "
+    "(squeeze-and-excitation); write x * sigmoid(x) as F.silu(x)": (
         *("mul", "multiply", "rmul", "imul", "div", "divide", "true_divide", "truediv", "itruediv"),
         *("addcmul", "addcdiv", "square", "floor_divide", "remainder"),
     ),
@@ -475,6 +473,20 @@ RECORDING_FUNCTIONS = {
         torch.unflatten,
         torch.Tensor.unflatten,
     ),
+    LeakyReLUOp.traced: (F.leaky_relu,),
+    LeakyReLUOp.traced_in_place: (F.leaky_relu_,),
+    LeakyReLUOp.traced_prelu: (F.prelu, torch.Tensor.prelu),
+    LeakyReLUOp.traced_rrelu: (F.rrelu, torch.rrelu),
+    LeakyReLUOp.traced_rrelu_in_place: (F.rrelu_,),
+    LeakyReLUOp.traced_abs: (
+        torch.abs,
+        torch.absolute,
+        torch.Tensor.abs,
+        torch.Tensor.absolute,
+        torch.Tensor.__abs__,
+    ),
+    LeakyReLUOp.traced_abs_in_place: (torch.abs_, torch.Tensor.abs_, torch.Tensor.absolute_),
+    FunctionOp.traced: tuple(SPELLINGS),
     SoftmaxOp.traced: (
         F.softmax,
         F.log_softmax,

@@ -100,6 +100,8 @@ TENSORS = {
     "bias_q": POTENTIALS,
     "unit": tensor(*FLOATS, positive=True),
     "levels.scale": WEIGHTS,
+    "slope": WEIGHTS,
+    "signs": WEIGHTS,
     "branch_weight0": POTENTIALS,
     "branch_weight1": POTENTIALS,
 }

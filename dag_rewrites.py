@@ -3,20 +3,27 @@
     fold_batch_norms     conv, BatchNorm -> one convolution (SpikeConvBN); BatchNorm, conv -> one convolution;
                          the same for arithmetic with constants
     pool_behind_relus    max pooling, ReLU -> ReLU, max pooling: the pooling then reads spikes
+    split_leaky_relus    LeakyReLU -> relu(x) and relu(-x), with the slope in the threshold
     split_signs          a layer that reads values of either sign reads relu(x) and relu(-x) instead
+    replace_activations  SiLU, GELU, tanh, ... -> ReLU: another function, to be finetuned
     equalize_channels    equally large weights in all output channels of a layer
 
-The first three change the SpikeDAGModule that they are given; `equalize_channels` returns a copy.
+The first four change the SpikeDAGModule that they are given; the last two return a copy.
 """
 
 import copy
+from collections import Counter
 
 import torch
 from torch import nn
 
+from layers.signs import LEAST_SLOPE
 from options import check_option
 from spike_dag import SpikeDAGModule
 from spike_layers import (
+    FunctionOp,
+    LeakyReLUOp,
+    MergeSigns,
     SignedReLU,
     SpikeAdd,
     SpikeAffine,
@@ -40,15 +47,17 @@ def prepare_conversion(dag, maxpool=None, signed=None, avgpool="spike"):
     """A copy of `dag` that computes the same function and is ready for `plan_conversion`.
 
     Max poolings are moved behind ReLUs. maxpool: "gate" or "or", the mode of all max poolings (`SpikeMaxPool2d`); None
-    keeps their modes, and is "gate" for those without one. signed: "pair" splits values without a ReLU by sign
-    (`split_signs`); None leaves them, and `plan_conversion` refuses them. avgpool: "fold" marks all average poolings
-    to be folded if possible (`conversion.plan.folded_poolings`), "spike" none. Raises ValueError for other values.
+    keeps their modes, and is "gate" for those without one. signed: "pair" splits values without a ReLU, and behind a
+    LeakyReLU, by sign (`split_signs`, `split_leaky_relus`); None leaves them, and `plan_conversion` refuses them.
+    avgpool: "fold" marks all average poolings to be folded if possible (`conversion.plan.folded_poolings`), "spike"
+    none. Raises ValueError for other values.
     """
     for name, value in {"maxpool": maxpool, "signed": signed, "avgpool": avgpool}.items():
         check_option(name, value)
     dag = copy.deepcopy(dag)
     pool_behind_relus(dag)
     if signed == "pair":
+        split_leaky_relus(dag)
         split_signs(dag)
     for entry in dag.ops.values():
         if isinstance(entry.op, SpikeMaxPool2d):
@@ -96,6 +105,18 @@ def insert_after(dag, node, op_type, op):
     for later in list(dag.ops)[position:-1]:
         dag.ops.move_to_end(later)
     return out
+
+
+def has_weights_behind(dag, name):
+    """Whether a layer with trained weights reads the output of op `name`, directly or through other ops."""
+    reached = {dag.ops[name].out}
+    for entry in dag.ops.values():
+        if reached.isdisjoint(entry.inputs):
+            continue
+        if entry.op.is_trained:
+            return True
+        reached.add(entry.out)
+    return False
 
 
 def holds_image(dag, node):
@@ -401,9 +422,10 @@ def change_sign(dag, name, node):
 
 
 def pool_behind_relus(dag):
-    """Swap every max pooling with the ReLU behind it, if nothing else reads the pooling.
+    """Swap every max pooling with the ReLU or LeakyReLU behind it, if nothing else reads the pooling.
 
-    The maximum of ReLUs equals the ReLU of the maximum. A view between them changes no value and is swapped, too.
+    The maximum of ReLUs equals the ReLU of the maximum. A view between them changes no value and is swapped, too; but
+    not with a LeakyReLU, which may have a slope per channel.
     """
     pools = []
     for name, entry in dag.ops.items():
@@ -413,8 +435,13 @@ def pool_behind_relus(dag):
     for name in reversed(pools):  # the last one first: its swap brings the ReLU next to the one before it
         pool, node = dag.ops[name].op, dag.ops[name].out
         behind = dag.only_reader(node)
-        if behind is not None and isinstance(dag.ops[behind].op, SpikeReLU):
+        if behind is not None and commutes(pool, dag.ops[behind].op):
             rename_swapped(dag, name, behind, pool)
+
+
+def commutes(pool, function):
+    """Whether a max pooling, or a view behind one, may stand behind the function of each value instead."""
+    return isinstance(function, SpikeReLU) or (isinstance(pool, SpikeMaxPool2d) and function.passes_maximum)
 
 
 def rename_swapped(dag, pool_name, relu_name, pool):
@@ -435,6 +462,67 @@ def rename_swapped(dag, pool_name, relu_name, pool):
 # Signed values
 
 
+def split_leaky_relus(dag):
+    """Replace every LeakyReLU by a pair of ReLUs and the sum of the pair, and let pairs pass max poolings, in place.
+
+    The sum then moves behind as many layers as possible (`pass_pairs`). A max pooling of values of either sign gets a
+    pair, too: it takes the largest relu(x) and the smallest relu(-x) of a window. A LeakyReLU of the image stays.
+    """
+    for name in [name for name, entry in dag.ops.items() if isinstance(entry.op, LeakyReLUOp)]:
+        node, slope = dag.ops[name].inputs[0], dag.ops[name].op.slope
+        if is_rectified(dag, node):
+            remove_op(dag, name)  # the values are not negative
+        elif not holds_image(dag, node):
+            slope = torch.where(slope.abs() < LEAST_SLOPE, 0.0, slope)
+            replace_op(dag, name, SignedReLU(slope).train(dag.ops[name].op.training))
+            insert_merge(dag, dag.ops[name].out, MergeSigns(-slope.sign()))
+    pass_pairs(dag)
+    for name in [name for name, entry in dag.ops.items() if isinstance(entry.op, SpikeMaxPool2d)]:
+        node = dag.ops[name].inputs[0]
+        if may_be_negative(dag, node) and has_weights_behind(dag, name):
+            pairs = insert_after(dag, node, "signed_relu", SignedReLU())
+            signs = -torch.ones((), dtype=next(dag.parameters()).dtype, device=next(dag.parameters()).device)
+            dag.ops[name]["in_nodes"] = (insert_after(dag, pairs, "merge", MergeSigns(signs)),)
+            pass_pairs(dag)
+
+
+def insert_merge(dag, node, merge):
+    """Insert the sum of the pairs in a node. Every other op that reads the node, and the outputs, read the sum."""
+    readers = [dag.ops[name] for name in dag.readers(node)]
+    merged = insert_after(dag, node, "merge", merge)
+    for entry in readers:
+        entry["in_nodes"] = tuple(merged if read == node else read for read in entry.inputs)
+    dag.outputs_nodes = tuple(merged if read == node else read for read in dag.outputs_nodes)
+
+
+def pass_pairs(dag):
+    """Let every layer that reads sums of pairs read the pairs themselves, if that computes the same, in place.
+
+    A layer with weights reads both values of a pair (`with_both_signs`). A layer that works on each channel alone, such
+    as a pooling, passes the pairs on, and their sum stands behind it (`SpikeLayer.on_pairs`). Before an add and at the
+    network's end the sum stays.
+    """
+    for name in list(dag.ops):
+        entry = dag.ops[name]
+        writers = [dag.ops.get(dag.writer(node)) for node in entry.inputs]
+        if not all(writer is not None and writer.op.joins_signs for writer in writers):
+            continue
+        merges = [writer.op for writer in writers]
+        if entry.op.is_trained:
+            replace_op(dag, name, with_both_signs(entry.op, *merges))
+        else:
+            passed = entry.op.on_pairs(merges)
+            if passed is None:
+                continue
+            replace_op(dag, name, passed[0].train(entry.op.training))
+            insert_merge(dag, entry.out, passed[1])
+        entry["in_nodes"] = tuple(writer.inputs[0] for writer in writers)
+    for name in [name for name, entry in dag.ops.items() if entry.op.joins_signs]:
+        node = dag.ops[name].out
+        if not dag.readers(node) and node not in dag.outputs_nodes:
+            remove_op(dag, name)
+
+
 def split_signs(dag):
     """Split the input of every layer with weights that reads values without a ReLU into relu(x) and relu(-x), in place.
 
@@ -453,7 +541,7 @@ def split_signs(dag):
 
 
 def may_be_negative(dag, node):
-    """Whether a node holds the output of a layer with trained weights that no ReLU has rectified yet.
+    """Whether a node holds the output of a layer with trained weights that no ReLU has rectified yet, or of a pair.
 
     Also for a difference, and for what a constant or a factor makes negative, unless it is computed from the image.
     """
@@ -461,25 +549,71 @@ def may_be_negative(dag, node):
     if name is None:
         return False
     entry = dag.ops[name]
+    if entry.op.joins_signs:
+        return not holds_image(dag, node)
     if entry.op.may_turn_negative and (entry.op.is_trained or not holds_image(dag, node)):
         return True
     return entry.op.is_linear and any(may_be_negative(dag, read) for read in entry.inputs)
 
 
+def is_rectified(dag, node):
+    """Whether no value of a node is negative, because a ReLU stands before it."""
+    name = dag.writer(node)
+    if name is None:
+        return False
+    op = dag.ops[name].op
+    passes = (op.passes_spikes or op.fires) and not op.may_turn_negative
+    return op.rectifies or (passes and all(is_rectified(dag, read) for read in dag.ops[name].inputs))
+
+
 @torch.no_grad()
-def with_both_signs(layer):
-    """A copy of `layer`, which reads x, that reads relu(x) and relu(-x) with interleaved channels instead."""
+def with_both_signs(layer, merge=None):
+    """A copy of `layer`, which reads x, that reads the pairs of x instead: relu(x) and relu(-x), with weights W and -W.
+
+    merge: the MergeSigns by which x is computed from the pairs; None for relu(x) - relu(-x) with interleaved channels.
+    """
     config = layer.config()
     size = "in_features" if isinstance(layer, SpikeLinear) else "in_channels"
     config[size] *= 2
     wide = type(layer)(**config)
     inputs = 0 if isinstance(layer, SpikeConvTranspose2d) else 1  # dimension of the weight's input channels
-    signs = torch.stack([layer.weight, -layer.weight], inputs + 1).flatten(inputs, inputs + 1)
+    block = 1 if merge is None else merge.block
+    second = -layer.weight if merge is None else layer.weight * layer.input_view(merge.signs_of_features())
+    blocks = [weight.unflatten(inputs, (-1, block)) for weight in (layer.weight, second)]
+    signs = torch.stack(blocks, inputs + 1).flatten(inputs, inputs + 2)
     wide.weight, wide.bias, wide.frozen = nn.Parameter(signs), layer.bias, layer.frozen
     scale = layer.weight_scale
     if scale is not None:
         wide.set_weight_scale(scale.repeat_interleave(2, 0) if scale.dim() and inputs == 0 else scale)
     return wide.train(layer.training)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activation functions without spikes
+
+
+def replace_activations(dag, by="relu"):
+    """`dag, replaced`: a copy of a traced network with ReLUs for activation functions that spikes cannot compute.
+
+    by: "relu", or None to replace nothing. Functions behind the last layer with weights stay. The copy computes another
+    function and has to be finetuned. replaced: Counter, name of a function -> how often it was replaced
+    (`replaced_in_words`). Raises ValueError for another `by`.
+    """
+    if by not in (None, "relu"):
+        raise ValueError(f"unknown activation function '{by}' to replace others by, use relu")
+    dag, replaced = copy.deepcopy(dag), Counter()
+    for name, entry in dag.ops.items():
+        op = entry.op
+        if by and isinstance(op, FunctionOp) and op.is_activation and has_weights_behind(dag, name):
+            replaced[op.name] += 1
+            replace_op(dag, name, SpikeReLU().train(op.training))
+    return dag, replaced
+
+
+def replaced_in_words(replaced):
+    """The Counter of `replace_activations` in words: "replaced 17 silu and 2 gelu by relu"; "" for an empty one."""
+    counts = [f"{count} {name}" for name, count in replaced.items()]
+    return f"replaced {' and '.join(counts)} by relu" if counts else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,16 +11,20 @@ layer is the real-valued image, the same at every step, so its current is comput
     layers/base.py         SpikeLayer: methods and attributes of every layer
     layers/weighted.py     SpikeConv2d, SpikeConvBN, SpikeConvTranspose2d, SpikeLinear
     layers/pooling.py      SpikeAvgPool2d, SpikeMaxPool2d
-    layers/activations.py  SpikeReLU, SignedReLU, SpikeBatchNorm, SoftmaxOp
+    layers/activations.py  SpikeReLU, SpikeBatchNorm, SoftmaxOp
     layers/affine.py       SpikeAffine, SpikeBiasMap, ImageAffine
+    layers/signs.py        SignedReLU, LeakyReLUOp, MergeSigns
+    layers/functions.py    FunctionOp
     layers/joining.py      SpikeAdd, SpikeSubtract, ConcatOp, SpikePad, ViewOp
 """
 
-from layers.activations import SignedReLU, SoftmaxOp, SpikeBatchNorm, SpikeReLU
+from layers.activations import SoftmaxOp, SpikeBatchNorm, SpikeReLU
 from layers.affine import ImageAffine, SpikeAffine, SpikeBiasMap
 from layers.base import ANALOG, CURRENT, OP_TYPES, SPIKES, SpikeLayer
+from layers.functions import FunctionOp
 from layers.joining import ConcatOp, SpikeAdd, SpikePad, SpikeSubtract, ViewOp, concat_scales
 from layers.pooling import SpikeAvgPool2d, SpikeMaxPool2d
+from layers.signs import LeakyReLUOp, MergeSigns, SignedReLU
 from layers.weighted import SpikeConv2d, SpikeConvBN, SpikeConvTranspose2d, SpikeLinear, WeightedLayer
 
 __all__ = [
@@ -29,7 +33,10 @@ __all__ = [
     "OP_TYPES",
     "SPIKES",
     "ConcatOp",
+    "FunctionOp",
     "ImageAffine",
+    "LeakyReLUOp",
+    "MergeSigns",
     "SignedReLU",
     "SoftmaxOp",
     "SpikeAdd",

@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import torch
 
-from spike_layers import SPIKES
+from spike_layers import CURRENT, SPIKES
 
 
 def largest_spikes(dag, plan):
@@ -42,16 +42,38 @@ def spike_targets(dag, plan, statistics, shapes):
 
 def channel_targets(dag, plan, statistics, shapes):
     """Node of spikes -> the lambda that each channel aims at, in the shape of a sample: [C, 1, 1] or [N]."""
-    targets = {}
+    targets, merged = {}, merged_pairs(dag, plan)
     for name, entry in dag.ops.items():
         if plan.kinds[entry.out] != SPIKES:
             continue
         if name in plan.firing:
-            targets[entry.out] = statistics[name].scales.clamp_max(entry.op.ceiling or float("inf"))
+            scales = statistics[name].scales
+            scales = larger_of_pairs(scales) if entry.out in merged else scales
+            targets[entry.out] = scales.clamp_max(entry.op.ceiling or float("inf"))
         else:
             known, samples = [targets[node] for node in entry.inputs], [shapes[node] for node in entry.inputs]
             targets[entry.out] = entry.op.targets(known, samples, shapes[entry.out])
     return targets
+
+
+def merged_pairs(dag, plan):
+    """Nodes of pairs (`layers.signs`) whose two values flow into one neuron: one unit then has to fit both."""
+    nodes = set()
+    for entry in reversed(dag.ops.values()):
+        op = entry.op
+        if (op.joins_signs and plan.kinds[entry.out] == CURRENT) or (
+            entry.out in nodes and not (op.is_trained or op.splits_signs)
+        ):
+            nodes.update(entry.inputs)
+    return nodes
+
+
+def larger_of_pairs(scales):
+    """The larger lambda of each pair of channels, for both: [2C, 1, 1] or [2N]. A single lambda is unchanged."""
+    if scales.numel() == 1:
+        return scales
+    pairs = scales.unflatten(0, (-1, 2))
+    return pairs.amax(1, keepdim=True).expand_as(pairs).flatten(0, 1)
 
 
 class Groups:

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from dag_rewrites import holds_image
+from dag_rewrites import has_weights_behind, holds_image
 from spike_layers import ANALOG, CURRENT, SPIKES, SpikeMaxPool2d
 
 LARGEST_SUM = 255  # most spikes in the window of a folded pooling: the largest uint8
@@ -60,11 +60,13 @@ class LookAhead:
     def __init__(self, dag, stays_ann=frozenset()):
         self.dag, self.stays_ann = dag, stays_ann
         self.feeds_neuron, self.before_neuron = defaultdict(bool), defaultdict(bool)
-        self.needs_spikes = defaultdict(bool)
+        self.needs_spikes, weights_behind = defaultdict(bool), defaultdict(bool)
         for entry in reversed(dag.ops.values()):
             op, out, spikes = entry.op, entry.out, entry.name not in stays_ann
-            rectifies = spikes and op.rectifies
+            # an op that cannot spike inside of a network gets the currents, and refuses them by its own name
+            rectifies = spikes and (op.rectifies or (op.stays_behind and weights_behind[out]))
             for node in entry.inputs:
+                weights_behind[node] |= op.is_trained or weights_behind[out]
                 self.feeds_neuron[node] |= rectifies or (spikes and op.is_linear and self.feeds_neuron[out])
                 self.before_neuron[node] |= rectifies or self.before_neuron[out]
                 self.needs_spikes[node] |= spikes and (op.is_trained or (op.hands_on and self.needs_spikes[out]))
@@ -96,10 +98,14 @@ class Place:
         """Whether a layer with weights lies behind the op (`has_weights_behind`)."""
         return has_weights_behind(self.dag, self.entry.name)
 
+    def is_image(self):
+        """Whether the op reads only what is computed from the image without trained weights."""
+        return all(holds_image(self.dag, node) for node in self.entry.inputs)
+
     def max_pool_behind(self):
         """The max pooling, as messages name it, that the op's values reach without a ReLU, or None.
 
-        Such values cannot be split by sign.
+        Such values can be pooled as pairs of signs only.
         """
         name = max_pool_behind(self.dag, self.entry.out)
         return None if name is None else self.dag.where(name)
@@ -152,18 +158,6 @@ def max_pool_behind(dag, node):
         if found is not None:
             return found
     return None
-
-
-def has_weights_behind(dag, name):
-    """Whether a layer with trained weights reads the output of op `name`, directly or through other ops."""
-    reached = {dag.ops[name].out}
-    for entry in dag.ops.values():
-        if reached.isdisjoint(entry.inputs):
-            continue
-        if entry.op.is_trained:
-            return True
-        reached.add(entry.out)
-    return False
 
 
 def folded_poolings(dag, kinds):

@@ -55,6 +55,11 @@ class Units:
             return self.value_of(node)
         return self.targets.get(node)
 
+    def added_value(self, op, node):
+        """The `expected_value` of a node that `op` adds, per channel of the sum, or None."""
+        value = self.expected_value(node)
+        return None if value is None else op.value_added(value)
+
     def input_scales(self, node, op):
         """The lambda of the spikes that a layer reads: a scalar, or [C_in] if channels differ.
 
@@ -90,7 +95,7 @@ class Units:
             if len(layers) + len(others) > 1 and not self.is_float:
                 unit = least_error_unit(self, natural, layers, others)
         elif others:
-            unit = self.spike_sum_unit([self.expected_value(n) for n in others])
+            unit = self.spike_sum_unit([self.added_value(op, n) for op, n in others])
         else:
             unit = torch.tensor(float(self.timesteps))
         if layers and not self.is_float:
@@ -101,7 +106,7 @@ class Units:
     def branches_of(self, node):
         """`layers, others`: the branches of a current. layers: (layer, node of spikes that it weighs) pairs.
 
-        others: nodes that are added without weights.
+        others: (op, node that it adds without weights) pairs.
         """
         layers, others, members = [], [], self.components[node]
         for entry in self.dag.ops.values():
@@ -109,7 +114,7 @@ class Units:
             if entry.out not in members:
                 continue
             if op.adds:
-                others += [n for n in in_nodes if n not in members and self.plan.kinds[n] != ANALOG]
+                others += [(op, n) for n in in_nodes if n not in members and self.plan.kinds[n] != ANALOG]
             elif self.plan.kinds[in_nodes[0]] == SPIKES:
                 layers.append((op, in_nodes[0]))
         return layers, others
@@ -134,7 +139,7 @@ class Units:
     def largest_value(self, node, layers, others):
         """The largest lambda, |bias| or branch value at a current's neuron, as an activation."""
         members = self.components[node]
-        values = [value.max() for value in map(self.expected_value, others) if value is not None]
+        values = [value.max() for op, n in others if (value := self.added_value(op, n)) is not None]
         for entry in self.dag.ops.values():
             out, op = entry.out, entry.op
             if out in self.targets and not members.isdisjoint(entry.inputs):
@@ -228,7 +233,7 @@ def least_error_unit(units, natural, layers, others):
     natural: natural units of the branches, [branches, ...]. The result has the shape of one of them.
     """
     coarsest, finest = natural.amax(0), natural.amin(0)
-    values = [(value, node) for node in others if (value := units.expected_value(node)) is not None]
+    values = [(value, node) for op, node in others if (value := units.added_value(op, node)) is not None]
     shares = torch.logspace(0, (finest / coarsest).min().log2().item(), CANDIDATES, base=2.0).tolist()
     candidates = [coarsest * share for share in shares]
     for value, _ in values[:1]:

@@ -75,35 +75,6 @@ class SpikeReLU(SpikeLayer):
         return "" if self.ceiling is None else f"ceiling={self.ceiling:g}"
 
 
-class SignedReLU(SpikeLayer):
-    """Two ReLUs for a value of either sign, [B, C, ...] -> [B, 2C, ...]: channel 2c is relu(x_c), 2c + 1 is relu(-x_c).
-
-    The layer behind it has each weight twice: W for relu(x) and -W for relu(-x).
-    """
-
-    rectifies = splits_signs = True
-
-    @staticmethod
-    def both_signs(x):
-        """x and -x with interleaved channels, [B, C, ...] -> [B, 2C, ...]."""
-        return torch.stack([x, -x], 2).flatten(1, 2)
-
-    def activation(self, x):
-        return F.relu(self.both_signs(x))
-
-    def current(self, x):
-        return x.like(self.both_signs(x.total()))
-
-    def plan(self, place):
-        return SPIKES if place.reads[0] == CURRENT else place.reads[0]
-
-    def convert(self, setter, entry):
-        """Set one neuron per sign."""
-        unit = setter.units[entry.inputs[0]]
-        setter.set_neuron(entry, unit.repeat_interleave(2, 0) if unit.dim() else unit, setter.largest[entry.inputs[0]])
-
-    def misfit(self, reads):
-        return None if self.neuron is not None and SPIKES not in reads else "it reads spikes, or has no neurons"
 
 
 class SpikeBatchNorm(SpikeLayer):

@@ -30,7 +30,10 @@ class SpikeLayer(nn.Module):
     passes_spikes: without a neuron it passes spikes on. passes_sums: it also passes sums of spikes (folded pooling).
     hands_on: if a layer behind it needs spikes, this layer needs them as input.
     selects: it passes some of the spikes, depending on earlier ones.
-    splits_signs: it makes two channels of opposite sign out of each one. carries_bias: converted, it has a bias_q.
+    splits_signs: it makes two channels of opposite sign out of each one. joins_signs: it makes one of two again.
+    carries_bias: converted, it has a bias_q.
+    passes_maximum: the maximum of several values passes it, so a max pooling may stand before it or behind.
+    stays_behind: it has no spiking form and stays ANN behind the last layer with weights; elsewhere it is refused.
     folded: it has no neuron; the layers behind it weigh every spike of its windows (`SpikeAvgPool2d`).
     rescales: its spikes stand for other activations than the spikes that it reads.
     may_turn_negative: it may send values below 0 although it reads none.
@@ -54,7 +57,8 @@ class SpikeLayer(nn.Module):
     passes_spikes = passes_sums = passes_scale = passes_shift = False
     hands_on = rescales = may_turn_negative = channelwise = False
     is_measured = True
-    folded = selects = splits_signs = carries_bias = False
+    folded = selects = splits_signs = joins_signs = carries_bias = False
+    passes_maximum = stays_behind = False
     ceiling = None
     frozen = frozenset()
 
@@ -115,6 +119,18 @@ class SpikeLayer(nn.Module):
     def targets(self, values, shapes, out_shape):
         """The lambdas per channel of spikes that pass. values, shapes: lambdas and sample shapes of the inputs."""
         return values[0]
+
+    def value_added(self, value):
+        """The lambda or unit per channel of the sum, from that of the one input `value` of a layer that `adds`."""
+        return value
+
+    def on_pairs(self, merges):
+        """`layer, merge`: this layer for pairs (`layers.signs`) as inputs, and the MergeSigns for what it then sends.
+
+        merges: the MergeSigns that the layer reads, one per input. None if pairs cannot pass: it mixes channels, or no
+        longer computes the same.
+        """
+        return None
 
     def misfit(self, reads):
         """The reason why this spiking layer cannot read inputs of the kinds `reads` (CURRENT or SPIKES), or None."""

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from layers.base import ANALOG, CURRENT, SPIKES, SpikeLayer, widened
+from layers.signs import MergeSigns
 from runtime.rules import CHANNELS, DIM, NONE, POTENTIALS, either, several, whole
 from spike_tensor import Current, SpikeTensor
 
@@ -204,6 +205,11 @@ class ConcatOp(SpikeLayer):
             setter.units[entry.out] = joined
             setter.largest[entry.out] = setter.largest_of(entry)
 
+    def on_pairs(self, merges):
+        if self.dim != 1 or not all(merge.block == 1 and merge.signs.dim() for merge in merges):
+            return None
+        return self, MergeSigns(torch.cat([merge.signs for merge in merges]))
+
     def targets(self, values, shapes, out_shape):
         return concat_scales(values, shapes, 0) if self.dim == 1 else torch.stack(values).amax(0)
 
@@ -248,6 +254,9 @@ class SpikePad(SpikeLayer):
 
     def activation(self, x):
         return F.pad(x, self.pads)
+
+    def on_pairs(self, merges):
+        return self, merges[0].copied()
 
     def current(self, x):
         data = F.pad(x.total() if isinstance(x, Current) else x.data, self.pads)
@@ -295,6 +304,17 @@ class ViewOp(SpikeLayer):
         if scale.numel() > 1:
             scale = scale.expand(x.data.shape[1:]).reshape(self.shape)
         return SpikeTensor.like(data, x.timesteps, scale)
+
+    def on_pairs(self, merges):
+        """Pairs pass a view that keeps the channels, or flattens a sample: each channel is then a block of features."""
+        (merge,) = merges
+        if not merge.signs.dim():
+            return None
+        keeps_channels = self.shape[0] == len(merge.signs) and merge.block == 1
+        if len(self.shape) != 1 and not keeps_channels:
+            return None
+        block = self.shape[0] // len(merge.signs)
+        return ViewOp((2 * self.shape[0], *self.shape[1:])), MergeSigns(merge.signs.clone(), block)
 
     def convert(self, setter, entry):
         """Give the lambdas or units the new shape. Raises ValueError if one channel would hold different lambdas."""

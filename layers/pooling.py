@@ -136,6 +136,10 @@ class SpikeAvgPool2d(SpikeConv2d):
     def plan(self, place):
         return place.passes_on()  # not as a layer with trained weights
 
+    def on_pairs(self, merges):
+        config = self.config()
+        return type(self)(**{**config, "channels": 2 * self.channels}), merges[0].copied()
+
     def convert(self, setter, entry):
         """Set integer weights of one, s_w = k*k. For spikes set a neuron; currents are only summed.
 
@@ -199,16 +203,19 @@ class SpikeMaxPool2d(SpikeLayer):
     largest count at every step. The gate of Rueckauer et al., Frontiers in Neuroscience 2017, passes the input with the
     most spikes; it sends additional spikes when another input takes the lead, this one does not.
     mode "or": the output is the maximum of the spikes of each step. None: not chosen yet.
+    pairs: the channels are pairs of relu(x) and relu(-x) (`layers.signs`). The largest x of a window has the largest
+    relu(x) and the smallest relu(-x), so every second channel passes the smallest count ("gate"), or a spike that all
+    inputs of the window send ("or"). Padding counts for neither.
     """
 
     modes = ("gate", "or")
-    fields = WINDOW | {"ceil_mode": BOOL, "mode": either(NONE, one_of(*modes))}
+    fields = WINDOW | {"ceil_mode": BOOL, "mode": either(NONE, one_of(*modes)), "pairs": BOOL}
     passes_spikes = hands_on = selects = channelwise = True
 
-    def __init__(self, kernel_size, stride, padding=(0, 0), dilation=(1, 1), ceil_mode=False, mode=None):
+    def __init__(self, kernel_size, stride, padding=(0, 0), dilation=(1, 1), ceil_mode=False, mode=None, pairs=False):
         super().__init__()
         self.kernel_size, self.stride, self.padding, self.dilation = kernel_size, stride, padding, dilation
-        self.ceil_mode, self.mode = ceil_mode, mode
+        self.ceil_mode, self.mode, self.pairs = ceil_mode, mode, pairs
 
     @classmethod
     def traced(
@@ -232,7 +239,19 @@ class SpikeMaxPool2d(SpikeLayer):
         return window_contradiction(config)
 
     def activation(self, x):
+        if self.pairs:
+            return second_negated(self.pool(second_negated(x)))  # the smallest value is that of the largest -x
+        return self.pool(x)
+
+    def pool(self, x):
+        """The largest value of every window."""
         return F.max_pool2d(x, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+
+    def on_pairs(self, merges):
+        """Pairs pass unless a slope is negative: the largest value then need not be that of the largest x."""
+        if (merges[0].signs > 0).any():
+            return None
+        return type(self)(**{**self.config(), "pairs": True}), merges[0].copied()
 
     def current(self, x):
         return x
@@ -257,7 +276,10 @@ class SpikeMaxPool2d(SpikeLayer):
     def plan(self, place):
         """SPIKES or ANALOG, as its input. Raises ValueError for currents, and for spikes without a chosen mode."""
         if place.reads[0] == CURRENT:
-            raise ValueError(f"{place.where} pools values that may be negative, put a ReLU before it, or next behind")
+            split = "" if place.splits_signs() else ", or split them by sign (--signed pair)"
+            raise ValueError(
+                f"{place.where} pools values that may be negative, put a ReLU before it, or next behind{split}"
+            )
         kind = place.passes_on()
         if kind == SPIKES and self.mode is None:
             raise ValueError(
@@ -270,3 +292,9 @@ class SpikeMaxPool2d(SpikeLayer):
         if self.mode is None or SPIKES not in reads:
             return "it reads no spikes, or has no mode"
         return super().misfit(reads)
+
+
+def second_negated(x):
+    """Pairs of channels, [B, 2C, H, W], with a minus sign for the second of each pair."""
+    signs = torch.tensor([1.0, -1.0], dtype=x.dtype, device=x.device)
+    return (x.unflatten(1, (-1, 2)) * signs.view(2, 1, 1)).flatten(1, 2)

@@ -160,9 +160,10 @@ class WeightedLayer(SpikeLayer, abstract=True):
             return ANALOG
         pool = place.max_pool_behind()
         if pool is not None:
+            split = "" if place.splits_signs() else ", or split its values by sign (--signed pair)"
             raise ValueError(
                 f"{place.where} has no ReLU behind it, and {pool} pools its values, which may be negative: put a "
-                "ReLU before the pooling, or next behind it"
+                f"ReLU before the pooling, or next behind it{split}"
             )
         split = "" if place.splits_signs() else " split its output by sign (--signed pair),"
         raise ValueError(

@@ -31,7 +31,11 @@ def count_operations(snn, shapes, spikes, timesteps):
     because the next layer has a synapse for every spike of a window. With split signs (`--signed pair`), the ANN has
     half the synapses.
     """
-    pairs = {entry.out for entry in snn.ops.values() if entry.op.splits_signs}
+    pairs = set()
+    for entry in snn.ops.values():
+        passes = not (entry.op.is_trained or entry.op.joins_signs) and pairs.issuperset(entry.inputs)
+        if entry.op.splits_signs or passes:
+            pairs.add(entry.out)
     return {name: operations(entry, shapes, spikes, timesteps, pairs) for name, entry in snn.ops.items()}
 
 
@@ -41,7 +45,8 @@ def operations(entry, shapes, spikes, timesteps, pairs):
     outputs = torch.Size(shapes[entry.out]).numel()
     mac, ac = op.ann_operations(shapes[first], outputs)
     mac = mac / 2 if first in pairs else mac
-    ann = {"ann_mac": mac, "ann_ac": ac}
+    additions_of_ann = ac / 2 if entry.out in pairs else ac
+    ann = {"ann_mac": mac, "ann_ac": additions_of_ann}
     if not op.spiking:
         return {**ann, "snn_mac": mac, "snn_ac": ac, "synops": 0.0}
     synops = sum(op.spike_operations(spikes[node]) for node in entry.inputs if node in spikes)

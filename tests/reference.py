@@ -50,7 +50,7 @@ def quantized_ann(snn, first_trains, timesteps):
         if not op["spiking"] or any(value is None for value in inputs):
             continue  # it stays ANN, or is on the way of the image's current
         if op["type"] == "SpikeMaxPool2d":
-            values[out] = largest_in_windows(inputs[0], op["config"])
+            values[out] = in_windows(inputs[0], op["config"])
             continue
         silent = compute(op, [np.zeros_like(value) for value in inputs])
         values[out] = compute(op, inputs) + (timesteps - 1) * silent
@@ -81,7 +81,12 @@ def compute(op, inputs):
         kind = inputs[0].dtype  # float32 on the way of the image's current
         return inputs[0] * tensors["weight_q"].astype(kind) + tensors["bias_q"].astype(kind)
     if op["type"] == "SignedReLU":
-        return np.stack([inputs[0], -inputs[0]], 2).reshape(len(inputs[0]), -1, *inputs[0].shape[2:])
+        x = inputs[0]
+        heard = tensors.get("slope", np.ones(1)) != 0  # a neuron of slope 0 hears nothing
+        other = -x * heard.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 2))
+        return np.stack([x, other], 2).reshape(len(x), -1, *x.shape[2:])
+    if op["type"] == "MergeSigns":
+        return merge_signs(inputs[0] * tensors["branch_weight0"].astype(np.int64), tensors["signs"], op["config"])
     if op["type"] == "SpikePad":
         left, right, top, bottom = op["config"]["pads"]
         return np.pad(inputs[0], ((0, 0), (0, 0), (top, bottom), (left, right)))
@@ -100,6 +105,15 @@ def compute(op, inputs):
     if op["type"] == "ViewOp":
         return inputs[0].reshape(len(inputs[0]), *op["config"]["shape"])
     raise NotImplementedError(op["type"])
+
+
+def merge_signs(x, signs, config):
+    """First + sign * second of every pair of int64 [B, 2C * block, ...], feature by feature."""
+    block, sums = config["block"], []
+    for start in range(0, x.shape[1], 2 * block):
+        sign = int(signs.reshape(-1)[start // (2 * block) % signs.size])
+        sums.append(x[:, start : start + block] + sign * x[:, start + block : start + 2 * block])
+    return np.concatenate(sums, 1)
 
 
 def convolve(x, weight, config):
@@ -151,19 +165,30 @@ def sum_windows(x, config):
 
 
 def pool_spikes(op, spikes, counts):
-    """One step of max pooling: "or" is the maximum of the spikes; "gate" lets a new largest count of a window out."""
+    """One step of max pooling: "or" is the maximum of the spikes; "gate" lets a new largest count of a window out.
+
+    Of pairs, every second channel has its smallest count instead.
+    """
     config = op["config"]
     if config["mode"] == "or":
-        return largest_in_windows(spikes, config)
+        return in_windows(spikes, config)
     before, sent = counts.get(op["name"], (np.zeros_like(spikes), 0))
     now = before + spikes
-    out = (largest_in_windows(now, config) > sent).astype(np.int64)
+    out = (in_windows(now, config) > sent).astype(np.int64)
     counts[op["name"]] = now, sent + out
     return out
 
 
-def largest_in_windows(x, config):
-    """The maximum of every window of int64 [B, C, H, W]; windows reach over the edge with ceil_mode."""
+def in_windows(x, config):
+    """What a max pooling takes from windows of int64 [B, C, H, W]: of pairs, the minimum of every second channel."""
+    y = extreme_in_windows(x, config, np.max)
+    if config.get("pairs"):
+        y[:, 1::2] = extreme_in_windows(x[:, 1::2], config, np.min)
+    return y
+
+
+def extreme_in_windows(x, config, extreme):
+    """The maximum or minimum of every window of int64 [B, C, H, W]; windows reach over the edge with ceil_mode."""
     (kh, kw), (sh, sw), (ph, pw) = config["kernel_size"], config["stride"], config["padding"]
     dh, dw = config["dilation"]
     H, W = (
@@ -175,7 +200,7 @@ def largest_in_windows(x, config):
         for j in range(W):
             rows = [r for r in range(i * sh - ph, i * sh - ph + dh * kh, dh) if 0 <= r < x.shape[2]]
             columns = [c for c in range(j * sw - pw, j * sw - pw + dw * kw, dw) if 0 <= c < x.shape[3]]
-            y[:, :, i, j] = x[:, :, rows][..., columns].max((2, 3))
+            y[:, :, i, j] = extreme(x[:, :, rows][..., columns], (2, 3))
     return y
 
 
