@@ -80,13 +80,8 @@ def compute(op, inputs):
     if op["type"] in ("SpikeBatchNorm", "SpikeAffine", "SpikeBiasMap"):
         kind = inputs[0].dtype  # float32 on the way of the image's current
         return inputs[0] * tensors["weight_q"].astype(kind) + tensors["bias_q"].astype(kind)
-    if op["type"] == "SignedReLU":
-        x = inputs[0]
-        heard = tensors.get("slope", np.ones(1)) != 0  # a neuron of slope 0 hears nothing
-        other = -x * heard.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 2))
-        return np.stack([x, other], 2).reshape(len(x), -1, *x.shape[2:])
-    if op["type"] == "MergeSigns":
-        return merge_signs(inputs[0] * tensors["branch_weight0"].astype(np.int64), tensors["signs"], op["config"])
+    if op["type"] in ("SignedReLU", "MergeSigns"):
+        return compute_pairs(op, inputs[0], tensors)
     if op["type"] == "SpikePad":
         left, right, top, bottom = op["config"]["pads"]
         return np.pad(inputs[0], ((0, 0), (0, 0), (top, bottom), (left, right)))
@@ -107,12 +102,17 @@ def compute(op, inputs):
     raise NotImplementedError(op["type"])
 
 
-def merge_signs(x, signs, config):
-    """First + sign * second of every pair of int64 [B, 2C * block, ...], feature by feature."""
-    block, sums = config["block"], []
-    for start in range(0, x.shape[1], 2 * block):
-        sign = int(signs.reshape(-1)[start // (2 * block) % signs.size])
-        sums.append(x[:, start : start + block] + sign * x[:, start + block : start + 2 * block])
+def compute_pairs(op, x, tensors):
+    """x and -x in alternate channels, or first + sign * second of every pair of channels, or of blocks of features."""
+    if op["type"] == "SignedReLU":
+        heard = tensors.get("slope", np.ones(1)) != 0  # a neuron of slope 0 hears nothing
+        second = -x * heard.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 2))
+        return np.stack([x, second], 2).reshape(len(x), -1, *x.shape[2:])
+    x, signs, sums = x * tensors["branch_weight0"].astype(np.int64), tensors["signs"].reshape(-1), []
+    block = op["config"]["block"]
+    for pair, start in enumerate(range(0, x.shape[1], 2 * block)):
+        first, second = x[:, start : start + block], x[:, start + block : start + 2 * block]
+        sums.append(first + int(signs[pair % len(signs)]) * second)
     return np.concatenate(sums, 1)
 
 

@@ -350,7 +350,7 @@ def test_tensor_added_to_itself_is_read_twice():
 
 
 def refused_last(x, dim):
-    return F.leaky_relu(x, inplace=True)
+    return torch.cumsum(x.relu_(), dim)
 
 
 @pytest.mark.parametrize("last", [F.softmax, refused_last])
@@ -395,10 +395,10 @@ def test_buffer_that_the_network_changes_stays_as_it_was():
 def test_torch_is_as_before_after_a_refusal():
     originals = (F.relu, torch.relu, torch.Tensor.relu_, torch.Tensor.__add__, torch.cat, F.conv2d)
     with pytest.raises(NotImplementedError):
-        parse_ann_model(after_conv(lambda x: torch.sigmoid(F.relu(x))), (image(),))
+        parse_ann_model(after_conv(lambda x: torch.cumsum(F.relu(x), 1)), (image(),))
     now = (F.relu, torch.relu, torch.Tensor.relu_, torch.Tensor.__add__, torch.cat, F.conv2d)
     assert all(a is b for a, b in zip(now, originals))
-    assert torch.sigmoid(F.relu(torch.tensor([-1.0]))).item() == 0.5
+    assert torch.cumsum(F.relu(torch.tensor([-1.0, 1.0])), 0).tolist() == [0, 1]
     trace_and_compare(SmallResNet())
 
 

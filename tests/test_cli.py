@@ -58,7 +58,7 @@ def chain(*names):
 
 @network(image_size=6)
 def squashed(in_channels, num_classes):
-    return nn.Sequential(OrderedDict(body=chain("conv", "sigmoid"), head=nn.Flatten()))
+    return nn.Sequential(OrderedDict(body=chain("conv", "sigmoid"), head=chain("conv", "relu")))
 
 
 @network(image_size=6)
