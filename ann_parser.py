@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from dag_rewrites import fold_batch_norms
+from dag_rewrites import fold_batch_norms, remove_unread
+from layers import recorders
 from spike_dag import SpikeDAGModule
 from spike_layers import (
     ConcatOp,
@@ -31,7 +32,8 @@ from spike_layers import (
 )
 
 CAN_BE_TRACED = (
-    "conv2d, conv_transpose2d, linear, batch_norm, relu, relu6, avg_pool2d, max_pool2d, add, cat, pad, view and flatten"
+    "conv2d, conv_transpose2d, linear, batch_norm, relu, relu6, avg_pool2d, max_pool2d, add, cat, pad, view, flatten, "
+    "slices and permutations"
 )
 
 ON_THE_IMAGE = "normalise the images in the data set or its loader instead, or write a BatchNorm as the first layer"
@@ -48,7 +50,6 @@ ADVICE_FOR = {
         "upsample",
         "upsample_nearest",
         "upsample_bilinear",
-        "pixel_shuffle",
     ),
     "use relu: a neuron sends no negative spikes": (
         *("leaky_relu", "rrelu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish"),
@@ -61,13 +62,11 @@ ADVICE_FOR = {
         *("eq", "ne", "lt", "le", "gt", "ge", "allclose", "equal", "argmax", "argmin", "topk", "sort"),
     ),
     "keep the computation in torch": ("numpy", "array"),
-    "write it with convolutions of weights 0 and 1: a 1x1 convolution takes some of the channels, and with stride 2 "
-    "every second pixel": (
-        *("getitem", "narrow", "select", "index_select", "chunk", "split", "split_with_sizes", "tensor_split"),
-        *("unbind", "take_along_dim", "gather", "slice"),
+    "write it with slices, index_select or a permutation, whose places are constants": (
+        *("take_along_dim", "gather", "take", "masked_select", "rot90", "as_strided", "slice"),
     ),
-    "leave it out, and permute the weights of the layer behind it instead: features stay in the order C, H, W": (
-        *("permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "flip", "roll", "T", "mT"),
+    "write it without assigning to parts, with torch.cat or F.pad": (
+        *("setitem", "index_put", "index_copy", "index_fill", "masked_fill", "scatter"),
     ),
     "the product with a constant weight is a linear layer, F.linear(x, weight.t()); a product of two activations "
     "cannot be computed by spikes": (
@@ -111,6 +110,7 @@ def parse_ann_model(model, inputs, fold=True):
     model, inputs = in_float32(model), tuple(as_float32(x) for x in inputs)
     # at least two images: a view that mixes batch and channels can go unnoticed with one
     traced = Trace(copy_of(model).eval()).run(*[torch.cat([x, x]) if len(x) == 1 else x for x in inputs])
+    remove_unread(traced)
     dag = copy.deepcopy(traced)
     if fold:
         fold_batch_norms(dag)
@@ -309,7 +309,7 @@ class Trace(TorchFunctionMode):
         self.record(op_type, op, inputs, output)
         memory = output.untyped_storage().data_ptr()
         for other in self.kept:
-            if other is not output and other.untyped_storage().data_ptr() == memory:
+            if other is not output and other.untyped_storage().data_ptr() == memory and overlap(other, output):
                 self.names[id(other)] = None
         return output
 
@@ -398,6 +398,13 @@ class Trace(TorchFunctionMode):
         return self.names[id(tensor)]
 
 
+def overlap(a, b):
+    """Whether two tensors of one storage have an element in common; two slices side by side have none."""
+    taken = torch.zeros(b.untyped_storage().nbytes() // b.element_size(), dtype=torch.bool)
+    taken.as_strided(b.size(), b.stride(), b.storage_offset()).fill_(True)
+    return bool(taken.as_strided(a.size(), a.stride(), a.storage_offset()).any())
+
+
 def record_dropout(trace, function, input, p=0.5, training=False, inplace=False):
     """Record nothing: dropout in eval mode is the identity. Raises NotImplementedError if it is on."""
     if training:
@@ -449,6 +456,34 @@ RECORDING_FUNCTIONS = {
         torch.Tensor.__iadd__,
     ),
     ConcatOp.traced: (torch.cat, torch.concat, torch.concatenate),
+    ConcatOp.traced_stack: (torch.stack,),
+    recorders.record_getitem: (torch.Tensor.__getitem__,),
+    recorders.record_narrow: (torch.narrow, torch.Tensor.narrow),
+    recorders.record_select: (torch.select, torch.Tensor.select),
+    recorders.record_parts: (
+        *(torch.chunk, torch.Tensor.chunk, torch.split, torch.Tensor.split),
+        *(torch.split_with_sizes, torch.Tensor.split_with_sizes, torch.tensor_split, torch.Tensor.tensor_split),
+    ),
+    recorders.record_unbind: (torch.unbind, torch.Tensor.unbind),
+    recorders.record_index_select: (torch.index_select, torch.Tensor.index_select),
+    recorders.record_flip: (torch.flip, torch.Tensor.flip),
+    recorders.record_fliplr: (torch.fliplr, torch.Tensor.fliplr),
+    recorders.record_roll: (torch.roll, torch.Tensor.roll),
+    recorders.record_copies: (
+        *(torch.Tensor.repeat, torch.tile, torch.Tensor.tile, torch.Tensor.expand, torch.Tensor.expand_as),
+        *(torch.broadcast_to, torch.Tensor.broadcast_to),
+    ),
+    recorders.record_repeat_interleave: (torch.repeat_interleave, torch.Tensor.repeat_interleave),
+    recorders.record_permutation: (
+        *(torch.permute, torch.Tensor.permute, torch.transpose, torch.Tensor.transpose, torch.t, torch.Tensor.t),
+        *(torch.swapaxes, torch.Tensor.swapaxes, torch.swapdims, torch.Tensor.swapdims),
+        *(torch.movedim, torch.Tensor.movedim, torch.moveaxis, torch.Tensor.moveaxis),
+        *(torch.Tensor.T.__get__, torch.Tensor.mT.__get__),
+    ),
+    recorders.record_channel_shuffle: (F.channel_shuffle, F.native_channel_shuffle),
+    recorders.record_pixel_shuffle: (F.pixel_shuffle,),
+    recorders.record_pixel_unshuffle: (F.pixel_unshuffle,),
+    recorders.make_constant: (torch.zeros_like, torch.Tensor.new_zeros),
     ViewOp.traced: (
         torch.Tensor.view,
         torch.Tensor.reshape,

@@ -25,7 +25,6 @@ from spike_layers import (
     SpikeLinear,
     SpikeMaxPool2d,
     SpikeReLU,
-    ViewOp,
 )
 
 
@@ -68,6 +67,13 @@ def remove_op(dag, name):
     read_instead(dag, entry.out, entry.inputs[0])
     del dag.ops[name], dag.nodes[entry.out]
     delattr(dag, name)
+
+
+def remove_unread(dag):
+    """Remove every op that only rearranges values and that nothing reads, as an unused part of a split."""
+    for name, entry in reversed(list(dag.ops.items())):
+        if entry.op.rearranges and not dag.readers(entry.out) and entry.out not in dag.outputs_nodes:
+            remove_op(dag, name)
 
 
 def replace_op(dag, name, op):
@@ -167,11 +173,11 @@ def layer_behind(dag, name):
 def pool_behind_relus(dag):
     """Swap every max pooling with the ReLU behind it, if nothing else reads the pooling.
 
-    The maximum of ReLUs equals the ReLU of the maximum. A view between them changes no value and is swapped, too.
+    The maximum of ReLUs equals the ReLU of the maximum. What only rearranges values between them is swapped, too.
     """
     pools = []
     for name, entry in dag.ops.items():
-        is_view_of_pool = isinstance(entry.op, ViewOp) and dag.writer(entry.inputs[0]) in pools
+        is_view_of_pool = entry.op.rearranges and dag.writer(entry.inputs[0]) in pools
         if isinstance(entry.op, SpikeMaxPool2d) or is_view_of_pool:
             pools.append(name)
     for name in reversed(pools):  # the last one first: its swap brings the ReLU next to the one before it

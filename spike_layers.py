@@ -13,12 +13,14 @@ layer is the real-valued image, the same at every step, so its current is comput
     layers/pooling.py      SpikeAvgPool2d, SpikeMaxPool2d
     layers/activations.py  SpikeReLU, SignedReLU, SpikeBatchNorm, SoftmaxOp
     layers/joining.py      SpikeAdd, ConcatOp, SpikePad, ViewOp
+    layers/rearranging.py  SliceOp, IndexOp, PermuteOp
 """
 
 from layers.activations import SignedReLU, SoftmaxOp, SpikeBatchNorm, SpikeReLU
 from layers.base import ANALOG, CURRENT, OP_TYPES, SPIKES, SpikeLayer
 from layers.joining import ConcatOp, SpikeAdd, SpikePad, ViewOp, concat_scales
 from layers.pooling import SpikeAvgPool2d, SpikeMaxPool2d
+from layers.rearranging import IndexOp, PermuteOp, SliceOp
 from layers.weighted import SpikeConv2d, SpikeConvBN, SpikeConvTranspose2d, SpikeLinear, WeightedLayer
 
 __all__ = [
@@ -27,7 +29,10 @@ __all__ = [
     "OP_TYPES",
     "SPIKES",
     "ConcatOp",
+    "IndexOp",
+    "PermuteOp",
     "SignedReLU",
+    "SliceOp",
     "SoftmaxOp",
     "SpikeAdd",
     "SpikeAvgPool2d",

@@ -32,6 +32,8 @@ class SpikeLayer(nn.Module):
     selects: it passes some of the spikes, depending on earlier ones.
     splits_signs: it makes two channels of opposite sign out of each one. carries_bias: converted, it has a bias_q.
     folded: it has no neuron; the layers behind it weigh every spike of its windows (`SpikeAvgPool2d`).
+    rearranges: every output is one of its inputs, or 0 (`layers.rearranging`).
+    reads_windows: each output comes from several places of a channel, whose spikes must have one lambda.
     is_measured: calibration pools its activations. Other layers only rearrange activations of the layers before them.
     passes_scale: scaling a channel of its input by a positive factor scales its output. passes_shift: a constant per
     channel passes, too.
@@ -48,7 +50,7 @@ class SpikeLayer(nn.Module):
     arity = (1, 1)
     has_weights = is_trained = is_linear = rectifies = fires = adds = False
     passes_spikes = passes_sums = passes_scale = passes_shift = False
-    hands_on = False
+    hands_on = rearranges = reads_windows = False
     is_measured = True
     folded = selects = splits_signs = carries_bias = False
     ceiling = None

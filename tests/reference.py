@@ -81,8 +81,13 @@ def compute(op, inputs):
     if op["type"] == "SignedReLU":
         return np.stack([inputs[0], -inputs[0]], 2).reshape(len(inputs[0]), -1, *inputs[0].shape[2:])
     if op["type"] == "SpikePad":
-        left, right, top, bottom = op["config"]["pads"]
-        return np.pad(inputs[0], ((0, 0), (0, 0), (top, bottom), (left, right)))
+        return pad(inputs[0], op["config"]["pads"])
+    if op["type"] == "SliceOp":
+        return inputs[0][(slice(None), *(slice(*bounds) for *bounds, _ in op["config"]["slices"]))]
+    if op["type"] == "IndexOp":
+        return np.take(inputs[0], op["config"]["index"], op["config"]["dim"])
+    if op["type"] == "PermuteOp":
+        return permute(inputs[0], op["config"])
     if op["type"] == "SpikeLinear":
         value = inputs[0] @ tensors["weight_q"].astype(np.int64).T
         return value + tensors["bias_q"].astype(np.int64) if "bias_q" in tensors else value
@@ -98,6 +103,33 @@ def compute(op, inputs):
     if op["type"] == "ViewOp":
         return inputs[0].reshape(len(inputs[0]), *op["config"]["shape"])
     raise NotImplementedError(op["type"])
+
+
+def pad(x, pads):
+    """Zeros around a sample; pads from the last dimension on, negative ones crop."""
+    before, after = [0] * x.ndim, [0] * x.ndim
+    before[::-1], after[::-1] = ([*side, *[0] * (x.ndim - len(side))] for side in (pads[::2], pads[1::2]))
+    y = np.zeros([b + extent + a for b, extent, a in zip(before, x.shape, after)], x.dtype)
+    for place, value in np.ndenumerate(x):
+        there = tuple(i + b for i, b in zip(place, before))
+        if all(0 <= i < extent for i, extent in zip(there, y.shape)):
+            y[there] = value
+    return y
+
+
+def permute(x, config):
+    """The dimensions of a sample split, in another order, and merged."""
+    if config["split"] is not None:
+        sizes = []
+        for extent, factors in zip(x.shape[1:], config["split"]):
+            known = np.prod([factor for factor in factors if factor is not None], dtype=int)
+            sizes += [extent // known if factor is None else factor for factor in factors]
+        x = x.reshape(len(x), *sizes)
+    y = x.transpose(0, *config["dims"])
+    if config["merge"] is None:
+        return y
+    ends = np.cumsum(config["merge"])
+    return y.reshape(len(y), *(np.prod(y.shape[1:][end - n : end]) for end, n in zip(ends, config["merge"])))
 
 
 def convolve(x, weight, config):
