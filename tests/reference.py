@@ -99,7 +99,8 @@ def compute(op, inputs):
         whole = [w if x.dtype == np.float32 else w.astype(np.int64) for x, w in zip(inputs, weights)]
         return sum((value * weight).astype(kind) for value, weight in zip(inputs, whole))
     if op["type"] == "ConcatOp":
-        return np.concatenate(inputs, op["config"]["dim"])
+        kind = np.float32 if any(value.dtype == np.float32 for value in inputs) else np.int64
+        return np.concatenate([value.astype(kind) for value in inputs], op["config"]["dim"])
     if op["type"] == "ViewOp":
         return inputs[0].reshape(len(inputs[0]), *op["config"]["shape"])
     raise NotImplementedError(op["type"])
