@@ -80,14 +80,6 @@ def compute(op, inputs):
         return inputs[0] * tensors["weight_q"].astype(kind) + tensors["bias_q"].astype(kind)
     if op["type"] == "SignedReLU":
         return np.stack([inputs[0], -inputs[0]], 2).reshape(len(inputs[0]), -1, *inputs[0].shape[2:])
-    if op["type"] == "SpikePad":
-        return pad(inputs[0], op["config"]["pads"])
-    if op["type"] == "SliceOp":
-        return inputs[0][(slice(None), *(slice(*bounds) for *bounds, _ in op["config"]["slices"]))]
-    if op["type"] == "IndexOp":
-        return np.take(inputs[0], op["config"]["index"], op["config"]["dim"])
-    if op["type"] == "PermuteOp":
-        return permute(inputs[0], op["config"])
     if op["type"] == "SpikeLinear":
         value = inputs[0] @ tensors["weight_q"].astype(np.int64).T
         return value + tensors["bias_q"].astype(np.int64) if "bias_q" in tensors else value
@@ -98,12 +90,26 @@ def compute(op, inputs):
         kind = np.float32 if any(value.dtype == np.float32 for value in inputs) else np.int64
         whole = [w if x.dtype == np.float32 else w.astype(np.int64) for x, w in zip(inputs, weights)]
         return sum((value * weight).astype(kind) for value, weight in zip(inputs, whole))
-    if op["type"] == "ConcatOp":
-        kind = np.float32 if any(value.dtype == np.float32 for value in inputs) else np.int64
-        return np.concatenate([value.astype(kind) for value in inputs], op["config"]["dim"])
-    if op["type"] == "ViewOp":
-        return inputs[0].reshape(len(inputs[0]), *op["config"]["shape"])
-    raise NotImplementedError(op["type"])
+    return rearrange(op["type"], op["config"], inputs)
+
+
+def rearrange(kind, config, inputs):
+    """Values in other places."""
+    if kind == "ConcatOp":
+        dtype = np.float32 if any(value.dtype == np.float32 for value in inputs) else np.int64
+        return np.concatenate([value.astype(dtype) for value in inputs], config["dim"])
+    (x,) = inputs
+    if kind == "SpikePad":
+        return pad(x, config["pads"])
+    if kind == "SliceOp":
+        return x[(slice(None), *(slice(*bounds) for *bounds, _ in config["slices"]))]
+    if kind == "IndexOp":
+        return np.take(x, config["index"], config["dim"])
+    if kind == "PermuteOp":
+        return permute(x, config)
+    if kind == "ViewOp":
+        return x.reshape(len(x), *config["shape"])
+    raise NotImplementedError(kind)
 
 
 def pad(x, pads):

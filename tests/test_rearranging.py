@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from helpers import (
     Function,
     assert_every_spike_is_reproduced,
@@ -17,10 +18,14 @@ from torch import nn
 from tracing import after_conv, trace_and_compare
 
 from ann_parser import parse_ann_model
+from conversion.plan import plan_conversion
+from dag_rewrites import prepare_conversion
+from hw_constraints import hardware_layers
 from spike_dag import from_dict, load_dag
-from spike_layers import ConcatOp, IndexOp, PermuteOp, SliceOp, SpikePad, SpikeReLU, ViewOp
+from spike_layers import SPIKES, ConcatOp, IndexOp, PermuteOp, SliceOp, SpikePad, SpikeReLU, ViewOp
 from spike_tensor import SpikeTensor
 from transformer.saved import load_saved_snn, replay, write_saved_snn
+from transformer.stretch import cut_out
 
 # how it is written -> the ops that it becomes
 WRITTEN = {
@@ -239,3 +244,174 @@ def test_saved_networks_load_and_replay(name, tmp_path):
     write_saved_snn(tmp_path / "saved", snn, (images,), {})
     assert replay(tmp_path / "saved").startswith("identical: ")
     assert torch.equal(load_saved_snn(tmp_path / "saved")(images), snn(images))
+
+
+def spikes_of(shape, scale):
+    data = torch.randint(0, 2, (4 * 2, *shape), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    return SpikeTensor.like(data, 4, scale)
+
+
+# ops on [B, 6, 4, 8], and whether channels stay last in memory
+IN_MEMORY = {
+    "slice": (SliceOp([(1, None, 2, None), (None, None, 1, None), (None, None, -1, None)]), True),
+    "padding": (SpikePad([1, 0, 0, 2, 3, 1]), True),
+    "places": (IndexOp(1, 6, [5, 0, 0, 2]), True),
+    "places of rows": (IndexOp(2, 4, [3, 0]), True),
+    "channel shuffle": (PermuteOp([2, 1, 3, 4], [(3, None), (None,), (None,)], [2, 1, 1]), True),
+    "pixel unshuffle": (PermuteOp([1, 3, 5, 2, 4], [(None,), (None, 2), (None, 2)], [3, 1, 1]), True),
+    "pixel shuffle": (PermuteOp([1, 4, 2, 5, 3], [(None, 3, 1), (None,), (None,)], [1, 2, 2]), True),
+    "permutation": (PermuteOp([3, 1, 2]), False),
+    "view": (ViewOp([2, 3, 4, 8]), False),
+}
+
+
+@pytest.mark.parametrize("op, stays_last", IN_MEMORY.values(), ids=IN_MEMORY)
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_scales_follow_their_spikes(op, stays_last, per_channel):
+    """A lambda per channel, rearranged, decodes rearranged spikes to the rearranged activations, exactly."""
+    torch.manual_seed(0)
+    spikes = spikes_of((6, 4, 8), torch.rand(6, 1, 1) + 0.5 if per_channel else 1.5)
+    sent = op(spikes)
+    assert torch.equal(sent.to_float(), op(spikes.to_float()))
+    assert torch.equal(sent.data, op(spikes.data)) and sent.data.dtype == torch.uint8
+    if stays_last:
+        rows = sent.data.contiguous(memory_format=torch.channels_last)
+        assert rows.stride() == sent.data.stride() or sent.data.stride(1) == 1 or isinstance(op, SliceOp)
+
+
+def test_a_shuffle_of_views_keeps_channels_last():
+    spikes = spikes_of((6, 4, 8), 1.0)
+    apart, swapped, together = ViewOp([2, 3, 4, 8]), PermuteOp([2, 1, 3, 4]), ViewOp([6, 4, 8])
+    shuffled = together(swapped(apart(spikes))).data
+    assert shuffled.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(shuffled, F.channel_shuffle(spikes.data, 2))
+
+
+def test_new_channels_get_the_lambda_beside_them():
+    scale = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)
+    assert SpikePad([0, 0, 0, 0, 2, 1]).carried(scale, (3, 4, 4)).flatten().tolist() == [1, 1, 1, 2, 3, 3]
+    assert SpikePad([0, 0, 0, 0, -1, 1]).carried(scale, (3, 4, 4)).flatten().tolist() == [2, 3, 3]
+
+
+WILD = {
+    "slices": (SliceOp, [((0, None, 0, None),), ((1, None, -1, None),), ((None, None, 1, 0),), ((1, 2),), 3, ()]),
+    "index": (IndexOp, [(0, 6), (-1,), (), (0.5,), "01"]),
+    "dims": (PermuteOp, [(1, 1, 2), (0, 1, 2), (2, 3), (1, 2, 9)]),
+    "split": (PermuteOp, [((None,), (None,)), ((None, None), (None,), (1,)), ((0,), (1,), (1,)), ((2,) * 9,)]),
+    "merge": (PermuteOp, [(1, 1), (3, 1), (0, 3), (-1, 4)]),
+    "pads": (SpikePad, [(1, 2, 3), (4096,) * 6, (5000, 0), (0.5, 0), ()]),
+}
+TAME = {
+    SliceOp: {"slices": ((1, None, 2, None),)},
+    IndexOp: {"dim": 1, "size": 6, "index": (1, 5)},
+    PermuteOp: {"dims": (3, 1, 2), "split": ((None,),) * 3, "merge": (1, 1, 1)},
+    SpikePad: {"pads": (0, 0, 0, 0, 1, 1)},
+}
+
+
+@pytest.mark.parametrize("field, kind, value", [(f, kind, value) for f, (kind, vs) in WILD.items() for value in vs])
+def test_files_with_wild_places_are_refused(field, kind, value):
+    dag = parse_ann_model(nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU()), (torch.rand(1, 3, 4, 8),))
+    dag.add_op("last1", kind(**TAME[kind]), ["relu1_out1"], ["last1_out1"])
+    data = dag.to_dict()
+    assert torch.equal(from_dict(data).relu1(torch.ones(1)), torch.ones(1))
+    data["ops"][-1]["config"][field] = value
+    with pytest.raises(ValueError, match=r"damaged network data: last1 (index|slices?|split|merge|pads|dims) "):
+        from_dict(data)
+
+
+MIXING = {
+    "spikes": lambda self, x: F.pixel_shuffle(F.relu(self.b(F.relu(self.a(x)))), 2),
+    "currents": lambda self, x: F.relu(F.pixel_shuffle(self.b(F.relu(self.a(x))), 2)),
+    "a sum": lambda self, x: F.max_pool2d(F.relu(self.b(F.relu(self.a(x))) + self.c(x)).transpose(1, 2), 2),
+    "features": lambda self, x: F.relu(self.d(F.relu(self.b(F.relu(self.a(x)))).flatten(1))).unflatten(1, (2, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("per_channel", ["none", "weights", "spikes", "both"])
+@pytest.mark.parametrize("function", MIXING.values(), ids=MIXING)
+def test_channels_that_become_one_share_one_scale(function, per_channel):
+    torch.manual_seed(0)
+    layers = dict(a=conv(3, 8), b=conv(8, 8), c=conv(3, 8), d=nn.Linear(512, 128))
+    channels = function(Function(function, **layers), torch.rand(1, 3, 8, 8)).shape[1]
+    net = nn.Sequential(Function(function, **layers), conv(channels, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    net, images = nn.Sequential(*net, nn.Flatten(), nn.Linear(4, 3)), torch.rand(4, 3, 8, 8)
+    snn = convert(net, images, 512, 8, per_channel=per_channel, threshold="max", maxpool="gate")
+    assert_every_spike_is_reproduced(snn, images[:2], 16)
+    with torch.no_grad():
+        expected = net(images)
+        assert (snn(images) - expected).abs().max() <= 0.03 * expected.abs().max()
+
+
+def test_channels_of_different_scales_are_refused_where_they_become_one():
+    def function(self, x):
+        x = torch.cat([F.relu(self.a(x)), F.relu(self.b(x))], 1)
+        return self.fc(F.relu(self.c(F.pixel_shuffle(x, 2))).flatten(1))
+
+    net = Function(function, a=conv(3, 2), b=conv(3, 2), c=conv(1, 2), fc=nn.Linear(512, 3))
+    with pytest.raises(ValueError, match=r"conv3 \(c\) reads channels that hold values of different scales"):
+        convert(net, torch.rand(4, 3, 8, 8), per_channel="both")
+
+
+class OptionA(nn.Module):
+    """A block of the public ResNet-20 for CIFAR: convolutions with BatchNorm, shortcut option A."""
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.conv1, self.bn1 = conv(inputs, outputs, stride=stride, bias=False), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = conv(outputs, outputs, bias=False), nn.BatchNorm2d(outputs)
+        self.added = (outputs - inputs) // 2
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.added:
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.added, self.added), "constant", 0)
+        return F.relu(y + x)
+
+
+def test_resnet20_with_option_a_folds_its_norms_and_converts():
+    torch.manual_seed(0)
+    sizes = [(16, 16, 1)] * 3 + [(16, 32, 2)] + [(32, 32, 1)] * 2 + [(32, 64, 2)] + [(64, 64, 1)] * 2
+    blocks = [OptionA(*size) for size in sizes]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
+    net = nn.Sequential(conv(3, 16, bias=False), nn.BatchNorm2d(16), nn.ReLU(), *blocks, *head)
+    with torch.no_grad():
+        net.train()(torch.rand(64, 3, 32, 32))  # statistics of its own
+    net, images = net.eval(), torch.rand(4, 3, 32, 32)
+    dag = parse_ann_model(net, (images[:1],))
+    kinds = [type(entry.op).__name__ for entry in dag.ops.values()]
+    assert kinds.count("SpikeConvBN") == 19 and "SpikeBatchNorm" not in kinds
+    assert kinds.count("SliceOp") == kinds.count("SpikePad") == 2
+    snn = convert(net, images, 8, 8, per_channel="both", threshold="mse")
+    assert_every_spike_is_reproduced(snn, images[:1], 8)
+    layers = hardware_layers(prepare_conversion(dag))
+    assert [layer.role for layer in layers] == ["first", *["hidden"] * 18, "last", "last"]  # pooling, linear
+
+
+def test_shufflenet_of_torchvision_traces_and_plans():
+    net = torchvision.models.shufflenet_v2_x0_5().eval()
+    dag = prepare_conversion(parse_ann_model(net, (torch.rand(1, 3, 64, 64),)), "gate", "pair")
+    plan = plan_conversion(dag)
+    moved = [entry.out for entry in dag.ops.values() if isinstance(entry.op, (SliceOp, PermuteOp))]
+    assert {plan.kinds[node] for node in moved} == {SPIKES}
+    assert len(plan.firing) == sum(entry.op.rectifies for entry in dag.ops.values())
+
+
+def test_a_max_pooling_moves_behind_the_relu_of_its_channels():
+    net = nn.Sequential(conv(3, 8), nn.MaxPool2d(2), nn.ChannelShuffle(2), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3))
+    dag = prepare_conversion(parse_ann_model(net, (torch.rand(1, 3, 8, 8),)), "or")
+    assert list(dag.ops) == ["conv1", "relu1", "max_pool1", "permute1", "view1", "linear1"]
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(dag(x), net(x))
+
+
+def test_a_stretch_holds_slices_and_refuses_to_end_in_parts():
+    net, images = small_net("shuffled")
+    net = nn.Sequential(net, nn.Linear(3, 3))
+    stretch, dag = cut_out(net, ["0"], (images,), {})
+    assert [type(entry.op).__name__ for entry in dag.ops.values()].count("SliceOp") == 4
+    assert stretch.num_inputs == 1
+    ends = nn.Sequential(conv(3, 4), nn.ReLU(), Function(lambda self, x: x.chunk(2, 1)))
+    net = Function(lambda self, x: torch.cat(self.inner(x), 1), inner=ends)
+    with pytest.raises(NotImplementedError, match=r"ends in .*chunk, which returns several tensors"):
+        cut_out(net, ["inner"], (images,), {})
