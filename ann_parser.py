@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from dag_rewrites import fold_batch_norms, holds_image
-from layers import arithmetic
+from dag_rewrites import fold_batch_norms, holds_image, remove_unread
+from layers import arithmetic, recorders
 from layers.functions import SPELLINGS
 from spike_dag import SpikeDAGModule
 from spike_layers import (
@@ -34,8 +34,8 @@ from spike_layers import (
 )
 
 CAN_BE_TRACED = (
-    "conv2d, conv_transpose2d, linear, batch_norm, relu, clamp, avg_pool2d, max_pool2d, add, cat, pad, view, flatten "
-    "and arithmetic with constants"
+    "conv2d, conv_transpose2d, linear, batch_norm, relu, clamp, avg_pool2d, max_pool2d, add, cat, pad, view, flatten, "
+    "slices, permutations and arithmetic with constants"
 )
 
 EXPORTED = "is an exported program and cannot be traced, pass the Python module that was given to torch.export instead"
@@ -51,7 +51,6 @@ ADVICE_FOR = {
         "upsample",
         "upsample_nearest",
         "upsample_bilinear",
-        "pixel_shuffle",
     ),
     "a network's path must not depend on the values of its activations; relu, clamp, maximum and minimum with a "
     "constant choose some of them": (
@@ -59,13 +58,11 @@ ADVICE_FOR = {
         *("eq", "ne", "lt", "le", "gt", "ge", "allclose", "equal", "argmax", "argmin", "topk", "sort"),
     ),
     "keep the computation in torch": ("numpy", "array"),
-    "write it with convolutions of weights 0 and 1: a 1x1 convolution takes some of the channels, and with stride 2 "
-    "every second pixel": (
-        *("getitem", "narrow", "select", "index_select", "chunk", "split", "split_with_sizes", "tensor_split"),
-        *("unbind", "take_along_dim", "gather", "slice"),
+    "write it with slices, index_select or a permutation, whose places are constants": (
+        *("take_along_dim", "gather", "take", "masked_select", "rot90", "as_strided", "slice"),
     ),
-    "leave it out, and permute the weights of the layer behind it instead: features stay in the order C, H, W": (
-        *("permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "flip", "roll", "T", "mT"),
+    "write it without assigning to parts, with torch.cat or F.pad": (
+        *("setitem", "index_put", "index_copy", "index_fill", "masked_fill", "scatter"),
     ),
     "the product with a constant weight is a linear layer, F.linear(x, weight.t()); a product of two activations "
     "cannot be computed by spikes": (
@@ -112,6 +109,7 @@ def parse_ann_model(model, inputs, fold=True):
     # at least two images: a view that mixes batch and channels can go unnoticed with one
     trace = Trace(copy_of(model).eval())
     traced = trace.run(*[torch.cat([x, x]) if len(x) == 1 else x for x in inputs])
+    remove_unread(traced)
     dag = copy.deepcopy(traced)
     if fold:
         fold_batch_norms(dag, trace.shapes)
@@ -318,7 +316,7 @@ class Trace(TorchFunctionMode):
         self.remember(output, node)
         memory = output.untyped_storage().data_ptr()
         for other in self.kept:
-            if other is not output and other.untyped_storage().data_ptr() == memory:
+            if other is not output and other.untyped_storage().data_ptr() == memory and overlap(other, output):
                 self.names[id(other)] = None
         return output
 
@@ -392,6 +390,13 @@ class Trace(TorchFunctionMode):
         return self.names[id(tensor)]
 
 
+def overlap(a, b):
+    """Whether two tensors of one storage have an element in common; two slices side by side have none."""
+    taken = torch.zeros(b.untyped_storage().nbytes() // b.element_size(), dtype=torch.bool)
+    taken.as_strided(b.size(), b.stride(), b.storage_offset()).fill_(True)
+    return bool(taken.as_strided(a.size(), a.stride(), a.storage_offset()).any())
+
+
 def record_dropout(trace, function, input, p=0.5, training=False, inplace=False):
     """Record nothing: dropout in eval mode is the identity. Raises NotImplementedError if it is on."""
     if training:
@@ -460,6 +465,33 @@ RECORDING_FUNCTIONS = {
         *(torch.Tensor.new_full, torch.Tensor.new_tensor),
     ),
     ConcatOp.traced: (torch.cat, torch.concat, torch.concatenate),
+    ConcatOp.traced_stack: (torch.stack,),
+    recorders.record_getitem: (torch.Tensor.__getitem__,),
+    recorders.record_narrow: (torch.narrow, torch.Tensor.narrow),
+    recorders.record_select: (torch.select, torch.Tensor.select),
+    recorders.record_parts: (
+        *(torch.chunk, torch.Tensor.chunk, torch.split, torch.Tensor.split),
+        *(torch.split_with_sizes, torch.Tensor.split_with_sizes, torch.tensor_split, torch.Tensor.tensor_split),
+    ),
+    recorders.record_unbind: (torch.unbind, torch.Tensor.unbind),
+    recorders.record_index_select: (torch.index_select, torch.Tensor.index_select),
+    recorders.record_flip: (torch.flip, torch.Tensor.flip),
+    recorders.record_fliplr: (torch.fliplr, torch.Tensor.fliplr),
+    recorders.record_roll: (torch.roll, torch.Tensor.roll),
+    recorders.record_copies: (
+        *(torch.Tensor.repeat, torch.tile, torch.Tensor.tile, torch.Tensor.expand, torch.Tensor.expand_as),
+        *(torch.broadcast_to, torch.Tensor.broadcast_to),
+    ),
+    recorders.record_repeat_interleave: (torch.repeat_interleave, torch.Tensor.repeat_interleave),
+    recorders.record_permutation: (
+        *(torch.permute, torch.Tensor.permute, torch.transpose, torch.Tensor.transpose, torch.t, torch.Tensor.t),
+        *(torch.swapaxes, torch.Tensor.swapaxes, torch.swapdims, torch.Tensor.swapdims),
+        *(torch.movedim, torch.Tensor.movedim, torch.moveaxis, torch.Tensor.moveaxis),
+        *(torch.Tensor.T.__get__, torch.Tensor.mT.__get__),
+    ),
+    recorders.record_channel_shuffle: (F.channel_shuffle, F.native_channel_shuffle),
+    recorders.record_pixel_shuffle: (F.pixel_shuffle,),
+    recorders.record_pixel_unshuffle: (F.pixel_unshuffle,),
     ViewOp.traced: (
         torch.Tensor.view,
         torch.Tensor.reshape,

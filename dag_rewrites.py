@@ -37,7 +37,6 @@ from spike_layers import (
     SpikeMaxPool2d,
     SpikeReLU,
     SpikeSubtract,
-    ViewOp,
 )
 
 DEFAULT_MAXPOOL = "gate"  # exact at every step: the pooled count is the largest count of its window
@@ -84,6 +83,13 @@ def remove_op(dag, name):
     read_instead(dag, entry.out, entry.inputs[0])
     del dag.ops[name], dag.nodes[entry.out]
     delattr(dag, name)
+
+
+def remove_unread(dag):
+    """Remove every op that only rearranges values and that nothing reads, as an unused part of a split."""
+    for name, entry in reversed(list(dag.ops.items())):
+        if entry.op.rearranges and not dag.readers(entry.out) and entry.out not in dag.outputs_nodes:
+            remove_op(dag, name)
 
 
 def replace_op(dag, name, op):
@@ -285,7 +291,10 @@ def passed_on(entry, node, factor, shift, shapes):
     own = [each == node for each in entry.inputs]
     blank = [torch.zeros(1, *shapes[each]) for each in entry.inputs]
     shifts = [shift if mine else zeros.to(shift) for mine, zeros in zip(own, blank)]
-    if op.is_linear and not op.is_measured:  # it only rearranges values
+    if op.rearranges:  # the zeros that a padding adds suit any factor
+        passed = op.activation(shift)
+        return op.carried(factor[0], shapes[node]).expand(passed.shape), passed
+    if op.is_linear and not op.is_measured:  # a concatenation
         factors = [factor if mine else zeros.to(factor) + 1 for mine, zeros in zip(own, blank)]
         return op.activation(*factors), op.activation(*shifts)
     if op.is_linear and op.adds and (factor == 1).all() and not isinstance(op, SpikeBiasMap):
@@ -424,12 +433,12 @@ def change_sign(dag, name, node):
 def pool_behind_relus(dag):
     """Swap every max pooling with the ReLU or LeakyReLU behind it, if nothing else reads the pooling.
 
-    The maximum of ReLUs equals the ReLU of the maximum. A view between them changes no value and is swapped, too; but
+    The maximum of ReLUs equals the ReLU of the maximum. What only rearranges values between them is swapped, too; but
     not with a LeakyReLU, which may have a slope per channel.
     """
     pools = []
     for name, entry in dag.ops.items():
-        is_view_of_pool = isinstance(entry.op, ViewOp) and dag.writer(entry.inputs[0]) in pools
+        is_view_of_pool = entry.op.rearranges and dag.writer(entry.inputs[0]) in pools
         if isinstance(entry.op, SpikeMaxPool2d) or is_view_of_pool:
             pools.append(name)
     for name in reversed(pools):  # the last one first: its swap brings the ReLU next to the one before it

@@ -16,6 +16,7 @@ layer is the real-valued image, the same at every step, so its current is comput
     layers/signs.py        SignedReLU, LeakyReLUOp, MergeSigns
     layers/functions.py    FunctionOp
     layers/joining.py      SpikeAdd, SpikeSubtract, ConcatOp, SpikePad, ViewOp
+    layers/rearranging.py  SliceOp, IndexOp, PermuteOp
 """
 
 from layers.activations import SoftmaxOp, SpikeBatchNorm, SpikeReLU
@@ -24,6 +25,7 @@ from layers.base import ANALOG, CURRENT, OP_TYPES, SPIKES, SpikeLayer
 from layers.functions import FunctionOp
 from layers.joining import ConcatOp, SpikeAdd, SpikePad, SpikeSubtract, ViewOp, concat_scales
 from layers.pooling import SpikeAvgPool2d, SpikeMaxPool2d
+from layers.rearranging import IndexOp, PermuteOp, SliceOp
 from layers.signs import LeakyReLUOp, MergeSigns, SignedReLU
 from layers.weighted import SpikeConv2d, SpikeConvBN, SpikeConvTranspose2d, SpikeLinear, WeightedLayer
 
@@ -35,9 +37,12 @@ __all__ = [
     "ConcatOp",
     "FunctionOp",
     "ImageAffine",
+    "IndexOp",
     "LeakyReLUOp",
     "MergeSigns",
+    "PermuteOp",
     "SignedReLU",
+    "SliceOp",
     "SoftmaxOp",
     "SpikeAdd",
     "SpikeAffine",

@@ -32,6 +32,8 @@ class SpikeSetter(Units):
                 entry.op.folded = name in self.plan.folded
             if self.plan.kinds[entry.out] != ANALOG:
                 entry.op.spiking = True
+                if entry.op.reads_windows:
+                    self.check_channels(entry)
                 entry.op.convert(self, entry)
 
     def rounded(self, name, value, least=None):
@@ -114,6 +116,18 @@ class SpikeSetter(Units):
             raise ValueError(
                 f"{self.dag.where(name)} puts spikes of different scales into one channel, join them as channels "
                 "(torch.cat along dim=1), or keep the channels of a view"
+            )
+
+    def check_channels(self, entry):
+        """Raise ValueError if an op reads channels in which the lambda or unit differs from place to place."""
+        node = entry.inputs[0]
+        if self.plan.kinds[node] == ANALOG:
+            return
+        value, places = self.value_of(node), len(self.shapes[node]) - 1
+        if value.numel() > 1 and any(extent > 1 for extent in value.shape[value.dim() - places :]):
+            raise ValueError(
+                f"{entry.where} reads channels that hold values of different scales, because a permutation has mixed "
+                "the channels before it: use one scale per layer (--per_channel none)"
             )
 
     def set_neuron(self, entry, unit, largest):

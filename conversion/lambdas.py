@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import torch
 
-from spike_layers import CURRENT, SPIKES
+from spike_layers import ANALOG, CURRENT, SPIKES
 
 
 def largest_spikes(dag, plan):
@@ -17,14 +17,15 @@ def largest_spikes(dag, plan):
     return peaks
 
 
-def spike_targets(dag, plan, statistics, shapes):
+def spike_targets(dag, plan, statistics, shapes, mixed=frozenset()):
     """Node of spikes -> the lambda that its neuron aims at, a scalar tensor, or [C, 1, 1] ([N]) per channel.
 
     Each layer has one lambda; layers whose spikes a concatenation joins share the largest. Where every channel has a
-    lambda of its own, it keeps it. A ReLU with a ceiling never aims above it, because its neuron has to stop there.
+    lambda of its own, it keeps it, unless its channels are mixed (`mixed_channels`). A ReLU with a ceiling never aims
+    above it, because its neuron has to stop there.
     """
     if any(statistics[name].scales.dim() for name in plan.firing):
-        return channel_targets(dag, plan, statistics, shapes)
+        return channel_targets(dag, plan, statistics, shapes, mixed)
     targets, groups, ceilings = {}, Groups(), {}
     for name, entry in dag.ops.items():
         if plan.kinds[entry.out] != SPIKES:
@@ -40,7 +41,7 @@ def spike_targets(dag, plan, statistics, shapes):
     return {node: target.clamp_max(ceilings[node]) for node, target in targets.items()}
 
 
-def channel_targets(dag, plan, statistics, shapes):
+def channel_targets(dag, plan, statistics, shapes, mixed=frozenset()):
     """Node of spikes -> the lambda that each channel aims at, in the shape of a sample: [C, 1, 1] or [N]."""
     targets, merged = {}, merged_pairs(dag, plan)
     for name, entry in dag.ops.items():
@@ -49,6 +50,7 @@ def channel_targets(dag, plan, statistics, shapes):
         if name in plan.firing:
             scales = statistics[name].scales
             scales = larger_of_pairs(scales) if entry.out in merged else scales
+            scales = scales.max() if entry.out in mixed else scales
             targets[entry.out] = scales.clamp_max(entry.op.ceiling or float("inf"))
         else:
             known, samples = [targets[node] for node in entry.inputs], [shapes[node] for node in entry.inputs]
@@ -74,6 +76,44 @@ def larger_of_pairs(scales):
         return scales
     pairs = scales.unflatten(0, (-1, 2))
     return pairs.amax(1, keepdim=True).expand_as(pairs).flatten(0, 1)
+
+
+def mixed_channels(dag, plan, shapes):
+    """Nodes of spikes or currents whose channels need one lambda or unit, because a layer behind them mixes them.
+
+    Several of them become places of one channel, as behind a pixel shuffle, and a pooling, a convolution or neurons
+    read that channel.
+    """
+    nodes = set()
+    for entry in reversed(dag.ops.values()):
+        shape = shapes[entry.out]
+        if plan.kinds[entry.out] == ANALOG or entry.op.rearranges or not shape or shape[0] == 1:
+            continue
+        numbers = torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1))
+        if reaches_mixed(dag, plan, shapes, entry.out, numbers, nodes):
+            nodes.add(entry.out)
+    return nodes
+
+
+def reaches_mixed(dag, plan, shapes, node, numbers, nodes):
+    """Whether a layer behind a node reads several of its channels as one, or hands them on to such a layer.
+
+    numbers: those of the channels, rearranged as the node. nodes: the mixed nodes behind it.
+    """
+    rows = numbers.expand(shapes[node]).flatten(1) if len(shapes[node]) > 1 else numbers[..., None]
+    is_mixed = bool((rows != rows[:, :1]).any())
+    for name in set(dag.readers(node)):
+        op, out = dag.ops[name].op, dag.ops[name].out
+        if plan.kinds[out] == ANALOG:
+            continue
+        reads_as_one = op.reads_windows or (op.rectifies and plan.kinds[node] == CURRENT)
+        if op.rearranges:
+            found = reaches_mixed(dag, plan, shapes, out, op.carried(numbers, shapes[node]), nodes)
+        else:
+            found = (is_mixed and reads_as_one) or (out in nodes and not op.is_trained)
+        if found:
+            return True
+    return False
 
 
 class Groups:

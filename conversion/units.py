@@ -7,7 +7,7 @@ their rounding errors.
 
 import torch
 
-from conversion.lambdas import Groups, largest_spikes, spike_targets
+from conversion.lambdas import Groups, largest_spikes, mixed_channels, spike_targets
 from options import FLOAT_BITS
 from quantization import largest_integer, quantize_layer, round_layer
 from spike_layers import ANALOG, CURRENT, SPIKES
@@ -40,7 +40,8 @@ class Units:
         self.is_float = self.bits == FLOAT_BITS
         self.most = 1 if self.is_float else largest_integer(self.bits)
         self.peaks = largest_spikes(dag, plan)
-        targets = spike_targets(dag, plan, statistics, shapes)
+        self.mixed = mixed_channels(dag, plan, shapes)
+        targets = spike_targets(dag, plan, statistics, shapes, self.mixed)
         self.targets = {node: target / self.peaks[node] for node, target in targets.items()}
         self.components = current_components(dag, plan)
         self.scales, self.units = {}, {}
@@ -84,13 +85,16 @@ class Units:
           are added without weights get integer weights.
         - Only spikes without weights: the strongest gets the largest integer (`spike_sum_unit`).
         - Only the image: the unit is T, because the current per step is input / T and Vthr = lambda_out / T.
-        The unit is never so fine that a threshold, bias or weight exceeds `LARGEST_INTEGER`.
+        Channels that are mixed later (`mixed_channels`) have one unit. The unit is never so fine that a threshold, bias
+        or weight exceeds `LARGEST_INTEGER`.
         """
         if node in self.units:
             return self.units[node]
         layers, others = self.branches_of(node)
         if layers:
-            natural = torch.stack(torch.broadcast_tensors(*[self.natural_unit(*layer) for layer in layers]))
+            natural = [self.natural_unit(*layer) for layer in layers]
+            natural = natural if self.mixed.isdisjoint(self.components[node]) else [unit.max() for unit in natural]
+            natural = torch.stack(torch.broadcast_tensors(*natural))
             unit = natural.amax(0)
             if len(layers) + len(others) > 1 and not self.is_float:
                 unit = least_error_unit(self, natural, layers, others)

@@ -17,6 +17,7 @@ import copy
 
 import torch
 
+from conversion.lambdas import mixed_channels
 from conversion.plan import plan_conversion
 from conversion.statistics import calibrate, use_learnt_scales
 from conversion.units import Units
@@ -43,8 +44,10 @@ def quantize_activations(net, loader, device, levels, ann_layers=(), calibration
 
     statistics, shapes = calibrate(net, loader, device, calibration_samples, "mse", levels, per_channel)
     plan = plan_conversion(net, ann_layers)
+    mixed = mixed_channels(net, plan, shapes)
     for name in plan.firing:
         op, scale = net.ops[name].op, statistics[name].scales
+        scale = scale.max() if net.ops[name].out in mixed else scale
         if scale.max() > 0:  # a layer that is never active is left unchanged
             op.levels = ClipFloorShift(levels, scale.clamp_max(op.ceiling or float("inf"))).to(device)
     net.scales_of_conversion = ScalesOfConversion(plan, statistics, shapes, levels)

@@ -75,8 +75,6 @@ class SpikeReLU(SpikeLayer):
         return "" if self.ceiling is None else f"ceiling={self.ceiling:g}"
 
 
-
-
 class SpikeBatchNorm(SpikeLayer):
     """A BatchNorm in eval mode that could not be folded: `weight * x + bias` per channel.
 

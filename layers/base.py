@@ -39,6 +39,8 @@ class SpikeLayer(nn.Module):
     may_turn_negative: it may send values below 0 although it reads none.
     channelwise: it computes each channel from that channel alone, so that a positive factor passes, and a constant
     becomes what the layer makes of it. Any factor passes if it is linear, too.
+    rearranges: every output is one of its inputs, or 0 (`layers.rearranging`).
+    reads_windows: each output comes from several places of a channel, whose spikes must have one lambda.
     is_measured: calibration pools its activations. Other layers only rearrange activations of the layers before them.
     passes_scale: scaling a channel of its input by a positive factor scales its output. passes_shift: a constant per
     channel passes, too.
@@ -55,7 +57,7 @@ class SpikeLayer(nn.Module):
     arity = (1, 1)
     has_weights = is_trained = is_linear = rectifies = fires = adds = False
     passes_spikes = passes_sums = passes_scale = passes_shift = False
-    hands_on = rescales = may_turn_negative = channelwise = False
+    hands_on = rescales = may_turn_negative = channelwise = rearranges = reads_windows = False
     is_measured = True
     folded = selects = splits_signs = joins_signs = carries_bias = False
     passes_maximum = stays_behind = False

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from layers.base import ANALOG, CURRENT, SPIKES, SpikeLayer, widened
+from layers.rearranging import Rearrangement
 from layers.signs import MergeSigns
-from runtime.rules import CHANNELS, DIM, NONE, POTENTIALS, either, several, whole
+from runtime.rules import BOOL, CHANNELS, DIM, NONE, POTENTIALS, either, several, whole
 from spike_tensor import Current, SpikeTensor
 
 
@@ -162,7 +163,17 @@ class ConcatOp(SpikeLayer):
         dim = names.get("axis", dim) % tensors[0].dim()
         if dim == 0:
             trace.refuse(function, "the batch dimension cannot be concatenated, use dim=1")
-        return trace.record("concat", cls(dim), list(tensors), torch.cat(tensors, dim))
+        output = torch.cat(tensors, dim)
+        parts = padded_parts(trace, tensors, dim)
+        return parts[0] if len(parts) == 1 else trace.record("concat", cls(dim), parts, output)
+
+    @classmethod
+    def traced_stack(cls, trace, function, tensors, dim=0):
+        dim %= tensors[0].dim() + 1
+        if dim == 0:
+            trace.refuse(function, "the first dimension must stay the batch, use dim=1")
+        parts = [ViewOp.traced(trace, torch.unsqueeze, x, dim) for x in tensors]
+        return cls.traced(trace, function, parts, dim)
 
     def activation(self, *inputs):
         return torch.cat(inputs, self.dim)
@@ -194,11 +205,9 @@ class ConcatOp(SpikeLayer):
     def convert(self, setter, entry):
         """Keep the lambda or unit of every input. Raises ValueError if one channel would hold different lambdas."""
         values = [setter.value_of(node).float() for node in entry.inputs]
-        if self.dim != 1:
-            setter.check_same_scale(entry.name, torch.stack([value.max() for value in values]))
         joined = concat_scales(values, [setter.shapes[node] for node in entry.inputs], self.dim - 1)
-        if self.dim != 1 and joined is not values[0]:
-            joined = joined.mean()  # they are nearly equal: check_same_scale has passed
+        if self.dim != 1 and joined is not values[0] and len(setter.shapes[entry.out]) < 4:
+            joined = self.same_for_all(setter, entry, values, joined)
         if setter.plan.kinds[entry.out] == SPIKES:
             setter.scales[entry.out] = joined
         else:
@@ -210,8 +219,17 @@ class ConcatOp(SpikeLayer):
             return None
         return self, MergeSigns(torch.cat([merge.signs for merge in merges]))
 
+    @staticmethod
+    def same_for_all(setter, entry, values, joined):
+        """The mean of lambdas or units that are nearly equal in all inputs. Raises ValueError if they are not."""
+        each = torch.stack(torch.broadcast_tensors(*values))
+        setter.check_same_scale(entry.name, (each / each.amin(0)).flatten())
+        return joined.mean() if each[0].numel() == 1 else each.mean(0)
+
     def targets(self, values, shapes, out_shape):
-        return concat_scales(values, shapes, 0) if self.dim == 1 else torch.stack(values).amax(0)
+        if self.dim == 1 or len(out_shape) > 3:
+            return concat_scales(values, shapes, self.dim - 1)
+        return torch.stack(torch.broadcast_tensors(*values)).amax(0)
 
 
 def concat_scales(scales, shapes, dim):
@@ -229,46 +247,85 @@ def concat_scales(scales, shapes, dim):
     return torch.cat(full, dim)
 
 
-class SpikePad(SpikeLayer):
-    """Zero padding of height and width. pads: (left, right, top, bottom) as in F.pad; negative values crop."""
+def padded_parts(trace, tensors, dim):
+    """The tensors of a concatenation, with every constant of zeros as a padding of the tensor beside it."""
+    parts, before = [], 0
+    for x in tensors:
+        if trace.is_traced(x) or x.any():
+            parts.append([x, before, 0])
+            before = 0
+        elif parts:
+            parts[-1][2] += x.shape[dim]
+        else:
+            before += x.shape[dim]
+    return [
+        SpikePad.traced(trace, F.pad, x, [0, 0] * (x.dim() - 1 - dim) + [*pads]) if any(pads) else x
+        for x, *pads in parts
+    ]
 
-    fields = {"pads": several(whole(-4096, 4096), 4, 4)}  # noqa: RUF012
-    is_linear = hands_on = passes_spikes = passes_sums = channelwise = True
 
-    def __init__(self, pads):
+MOST_PADDED = 2**27  # largest product of the extents that a padding adds: the zeros alone would fill the memory
+
+
+class SpikePad(Rearrangement):
+    """Zero padding of every dimension but the batch. pads: (left, right, top, bottom, front, back) as in F.pad.
+
+    Negative values crop. The zeros of new channels get the lambda of the channel beside them. of_channels: whether
+    channels are added or cropped.
+    """
+
+    fields = {"pads": several(whole(-4096, 4096), 2, 16), "of_channels": BOOL}  # noqa: RUF012
+    is_measured = True
+
+    def __init__(self, pads, of_channels=False):
         super().__init__()
-        self.pads = tuple(pads)
+        self.pads, self.of_channels = tuple(pads), of_channels
 
     @classmethod
     def traced(cls, trace, function, input, pad, mode="constant", value=None):
         if mode != "constant" or value not in (None, 0):
             trace.refuse(function, "only zeros are supported, mode='constant' with value 0")
-        pads = [*pad, 0, 0, 0, 0]
-        if input.dim() != 4 or any(pads[4:]):
-            trace.refuse(
-                function,
-                "only height and width of [B, C, H, W] can be padded; a 1x1 convolution with rows of zeros adds "
-                "channels",
-            )
-        return trace.record("pad", cls(pads[:4]), [input], function(input, pad))
+        pads, places = [*pad], 2 * (input.dim() - 1)
+        if any(pads[places:]):
+            trace.refuse(function, "the batch cannot be padded")
+        pads = pads[:places] + [0] * (min(4, places) - len(pads))
+        while len(pads) > min(4, places) and not any(pads[-2:]):
+            pads = pads[:-2]
+        of_channels = any(pads[places - 2 : places])
+        return trace.record("pad", cls(pads, of_channels), [input], function(input, pad))
 
-    def activation(self, x):
+    @classmethod
+    def contradiction(cls, config):
+        pads = config.get("pads", ())
+        if len(pads) % 2:
+            return f"pads {pads}: use two for each dimension"
+        added = [abs(before) + abs(after) + 1 for before, after in zip(pads[::2], pads[1::2])]
+        return f"pads {pads}: use fewer, the zeros would fill the memory" if math.prod(added) > MOST_PADDED else None
+
+    def rearranged(self, x):
         return F.pad(x, self.pads)
 
+    def extra_repr(self):
+        return f"pads={self.pads}"
+
     def on_pairs(self, merges):
-        return self, merges[0].copied()
+        """Pairs pass a padding of height and width."""
+        return None if self.of_channels else (self, merges[0].copied())
 
-    def current(self, x):
-        data = F.pad(x.total() if isinstance(x, Current) else x.data, self.pads)
-        return x.like(data) if isinstance(x, Current) else SpikeTensor.like(data, x.timesteps, x.scale_factor)
+    def carry(self, values, shape):
+        for back, (before, after) in enumerate(zip(self.pads[::2], self.pads[1::2]), 1):
+            extent = values.shape[-back]
+            if extent > 1:  # what is new gets the value beside it
+                places = torch.arange(-before, extent + after, device=values.device).clamp(0, extent - 1)
+                values = values.index_select(values.dim() - back, places)
+        return values
 
 
-class ViewOp(SpikeLayer):
+class ViewOp(Rearrangement):
     """A new shape for every sample: [B, ...] -> [B, *shape]."""
 
     fields = {"shape": several(CHANNELS, 0, 8)}  # noqa: RUF012
-    is_linear = hands_on = passes_spikes = passes_sums = passes_scale = True
-    is_measured = False
+    passes_scale = True
 
     def __init__(self, shape):
         super().__init__()
@@ -288,22 +345,28 @@ class ViewOp(SpikeLayer):
             )
         return trace.record("view", cls(output.shape[1:]), [input], output)
 
-    def activation(self, x):
+    def rearranged(self, x):
         if math.prod(x.shape[1:]) != math.prod(self.shape):
             raise ValueError(
                 f"a view to {list(self.shape)} gets {list(x.shape[1:])}: give images of the size that the network was "
                 "traced with"
             )
+        if x.dim() > 4 and len(self.shape) == 3 and x.shape[-2:] == self.shape[-2:] and x.stride(-1) > 1:
+            channels = x.movedim((-2, -1), (1, 2)).reshape(len(x), *self.shape[1:], self.shape[0])
+            return channels.permute(0, 3, 1, 2)  # merged channels stay last in memory
         return x.reshape(len(x), *self.shape)
 
-    def current(self, x):
-        data = self.activation(x.total() if isinstance(x, Current) else x.data)
-        if isinstance(x, Current):
-            return x.like(data)
-        scale = x.scale_factor
-        if scale.numel() > 1:
-            scale = scale.expand(x.data.shape[1:]).reshape(self.shape)
-        return SpikeTensor.like(data, x.timesteps, scale)
+    def carried(self, values, shape):
+        return self.carry(values, shape) if values.numel() > 1 else values
+
+    def carry(self, values, shape):
+        """As `Rearrangement.carry`. Behind a view to more dimensions, the last ones keep one value if it left them."""
+        values, same = values.view(*[1] * (len(shape) - values.dim()), *values.shape), 0
+        if len(self.shape) > 3:
+            unchanged = [a == b and c == 1 for a, b, c in zip(shape[::-1], self.shape[::-1], values.shape[::-1])]
+            same = [*unchanged, False].index(False)
+        spread = values.expand(*shape[: len(shape) - same], *[1] * same)
+        return spread.reshape(*self.shape[: len(self.shape) - same], *[1] * same)
 
     def on_pairs(self, merges):
         """Pairs pass a view that keeps the channels, or flattens a sample: each channel is then a block of features."""
@@ -320,7 +383,7 @@ class ViewOp(SpikeLayer):
         """Give the lambdas or units the new shape. Raises ValueError if one channel would hold different lambdas."""
         node, value = entry.inputs[0], setter.value_of(entry.inputs[0])
         if value.dim():
-            value = value.expand(setter.shapes[node]).reshape(setter.shapes[entry.out])
+            value = self.carry(value, setter.shapes[node])
             if value.dim() == 3:
                 relative = value.flatten(1) / value.flatten(1).mean(1, keepdim=True)
                 setter.check_same_scale(entry.name, relative.flatten())
@@ -328,5 +391,5 @@ class ViewOp(SpikeLayer):
         setter.pass_on(node, entry.out, value)
 
     def targets(self, values, shapes, out_shape):
-        spread = values[0].expand(shapes[0]).reshape(out_shape)
+        spread = self.carry(values[0], shapes[0])
         return spread.amax((1, 2), keepdim=True) if spread.dim() == 3 else spread

@@ -210,7 +210,7 @@ class SpikeMaxPool2d(SpikeLayer):
 
     modes = ("gate", "or")
     fields = WINDOW | {"ceil_mode": BOOL, "mode": either(NONE, one_of(*modes)), "pairs": BOOL}
-    passes_spikes = hands_on = selects = channelwise = True
+    passes_spikes = hands_on = selects = channelwise = reads_windows = True
 
     def __init__(self, kernel_size, stride, padding=(0, 0), dilation=(1, 1), ceil_mode=False, mode=None, pairs=False):
         super().__init__()

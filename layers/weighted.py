@@ -223,6 +223,7 @@ class SpikeConv2d(WeightedLayer, nn.Conv2d):
     """Convolution, [B, C_in, H, W] -> [B, C_out, H', W']; arguments of torch.nn.Conv2d."""
 
     fields = CONVOLUTION | {"padding": either(PADDING, one_of("same", "valid"))}
+    reads_windows = True
     spatial = 2
 
     @classmethod
@@ -275,6 +276,7 @@ class SpikeConvTranspose2d(WeightedLayer, nn.ConvTranspose2d):
     """Transposed convolution, [B, C_in, H, W] -> [B, C_out, H', W']; arguments of torch.nn.ConvTranspose2d."""
 
     fields = CONVOLUTION | {"output_padding": PADDING}
+    reads_windows = True
     spatial = 2
 
     @classmethod

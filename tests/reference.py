@@ -82,9 +82,6 @@ def compute(op, inputs):
         return inputs[0] * tensors["weight_q"].astype(kind) + tensors["bias_q"].astype(kind)
     if op["type"] in ("SignedReLU", "MergeSigns"):
         return compute_pairs(op, inputs[0], tensors)
-    if op["type"] == "SpikePad":
-        left, right, top, bottom = op["config"]["pads"]
-        return np.pad(inputs[0], ((0, 0), (0, 0), (top, bottom), (left, right)))
     if op["type"] == "SpikeLinear":
         value = inputs[0] @ tensors["weight_q"].astype(np.int64).T
         return value + tensors["bias_q"].astype(np.int64) if "bias_q" in tensors else value
@@ -95,11 +92,53 @@ def compute(op, inputs):
         kind = np.float32 if any(value.dtype == np.float32 for value in inputs) else np.int64
         whole = [w if x.dtype == np.float32 else w.astype(np.int64) for x, w in zip(inputs, weights)]
         return sum((value * weight).astype(kind) for value, weight in zip(inputs, whole))
-    if op["type"] == "ConcatOp":
-        return np.concatenate(inputs, op["config"]["dim"])
-    if op["type"] == "ViewOp":
-        return inputs[0].reshape(len(inputs[0]), *op["config"]["shape"])
-    raise NotImplementedError(op["type"])
+    return rearrange(op["type"], op["config"], inputs)
+
+
+def rearrange(kind, config, inputs):
+    """Values in other places."""
+    if kind == "ConcatOp":
+        dtype = np.float32 if any(value.dtype == np.float32 for value in inputs) else np.int64
+        return np.concatenate([value.astype(dtype) for value in inputs], config["dim"])
+    (x,) = inputs
+    if kind == "SpikePad":
+        return pad(x, config["pads"])
+    if kind == "SliceOp":
+        return x[(slice(None), *(slice(*bounds) for *bounds, _ in config["slices"]))]
+    if kind == "IndexOp":
+        return np.take(x, config["index"], config["dim"])
+    if kind == "PermuteOp":
+        return permute(x, config)
+    if kind == "ViewOp":
+        return x.reshape(len(x), *config["shape"])
+    raise NotImplementedError(kind)
+
+
+def pad(x, pads):
+    """Zeros around a sample; pads from the last dimension on, negative ones crop."""
+    before, after = [0] * x.ndim, [0] * x.ndim
+    before[::-1], after[::-1] = ([*side, *[0] * (x.ndim - len(side))] for side in (pads[::2], pads[1::2]))
+    y = np.zeros([b + extent + a for b, extent, a in zip(before, x.shape, after)], x.dtype)
+    for place, value in np.ndenumerate(x):
+        there = tuple(i + b for i, b in zip(place, before))
+        if all(0 <= i < extent for i, extent in zip(there, y.shape)):
+            y[there] = value
+    return y
+
+
+def permute(x, config):
+    """The dimensions of a sample split, in another order, and merged."""
+    if config["split"] is not None:
+        sizes = []
+        for extent, factors in zip(x.shape[1:], config["split"]):
+            known = np.prod([factor for factor in factors if factor is not None], dtype=int)
+            sizes += [extent // known if factor is None else factor for factor in factors]
+        x = x.reshape(len(x), *sizes)
+    y = x.transpose(0, *config["dims"])
+    if config["merge"] is None:
+        return y
+    ends = np.cumsum(config["merge"])
+    return y.reshape(len(y), *(np.prod(y.shape[1:][end - n : end]) for end, n in zip(ends, config["merge"])))
 
 
 def compute_pairs(op, x, tensors):

@@ -219,7 +219,7 @@ OUT_OF_RANGE = [
     ("max_pool1", {"padding": (2, 2)}, r"max_pool1 padding \(2, 2\): use at most half of kernel_size"),
     ("conv_transpose1", {"output_padding": (2, 2)}, "conv_transpose1 output_padding .*: use less than stride"),
     ("view1", {"shape": (-1,)}, r"view1 shape \(-1,\)"),
-    ("pad1", {"pads": (1, 1, 1)}, r"pad1 pads \(1, 1, 1\): use 4 times a whole number"),
+    ("pad1", {"pads": (1, 1, 1)}, r"pad1 pads \(1, 1, 1\): use two for each dimension"),
     ("relu2", {"ceiling": float("nan")}, "relu2 ceiling nan: use None or a positive number"),
     ("relu4", {"Vthr": torch.tensor(0)}, "relu4 neuron Vthr .*: use a tensor of positive numbers"),
     ("relu4", {"reset_mode": "soft"}, "relu4 neuron reset_mode 'soft': use 'zero', 'subtraction'"),

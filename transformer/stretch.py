@@ -25,7 +25,7 @@ from ann_parser import (
     refuse_compiled,
 )
 from conversion.lambdas import Groups
-from dag_rewrites import fold_batch_norms
+from dag_rewrites import fold_batch_norms, remove_unread
 from spike_layers import SpikeReLU
 
 RELUS = (SpikeReLU.traced, SpikeReLU.traced_in_place)
@@ -398,6 +398,11 @@ class StretchTrace(Trace):
         args, kwargs = tree_unflatten(leaves, spec)
         result = super().__torch_function__(function, types, args, kwargs)
         if call.output is not None:
+            if isinstance(result, tuple):
+                raise NotImplementedError(
+                    f"{self.stretch} ends in {function_name(function)}, which returns several tensors: end it before "
+                    "that call, or behind what reads them"
+                )
             self.outputs[call.output] = self.output_node(result), result.clone()
         return result
 
@@ -416,6 +421,7 @@ class StretchTrace(Trace):
         """The graph. Raises ValueError unless it computes the outputs of the stretch in this run and in `again`."""
         for run in (self, again):
             run.dag.outputs_nodes = tuple(node for node, _ in values_in_order(run.outputs))
+            remove_unread(run.dag)
             run.dag.lint()
         fold_batch_norms(self.dag, self.shapes)
         self.dag.lint()
