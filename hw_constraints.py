@@ -7,7 +7,7 @@ import argparse
 import sys
 from dataclasses import dataclass, fields
 
-from options import DEFAULT_CHIP, FIELDS, ConversionOptions
+from options import DEFAULT_CHIP, FIELDS, ConversionOptions, QuantizeOptions
 from runtime.cli import OneLineParser, run_script
 from runtime.flags import add_option, add_options, whole_number
 from script_options import BuildOptions, ChipOptions
@@ -224,7 +224,7 @@ def parse_args(argv=None):
     parser.add_argument("--num_classes", type=whole_number(1), default=10, help="number of classes (%(default)s)")
     add_options(parser, BuildOptions, ChipOptions, hardware=DEFAULT_CHIP)
     add_option(parser, parser, FIELDS["weight_bitwidth"], 4)
-    for each in fields(ConversionOptions):
+    for each in (*fields(QuantizeOptions), *fields(ConversionOptions)):
         if each.metadata["group"] == "what a layer leaves open":
             add_option(parser, parser, each, each.default)
     parser.add_argument(
@@ -239,7 +239,7 @@ def main(args):
 
     from ann_parser import parse_ann_model
     from build_network import choose_input, get_net_by_name
-    from dag_rewrites import prepare_conversion
+    from dag_rewrites import prepare_conversion, replace_activations
     from hw_constraints import bitwidths_by_name, choose_bitwidths, hardware_layers
     from spike_dag import format_table
 
@@ -252,6 +252,7 @@ def main(args):
     channels = args.in_channels or args.channels or first
     size = (args.image_size, args.image_size) if isinstance(args.image_size, int) else args.image_size
     dag = parse_ann_model(net, (torch.zeros(1, channels, *size),))
+    dag, _ = replace_activations(dag, args.replace_activations)
     dag = prepare_conversion(dag, args.maxpool, args.signed, args.avgpool)
     hardware, layers = HARDWARE[args.hardware], hardware_layers(dag, args.ann_layers)
     bits = bitwidths_by_name(dag, choose_bitwidths(dag, args.weight_bitwidth, hardware, args.ann_layers))

@@ -214,6 +214,15 @@ class QuantizeOptions(WeightOptions):
         metavar="L",
         default_help="float activations",
     )
+    replace_activations: str = option(
+        None,
+        "put ReLUs in the place of activation functions inside the network that spikes cannot compute: SiLU, GELU, "
+        "tanh and others. The network is then another one and has to be finetuned",
+        "what a layer leaves open",
+        choices=("relu",),
+        word="activation function",
+        default_help="such a network is refused",
+    )
     equalize: bool = option(
         False,
         "rescale the channels, without changing the output, so that one weight scale suits the whole layer; helps "

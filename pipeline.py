@@ -19,7 +19,13 @@ import torch
 from ann_parser import parse_ann_model
 from build_network import build_trained_net, check_net_name
 from conversion.plan import plan_conversion
-from dag_rewrites import DEFAULT_MAXPOOL, equalize_channels, prepare_conversion
+from dag_rewrites import (
+    DEFAULT_MAXPOOL,
+    equalize_channels,
+    prepare_conversion,
+    replace_activations,
+    replaced_in_words,
+)
 from datasets import DETECTION_DATASETS, check_dataset_name
 from detection.boxes import DetectionLoss, check_detects, evaluate_detector
 from finetuning.levels import quantize_activations
@@ -119,7 +125,8 @@ def convert_network(net, train_loader, test_loader=None, *, criterion=None, pres
     seed_everything(args.seed)
     train_loader = reusable(loader_for(net, train_loader))
     test_loader = None if test_loader is None else reusable(loader_for(net, test_loader))
-    graph = prepare_conversion(as_dag(net, train_loader), args.maxpool, args.signed, args.avgpool)
+    graph, _ = replace_activations(as_dag(net, train_loader), args.replace_activations)
+    graph = prepare_conversion(graph, args.maxpool, args.signed, args.avgpool)
     args.weight_bitwidth = choose_bitwidths(graph, args.weight_bitwidth, HARDWARE[DEFAULT_CHIP], args.ann_layers)
 
     def measure(network, **details):
@@ -232,8 +239,9 @@ def load_network(args, images):
     name, net_args = args.net_name, getattr(args, "net_args", None)
     raw_net = build_trained_net(name, images.channels, images.num_classes, args.ann_weight, net_args)
     net = parse_ann_model(raw_net, (images[0][0][None],))
+    net, replaced = replace_activations(net, getattr(args, "replace_activations", None))
     net = prepare_conversion(net, args.maxpool, args.signed, args.avgpool)
-    tell_choices(net, args, images)
+    tell_choices(net, args, images, replaced)
     plan_conversion(net, args.ann_layers)
     args = copy.copy(args)
     hardware = HARDWARE[args.hardware or DEFAULT_CHIP]
@@ -244,11 +252,13 @@ def load_network(args, images):
     return net, args
 
 
-def tell_choices(net, args, images):
-    """Print on stderr what the run does to images, and how max poolings convert if the flags do not say it."""
+def tell_choices(net, args, images, replaced):
+    """Print on stderr what the run does to images, to activation functions, and to max poolings without a flag."""
     preprocessing = getattr(images, "preprocessing", None)
     if preprocessing is not None:
         print(preprocessing.in_words(), file=sys.stderr)
+    if replaced:
+        print(f"{replaced_in_words(replaced)}: another network, whose accuracy needs finetuning", file=sys.stderr)
     if args.maxpool is None and any(isinstance(entry.op, SpikeMaxPool2d) for entry in net.ops.values()):
         print(
             f"max pooling: {DEFAULT_MAXPOOL}, the largest spike count of a window passes, which needs a counter per "
@@ -264,6 +274,8 @@ def check_float_accuracy(result, args, train_loader):
     if result is None or "top1" not in result:
         return
     top1, samples = result["top1"], result["samples"]
+    if getattr(args, "replace_activations", None):
+        return  # it is another network than the one that was measured
     if expected is not None and abs(top1 - expected) > max(TOP1_TOLERANCE, 100 / samples):
         raise ValueError(
             f"the float network has {top1:.2f} % of {samples} test images, --expect_top1 is {expected:g}: {LOOK_AT}"
