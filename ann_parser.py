@@ -31,7 +31,8 @@ from spike_layers import (
 )
 
 CAN_BE_TRACED = (
-    "conv2d, conv_transpose2d, linear, batch_norm, relu, relu6, avg_pool2d, max_pool2d, add, cat, pad, view and flatten"
+    "conv2d, conv_transpose2d, linear, batch_norm, relu, relu6, avg_pool2d, max_pool2d, interpolate, add, cat, pad, "
+    "view and flatten"
 )
 
 ON_THE_IMAGE = "normalise the images in the data set or its loader instead, or write a BatchNorm as the first layer"
@@ -40,16 +41,13 @@ EXPORTED = "is an exported program and cannot be traced, pass the Python module 
 # advice -> names of the refused functions that it helps with
 ADVICE_FOR = {
     "use BatchNorm, whose statistics are constant in eval mode": ("instance_norm", "layer_norm", "group_norm"),
-    "the indices of the maxima are not supported, use conv_transpose2d to go back up": ("max_pool2d_with_indices",),
-    "use max_pool2d with a kernel size": ("adaptive_max_pool2d", "adaptive_max_pool2d_with_indices"),
-    "use conv_transpose2d with a relu behind it; for nearest neighbours of values without a sign its weights are ones, "
-    "with as many groups as channels and the kernel size and stride of the factor": (
-        "interpolate",
-        "upsample",
-        "upsample_nearest",
-        "upsample_bilinear",
-        "pixel_shuffle",
+    "the indices of the maxima are not supported, use conv_transpose2d to go back up": (
+        *("max_pool1d_with_indices", "max_pool2d_with_indices"),
+        *("adaptive_max_pool1d_with_indices", "adaptive_max_pool2d_with_indices"),
     ),
+    "use an average or a max pooling: a neuron sends no powers of its input": ("lp_pool1d", "lp_pool2d", "lp_pool3d"),
+    "use a max pooling of fixed windows": ("fractional_max_pool2d", "fractional_max_pool2d_with_indices"),
+    "use conv_transpose2d with a kernel of ones and zeros": ("pixel_shuffle",),
     "use relu: a neuron sends no negative spikes": (
         *("leaky_relu", "rrelu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish"),
         *("softplus", "softsign", "tanhshrink", "hardshrink", "softshrink"),
@@ -73,7 +71,6 @@ ADVICE_FOR = {
     "cannot be computed by spikes": (
         *("matmul", "rmatmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "tensordot", "dot", "inner"),
     ),
-    "use x.mean([2, 3]) or an average pooling, and put the factor into the weights behind it": ("sum",),
     "put the minus sign into the weights of the layer before it": ("neg", "negative"),
     "leave it out, a network is traced in one type": ("half", "bfloat16", "double", "type"),
 }
@@ -436,7 +433,11 @@ RECORDING_FUNCTIONS = {
     SpikeAvgPool2d.traced: (F.avg_pool2d,),
     SpikeAvgPool2d.traced_adaptive: (F.adaptive_avg_pool2d,),
     SpikeAvgPool2d.traced_mean: (torch.mean, torch.Tensor.mean),
+    SpikeAvgPool2d.traced_sum: (torch.sum, torch.Tensor.sum),
+    SpikeAvgPool2d.traced_interpolate: (F.interpolate,),
     SpikeMaxPool2d.traced: (F.max_pool2d, torch.max_pool2d),
+    SpikeMaxPool2d.traced_adaptive: (F.adaptive_max_pool2d,),
+    SpikeMaxPool2d.traced_amax: (torch.amax, torch.Tensor.amax),
     SpikePad.traced: (F.pad,),
     SpikeAdd.traced: (
         torch.add,

@@ -11,6 +11,7 @@ layer is the real-valued image, the same at every step, so its current is comput
     layers/base.py         SpikeLayer: methods and attributes of every layer
     layers/weighted.py     SpikeConv2d, SpikeConvBN, SpikeConvTranspose2d, SpikeLinear
     layers/pooling.py      SpikeAvgPool2d, SpikeMaxPool2d
+    layers/resampling.py   SpikeRepeat, SpikeGather: copies of pixels
     layers/activations.py  SpikeReLU, SignedReLU, SpikeBatchNorm, SoftmaxOp
     layers/joining.py      SpikeAdd, ConcatOp, SpikePad, ViewOp
 """
@@ -19,6 +20,7 @@ from layers.activations import SignedReLU, SoftmaxOp, SpikeBatchNorm, SpikeReLU
 from layers.base import ANALOG, CURRENT, OP_TYPES, SPIKES, SpikeLayer
 from layers.joining import ConcatOp, SpikeAdd, SpikePad, ViewOp, concat_scales
 from layers.pooling import SpikeAvgPool2d, SpikeMaxPool2d
+from layers.resampling import SpikeGather, SpikeRepeat
 from layers.weighted import SpikeConv2d, SpikeConvBN, SpikeConvTranspose2d, SpikeLinear, WeightedLayer
 
 __all__ = [
@@ -35,11 +37,13 @@ __all__ = [
     "SpikeConv2d",
     "SpikeConvBN",
     "SpikeConvTranspose2d",
+    "SpikeGather",
     "SpikeLayer",
     "SpikeLinear",
     "SpikeMaxPool2d",
     "SpikePad",
     "SpikeReLU",
+    "SpikeRepeat",
     "ViewOp",
     "WeightedLayer",
     "concat_scales",

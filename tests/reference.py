@@ -83,6 +83,11 @@ def compute(op, inputs):
     if op["type"] == "SpikePad":
         left, right, top, bottom = op["config"]["pads"]
         return np.pad(inputs[0], ((0, 0), (0, 0), (top, bottom), (left, right)))
+    if op["type"] == "SpikeRepeat":
+        rows, columns = op["config"]["factors"]
+        return np.kron(inputs[0], np.ones((rows, columns), inputs[0].dtype))
+    if op["type"] == "SpikeGather":
+        return inputs[0][:, :, op["config"]["rows"]][..., op["config"]["columns"]]
     if op["type"] == "SpikeLinear":
         value = inputs[0] @ tensors["weight_q"].astype(np.int64).T
         return value + tensors["bias_q"].astype(np.int64) if "bias_q" in tensors else value
