@@ -34,8 +34,8 @@ from spike_layers import (
 )
 
 CAN_BE_TRACED = (
-    "conv2d, conv_transpose2d, linear, batch_norm, relu, clamp, avg_pool2d, max_pool2d, add, cat, pad, view, flatten, "
-    "slices, permutations and arithmetic with constants"
+    "conv2d, conv_transpose2d, linear, batch_norm, relu, clamp, avg_pool2d, max_pool2d, interpolate, add, cat, pad, "
+    "view, flatten, slices, permutations and arithmetic with constants"
 )
 
 EXPORTED = "is an exported program and cannot be traced, pass the Python module that was given to torch.export instead"
@@ -43,15 +43,12 @@ EXPORTED = "is an exported program and cannot be traced, pass the Python module 
 # advice -> names of the refused functions that it helps with
 ADVICE_FOR = {
     "use BatchNorm, whose statistics are constant in eval mode": ("instance_norm", "layer_norm", "group_norm"),
-    "the indices of the maxima are not supported, use conv_transpose2d to go back up": ("max_pool2d_with_indices",),
-    "use max_pool2d with a kernel size": ("adaptive_max_pool2d", "adaptive_max_pool2d_with_indices"),
-    "use conv_transpose2d with a relu behind it; for nearest neighbours of values without a sign its weights are ones, "
-    "with as many groups as channels and the kernel size and stride of the factor": (
-        "interpolate",
-        "upsample",
-        "upsample_nearest",
-        "upsample_bilinear",
+    "the indices of the maxima are not supported, use conv_transpose2d to go back up": (
+        *("max_pool1d_with_indices", "max_pool2d_with_indices"),
+        *("adaptive_max_pool1d_with_indices", "adaptive_max_pool2d_with_indices"),
     ),
+    "use an average or a max pooling: a neuron sends no powers of its input": ("lp_pool1d", "lp_pool2d", "lp_pool3d"),
+    "use a max pooling of fixed windows": ("fractional_max_pool2d", "fractional_max_pool2d_with_indices"),
     "a network's path must not depend on the values of its activations; relu, clamp, maximum and minimum with a "
     "constant choose some of them": (
         *("bool", "item", "tolist", "int", "float", "index", "nonzero", "where"),
@@ -70,7 +67,6 @@ ADVICE_FOR = {
     ),
     "it moves the channels to the end; over the channels a product is a 1x1 convolution, "
     "F.conv2d(x, weight.t()[:, :, None, None]), of flattened values a linear layer": ("tensordot",),
-    "use x.mean([2, 3]) or an average pooling, and put the factor into the weights behind it": ("sum",),
     "leave it out, a network is traced in one type": ("half", "bfloat16", "double", "type"),
     "spikes compute no product or quotient of two activations, only with constants, so no gate "
     "(squeeze-and-excitation); write x * sigmoid(x) as F.silu(x)": (
@@ -431,7 +427,11 @@ RECORDING_FUNCTIONS = {
     SpikeAvgPool2d.traced: (F.avg_pool2d,),
     SpikeAvgPool2d.traced_adaptive: (F.adaptive_avg_pool2d,),
     SpikeAvgPool2d.traced_mean: (torch.mean, torch.Tensor.mean),
+    SpikeAvgPool2d.traced_sum: (torch.sum, torch.Tensor.sum),
+    SpikeAvgPool2d.traced_interpolate: (F.interpolate,),
     SpikeMaxPool2d.traced: (F.max_pool2d, torch.max_pool2d),
+    SpikeMaxPool2d.traced_adaptive: (F.adaptive_max_pool2d,),
+    SpikeMaxPool2d.traced_amax: (torch.amax, torch.Tensor.amax),
     SpikePad.traced: (F.pad,),
     arithmetic.record_sum: (
         *(torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__),

@@ -17,6 +17,7 @@ layer is the real-valued image, the same at every step, so its current is comput
     layers/functions.py    FunctionOp
     layers/joining.py      SpikeAdd, SpikeSubtract, ConcatOp, SpikePad, ViewOp
     layers/rearranging.py  SliceOp, IndexOp, PermuteOp
+    layers/resampling.py   SpikeRepeat, SpikeGather: copies of pixels
 """
 
 from layers.activations import SoftmaxOp, SpikeBatchNorm, SpikeReLU
@@ -26,6 +27,7 @@ from layers.functions import FunctionOp
 from layers.joining import ConcatOp, SpikeAdd, SpikePad, SpikeSubtract, ViewOp, concat_scales
 from layers.pooling import SpikeAvgPool2d, SpikeMaxPool2d
 from layers.rearranging import IndexOp, PermuteOp, SliceOp
+from layers.resampling import SpikeGather, SpikeRepeat
 from layers.signs import LeakyReLUOp, MergeSigns, SignedReLU
 from layers.weighted import SpikeConv2d, SpikeConvBN, SpikeConvTranspose2d, SpikeLinear, WeightedLayer
 
@@ -52,11 +54,13 @@ __all__ = [
     "SpikeConv2d",
     "SpikeConvBN",
     "SpikeConvTranspose2d",
+    "SpikeGather",
     "SpikeLayer",
     "SpikeLinear",
     "SpikeMaxPool2d",
     "SpikePad",
     "SpikeReLU",
+    "SpikeRepeat",
     "SpikeSubtract",
     "ViewOp",
     "WeightedLayer",

@@ -105,6 +105,10 @@ def rearrange(kind, config, inputs):
         return pad(x, config["pads"])
     if kind == "SliceOp":
         return x[(slice(None), *(slice(*bounds) for *bounds, _ in config["slices"]))]
+    if kind == "SpikeRepeat":
+        return np.kron(x, np.ones(config["factors"], x.dtype))
+    if kind == "SpikeGather":
+        return x[:, :, config["rows"]][..., config["columns"]]
     if kind == "IndexOp":
         return np.take(x, config["index"], config["dim"])
     if kind == "PermuteOp":
