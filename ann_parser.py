@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from dag_rewrites import fold_batch_norms, holds_image, remove_unread
-from layers import arithmetic, recorders
+from layers import arithmetic, pooling, recorders
 from layers.functions import SPELLINGS
+from rewrites.constants import fold_batch_norms
+from rewrites.graph import holds_image, remove_unread
 from spike_dag import SpikeDAGModule
 from spike_layers import (
     ConcatOp,
@@ -426,9 +427,9 @@ RECORDING_FUNCTIONS = {
     arithmetic.record_threshold: (F.threshold, torch.threshold),
     SpikeAvgPool2d.traced: (F.avg_pool2d,),
     SpikeAvgPool2d.traced_adaptive: (F.adaptive_avg_pool2d,),
-    SpikeAvgPool2d.traced_mean: (torch.mean, torch.Tensor.mean),
-    SpikeAvgPool2d.traced_sum: (torch.sum, torch.Tensor.sum),
-    SpikeAvgPool2d.traced_interpolate: (F.interpolate,),
+    pooling.record_mean: (torch.mean, torch.Tensor.mean),
+    pooling.record_sum_of_pixels: (torch.sum, torch.Tensor.sum),
+    pooling.record_interpolate: (F.interpolate,),
     SpikeMaxPool2d.traced: (F.max_pool2d, torch.max_pool2d),
     SpikeMaxPool2d.traced_adaptive: (F.adaptive_max_pool2d,),
     SpikeMaxPool2d.traced_amax: (torch.amax, torch.Tensor.amax),

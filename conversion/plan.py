@@ -3,7 +3,7 @@
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from dag_rewrites import has_weights_behind, holds_image
+from rewrites.graph import has_weights_behind, holds_image
 from spike_layers import ANALOG, CURRENT, SPIKES, SpikeMaxPool2d
 
 LARGEST_SUM = 255  # most spikes in the window of a folded pooling: the largest uint8

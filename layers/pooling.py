@@ -88,25 +88,12 @@ class SpikeAvgPool2d(SpikeConv2d):
         if divisor_override is not None and (divisor_override < 0 or not is_whole):
             trace.refuse(function, "divisor_override has to be positive, and needs ceil_mode=False")
         if not is_whole or not (count_include_pad or padding == (0, 0) or divisor_override is not None):
-            return cls.traced_parts(trace, function, input, pooled, padding if count_include_pad else (0, 0))
+            return record_parts(trace, function, input, pooled, padding if count_include_pad else (0, 0))
         divisor = None if divisor_override == kernel[0] * kernel[1] else divisor_override
         size = tuple(input.shape[-2:]) if ceil_mode else None
         return trace.record(
             "avg_pool", cls(input.shape[1], kernel, step, padding, False, size, divisor), [input], output
         )
-
-    @classmethod
-    def traced_parts(cls, trace, function, input, pooled, zeros):
-        """Record a pooling whose windows at the border are parts, with a divisor of their own.
-
-        pooled: the pooling, a function of the input and its padding. zeros: the padding that counts as pixels.
-        """
-        rows, columns = pooled(input).shape[-2:]
-        if zeros == (0, 0):
-            return cls.traced_average(trace, function, input, pooled)
-        op = SpikePad((zeros[1], zeros[1], zeros[0], zeros[0]))
-        padded = trace.record("pad", op, [input], op.activation(input))
-        return cls.traced_average(trace, function, padded, lambda x: pooled(x, 0)[..., :rows, :columns])
 
     @classmethod
     def traced_adaptive(cls, trace, function, input, output_size):
@@ -115,68 +102,10 @@ class SpikeAvgPool2d(SpikeConv2d):
         if sizes == window:  # a view refuses images of another size, which would have to be pooled
             return trace.record("view", ViewOp(input.shape[1:]), [input], function(input, sizes))
         if any(extent % size for size, extent in zip(sizes, window)):
-            return cls.traced_average(trace, function, input, lambda x: function(x, sizes))
+            return record_average(trace, function, input, lambda x: function(x, sizes))
         kernel = tuple(extent // size for size, extent in zip(sizes, window))
         op = cls(input.shape[1], kernel, kernel, input_size=window)
         return trace.record("avg_pool", op, [input], function(input, sizes))
-
-    @classmethod
-    def traced_interpolate(cls, trace, function, input, size=None, scale_factor=None, mode="nearest", *args, **options):
-        check_maps(trace, function, input)
-
-        def resized(x):
-            return function(x, size, scale_factor, mode, *args, **options)
-
-        return cls.traced_average(trace, function, input, resized, any_size=scale_factor is not None)
-
-    @classmethod
-    def traced_average(cls, trace, function, input, average, any_size=False):
-        """Record `average` (`copies_of`): copies of pixels, and a pooling of the copies if there are several.
-
-        any_size: copies by whole factors hold for any input size.
-        """
-        output, size = average(input), tuple(input.shape[-2:])
-        sides = copies_of(average, size)
-        if any(side is None for side in sides):
-            trace.refuse(
-                function,
-                f"some of its weights are negative, or no multiples of one over {MOST_COPIES} or less along a side: "
-                "use sizes of which one divides the other, or mode='nearest'",
-            )
-        copied = sides[0].numel() * sides[1].numel()
-        if copied > MOST_COPIED * max(math.prod(size), math.prod(output.shape[-2:])):
-            trace.refuse(
-                function,
-                f"its weights are so uneven that it needs {copied} copies of pixels: use sizes of which one divides "
-                "the other, and align_corners=False or mode='nearest'",
-            )
-        copies, steps = [side.shape[1] for side in sides], [step_between(side) for side in sides]
-        if copies == [1, 1]:
-            return record_copies(trace, input, [side.flatten() for side in sides], any_size)
-        op = None if None in steps else cls(input.shape[1], copies, steps, input_size=size)
-        if op is None or op.activation(input).shape != output.shape:
-            input = record_copies(trace, input, [side.flatten() for side in sides])
-            op = cls(input.shape[1], copies, copies)
-        return trace.record("avg_pool", op, [input], output)
-
-    @classmethod
-    def traced_mean(cls, trace, function, input, dim=None, keepdim=False, *, dtype=None, divisor=None, **names):
-        dims = sorted(d % input.dim() for d in dims_of(names.get("axis", dim)))
-        if input.dim() != 4 or not dims or dims[0] < 2 or dtype is not None:
-            trace.refuse(function, "only over height and width, as in x.mean([2, 3]), in the input's own type")
-        output, size = function(input, dims, True), tuple(input.shape[-2:])
-        kernel = tuple(extent if d in dims else 1 for d, extent in enumerate(size, start=2))
-        op = cls(input.shape[1], kernel, kernel, input_size=size, divisor=divisor if kernel != (1, 1) else None)
-        if kernel == (1, 1):
-            op = ViewOp(input.shape[1:])
-        pooled = trace.record("view" if kernel == (1, 1) else "avg_pool", op, [input], output)
-        if keepdim:
-            return pooled
-        return ViewOp.traced(trace, torch.Tensor.squeeze, pooled, dims)
-
-    @classmethod
-    def traced_sum(cls, trace, function, input, dim=None, keepdim=False, **names):
-        return cls.traced_mean(trace, function, input, dim, keepdim, divisor=1, **names)
 
     @classmethod
     def contradiction(cls, config):
@@ -240,6 +169,80 @@ class SpikeAvgPool2d(SpikeConv2d):
 
     def extra_repr(self):
         return super().extra_repr() + ", folded" * self.folded
+
+
+# Recorders of averages and sums.
+
+
+def record_parts(trace, function, input, pooled, zeros):
+    """Record a pooling whose windows at the border are parts, with a divisor of their own.
+
+    pooled: the pooling, a function of the input and its padding. zeros: the padding that counts as pixels.
+    """
+    rows, columns = pooled(input).shape[-2:]
+    if zeros == (0, 0):
+        return record_average(trace, function, input, pooled)
+    op = SpikePad((zeros[1], zeros[1], zeros[0], zeros[0]))
+    padded = trace.record("pad", op, [input], op.activation(input))
+    return record_average(trace, function, padded, lambda x: pooled(x, 0)[..., :rows, :columns])
+
+
+def record_interpolate(trace, function, input, size=None, scale_factor=None, mode="nearest", *args, **options):
+    check_maps(trace, function, input)
+
+    def resized(x):
+        return function(x, size, scale_factor, mode, *args, **options)
+
+    return record_average(trace, function, input, resized, any_size=scale_factor is not None)
+
+
+def record_average(trace, function, input, average, any_size=False):
+    """Record `average` (`copies_of`): copies of pixels, and a pooling of the copies if there are several.
+
+    any_size: copies by whole factors hold for any input size.
+    """
+    output, size = average(input), tuple(input.shape[-2:])
+    sides = copies_of(average, size)
+    if any(side is None for side in sides):
+        trace.refuse(
+            function,
+            f"some of its weights are negative, or no multiples of one over {MOST_COPIES} or less along a side: "
+            "use sizes of which one divides the other, or mode='nearest'",
+        )
+    copied = sides[0].numel() * sides[1].numel()
+    if copied > MOST_COPIED * max(math.prod(size), math.prod(output.shape[-2:])):
+        trace.refuse(
+            function,
+            f"its weights are so uneven that it needs {copied} copies of pixels: use sizes of which one divides "
+            "the other, and align_corners=False or mode='nearest'",
+        )
+    copies, steps = [side.shape[1] for side in sides], [step_between(side) for side in sides]
+    if copies == [1, 1]:
+        return record_copies(trace, input, [side.flatten() for side in sides], any_size)
+    op = None if None in steps else SpikeAvgPool2d(input.shape[1], copies, steps, input_size=size)
+    if op is None or op.activation(input).shape != output.shape:
+        input = record_copies(trace, input, [side.flatten() for side in sides])
+        op = SpikeAvgPool2d(input.shape[1], copies, copies)
+    return trace.record("avg_pool", op, [input], output)
+
+
+def record_mean(trace, function, input, dim=None, keepdim=False, *, dtype=None, divisor=None, **names):
+    dims = sorted(d % input.dim() for d in dims_of(names.get("axis", dim)))
+    if input.dim() != 4 or not dims or dims[0] < 2 or dtype is not None:
+        trace.refuse(function, "only over height and width, as in x.mean([2, 3]), in the input's own type")
+    output, size = function(input, dims, True), tuple(input.shape[-2:])
+    kernel = tuple(extent if d in dims else 1 for d, extent in enumerate(size, start=2))
+    op = SpikeAvgPool2d(input.shape[1], kernel, kernel, input_size=size, divisor=divisor if kernel != (1, 1) else None)
+    if kernel == (1, 1):
+        op = ViewOp(input.shape[1:])
+    pooled = trace.record("view" if kernel == (1, 1) else "avg_pool", op, [input], output)
+    if keepdim:
+        return pooled
+    return ViewOp.traced(trace, torch.Tensor.squeeze, pooled, dims)
+
+
+def record_sum_of_pixels(trace, function, input, dim=None, keepdim=False, **names):
+    return record_mean(trace, function, input, dim, keepdim, divisor=1, **names)
 
 
 def window_contradiction(config):

@@ -66,15 +66,8 @@ def compute(op, inputs):
     if op["type"] == "SpikeAvgPool2d" and op["config"]["folded"]:
         assert op["neuron"] is None
         return sum_windows(inputs[0], op["config"])
-    if op["type"] in ("SpikeConv2d", "SpikeConvBN", "SpikeAvgPool2d"):
-        config = op["config"]
-        if op["type"] == "SpikeAvgPool2d":
-            config = {**config, "groups": config["channels"]}
-        value = convolve(inputs[0], tensors["weight_q"].astype(np.int64), config)
-        return value + tensors["bias_q"].astype(np.int64)[:, None, None] if "bias_q" in tensors else value
-    if op["type"] == "SpikeConvTranspose2d":
-        value = convolve_transposed(inputs[0], tensors["weight_q"].astype(np.int64), op["config"])
-        return value + tensors["bias_q"].astype(np.int64)[:, None, None] if "bias_q" in tensors else value
+    if op["type"] in ("SpikeConv2d", "SpikeConvBN", "SpikeAvgPool2d", "SpikeConvTranspose2d", "SpikeLinear"):
+        return weigh(op, inputs[0], tensors)
     if op["type"] == "SpikeAffine" and "weight_q" not in tensors:
         return inputs[0]  # it scales what the spikes stand for
     if op["type"] in ("SpikeBatchNorm", "SpikeAffine", "SpikeBiasMap"):
@@ -82,9 +75,6 @@ def compute(op, inputs):
         return inputs[0] * tensors["weight_q"].astype(kind) + tensors["bias_q"].astype(kind)
     if op["type"] in ("SignedReLU", "MergeSigns"):
         return compute_pairs(op, inputs[0], tensors)
-    if op["type"] == "SpikeLinear":
-        value = inputs[0] @ tensors["weight_q"].astype(np.int64).T
-        return value + tensors["bias_q"].astype(np.int64) if "bias_q" in tensors else value
     if op["type"] == "SpikeReLU":
         return inputs[0]
     if op["type"] in ("SpikeAdd", "SpikeSubtract"):
@@ -93,6 +83,19 @@ def compute(op, inputs):
         whole = [w if x.dtype == np.float32 else w.astype(np.int64) for x, w in zip(inputs, weights)]
         return sum((value * weight).astype(kind) for value, weight in zip(inputs, whole))
     return rearrange(op["type"], op["config"], inputs)
+
+
+def weigh(op, x, tensors):
+    """The sums of integer weights of a convolution, a pooling or a linear layer, and its bias."""
+    kind, config, weight = op["type"], op["config"], tensors["weight_q"].astype(np.int64)
+    if kind == "SpikeLinear":
+        value = x @ weight.T
+    elif kind == "SpikeConvTranspose2d":
+        value = convolve_transposed(x, weight, config)
+    else:
+        value = convolve(x, weight, {**config, "groups": config["channels"]} if kind == "SpikeAvgPool2d" else config)
+    bias = tensors["bias_q"].astype(np.int64) if "bias_q" in tensors else np.zeros(1, np.int64)
+    return value + bias.reshape(-1, *[1] * (value.ndim - 2))
 
 
 def rearrange(kind, config, inputs):

@@ -25,6 +25,7 @@ FLOORS = (
     ("spike_layers",),
     ("dag_checks",),
     ("spike_dag",),
+    ("rewrites",),
     ("dag_rewrites",),
     ("ann_parser",),
     ("quantization",),
@@ -41,6 +42,7 @@ FLOORS = (
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # Folders that hold the parts of one step: only that step, and what stands above it, imports from them.
 STEPS = {
+    "rewrites": "dag_rewrites",
     "layers": "spike_layers",
     "conversion": "snn_weight_setter",
     "transformer": "snn_transformer",

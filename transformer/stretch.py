@@ -25,7 +25,8 @@ from ann_parser import (
     refuse_compiled,
 )
 from conversion.lambdas import Groups
-from dag_rewrites import fold_batch_norms, remove_unread
+from rewrites.constants import fold_batch_norms
+from rewrites.graph import remove_unread
 from spike_layers import SpikeReLU
 
 RELUS = (SpikeReLU.traced, SpikeReLU.traced_in_place)
