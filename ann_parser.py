@@ -542,6 +542,7 @@ RECORDING_FUNCTIONS = {
         torch.Tensor.clone,
         torch.clone,
         torch.Tensor.detach,
+        torch.Tensor.data.__get__,
         torch.Tensor.positive,
         torch.positive,
     ),
