@@ -144,7 +144,7 @@ class Odd(nn.Module):
         ("towers", ["a", "c"], "the layer c does not run in the network's forward"),
         ("early", ["a", "b", "c"], "torch.Tensor.square in the forward of the network reads the output of a.1 before"),
         ("changed", ["inplace"], "relu in inplace.0 changes the stretch's input in place"),
-        ("sinus", ["a", "b"], "torch.sin in the network's forward cannot be converted"),
+        ("sinus", ["a", "b"], "sin1: spikes cannot compute sin inside of a network"),
     ],
 )
 def test_what_cannot_be_cut_out_is_refused(path, layers, message):
