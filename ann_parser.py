@@ -14,6 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from dag_rewrites import fold_batch_norms
+from layers import lines
 from spike_dag import SpikeDAGModule
 from spike_layers import (
     ConcatOp,
@@ -25,14 +26,13 @@ from spike_layers import (
     SpikeConvTranspose2d,
     SpikeLinear,
     SpikeMaxPool2d,
-    SpikePad,
     SpikeReLU,
     ViewOp,
 )
 
 CAN_BE_TRACED = (
     "conv2d, conv_transpose2d, linear, batch_norm, relu, relu6, avg_pool2d, max_pool2d, interpolate, add, cat, pad, "
-    "view and flatten"
+    "view and flatten, and the layers of one dimension"
 )
 
 ON_THE_IMAGE = "normalise the images in the data set or its loader instead, or write a BatchNorm as the first layer"
@@ -236,7 +236,8 @@ def as_tuple(value):
 class Trace(TorchFunctionMode):
     """One run of a network that records every call on a traced tensor.
 
-    names: id of a tensor -> its node, None after its memory was overwritten. kept: the tensors themselves, kept alive
+    names: id of a tensor -> its node, None after its memory was overwritten. lines: which of them are stored with one
+    dimension more. kept: the tensors themselves, kept alive
     so that no id is used twice. paths: module paths of the modules that are running, innermost last.
     """
 
@@ -246,6 +247,7 @@ class Trace(TorchFunctionMode):
         self.dag = SpikeDAGModule()
         self.recorders = dict(wrapped_functions.values())
         self.names = {}
+        self.lines = lines.Lines(self)
         self.kept = []
         self.counts = {}
         self.paths = [""]
@@ -354,12 +356,13 @@ class Trace(TorchFunctionMode):
 
     def record(self, op_type, op, inputs, output):
         """Append an op that computes `output` from `inputs` (tensors), and return `output`."""
-        in_nodes = [self.node_of(x) for x in inputs]
         op.to(output.device, output.dtype)
+        in_nodes, sends_line = self.lines.nodes_read(op, inputs)
         self.counts[op_type] = self.counts.get(op_type, 0) + 1
         name = f"{op_type}{self.counts[op_type]}"
         self.dag.add_op(name, op, in_nodes, [f"{name}_out1"], self.paths[-1])
         self.remember(output, f"{name}_out1")
+        self.lines.note(output, f"{name}_out1") if sends_line else self.lines.forget(output)
         return output
 
     def record_nothing(self, function, input, *args, **kwargs):
@@ -367,7 +370,8 @@ class Trace(TorchFunctionMode):
         output = function(input, *args, **kwargs)
         if output.dtype != input.dtype:
             self.refuse(function, f"the type must stay {input.dtype}")
-        self.remember(output, self.node_of(input))
+        node, is_line = self.stored_node(input), id(input) in self.lines.ids
+        self.lines.note(output, node) if is_line else self.remember(output, node)
         return output
 
     def refuse_traced_weights(self, function, weight, bias):
@@ -382,7 +386,14 @@ class Trace(TorchFunctionMode):
             self.refuse(function, ON_THE_IMAGE if self.is_image([input, other]) else into_bias)
 
     def node_of(self, tensor):
-        """The node of a traced tensor. Raises NotImplementedError for a constant or an overwritten tensor."""
+        """The node of a traced tensor, in its own shape. Raises as `stored_node`."""
+        return self.lines.flat_node(tensor) if id(tensor) in self.lines.ids else self.stored_node(tensor)
+
+    def stored_node(self, tensor):
+        """The node of a traced tensor, or of its map if it is a line.
+
+        Raises NotImplementedError for a constant or an overwritten tensor.
+        """
         if not self.is_traced(tensor):
             raise NotImplementedError(
                 f"an operand in {self.here()} is a constant, not an activation: move it into a bias or a weight"
@@ -408,7 +419,9 @@ RECORDING_FUNCTIONS = {
     SpikeConv2d.traced: (F.conv2d,),
     SpikeConvTranspose2d.traced: (F.conv_transpose2d,),
     SpikeLinear.traced: (F.linear,),
-    SpikeBatchNorm.traced: (F.batch_norm,),
+    lines.record_conv: (F.conv1d,),
+    lines.record_conv_transpose: (F.conv_transpose1d,),
+    lines.of_lines_too(SpikeBatchNorm.traced): (F.batch_norm,),
     SpikeReLU.traced: (F.relu, torch.relu, torch.Tensor.relu),
     SpikeReLU.traced_in_place: (F.relu_, torch.relu_, torch.Tensor.relu_),
     SpikeReLU.traced_relu6: (F.relu6,),
@@ -432,13 +445,17 @@ RECORDING_FUNCTIONS = {
     ),
     SpikeAvgPool2d.traced: (F.avg_pool2d,),
     SpikeAvgPool2d.traced_adaptive: (F.adaptive_avg_pool2d,),
-    SpikeAvgPool2d.traced_mean: (torch.mean, torch.Tensor.mean),
-    SpikeAvgPool2d.traced_sum: (torch.sum, torch.Tensor.sum),
-    SpikeAvgPool2d.traced_interpolate: (F.interpolate,),
+    lines.reduction(SpikeAvgPool2d.traced_mean): (torch.mean, torch.Tensor.mean),
+    lines.reduction(SpikeAvgPool2d.traced_sum): (torch.sum, torch.Tensor.sum),
+    lines.record_interpolate: (F.interpolate,),
     SpikeMaxPool2d.traced: (F.max_pool2d, torch.max_pool2d),
     SpikeMaxPool2d.traced_adaptive: (F.adaptive_max_pool2d,),
-    SpikeMaxPool2d.traced_amax: (torch.amax, torch.Tensor.amax),
-    SpikePad.traced: (F.pad,),
+    lines.reduction(SpikeMaxPool2d.traced_amax): (torch.amax, torch.Tensor.amax),
+    lines.record_avg_pool: (F.avg_pool1d,),
+    lines.record_adaptive_avg_pool: (F.adaptive_avg_pool1d,),
+    lines.record_max_pool: (F.max_pool1d, torch.max_pool1d),
+    lines.record_adaptive_max_pool: (F.adaptive_max_pool1d,),
+    lines.record_pad: (F.pad,),
     SpikeAdd.traced: (
         torch.add,
         torch.Tensor.add,

@@ -12,6 +12,7 @@ layer is the real-valued image, the same at every step, so its current is comput
     layers/weighted.py     SpikeConv2d, SpikeConvBN, SpikeConvTranspose2d, SpikeLinear
     layers/pooling.py      SpikeAvgPool2d, SpikeMaxPool2d
     layers/resampling.py   SpikeRepeat, SpikeGather: copies of pixels
+    layers/lines.py        layers of one dimension, computed on maps of one row
     layers/activations.py  SpikeReLU, SignedReLU, SpikeBatchNorm, SoftmaxOp
     layers/joining.py      SpikeAdd, ConcatOp, SpikePad, ViewOp
 """

@@ -19,7 +19,7 @@ class SpikeAdd(SpikeLayer):
 
     fields = {"branch_weights": several(either(NONE, POTENTIALS), 2, 2)}  # noqa: RUF012
     arity = (2, 2)
-    is_linear = hands_on = adds = fires = True
+    is_linear = hands_on = adds = fires = any_shape = True
 
     def __init__(self, branch_weights=(None, None)):
         super().__init__()
@@ -150,6 +150,11 @@ class ConcatOp(SpikeLayer):
         super().__init__()
         self.dim = dim
 
+    @property
+    def any_shape(self):
+        """Channels are concatenated alike in all shapes."""
+        return self.dim == 1
+
     @classmethod
     def traced(cls, trace, function, tensors, dim=0, **names):
         dim = names.get("axis", dim) % tensors[0].dim()
@@ -252,7 +257,7 @@ class ViewOp(SpikeLayer):
     """A new shape for every sample: [B, ...] -> [B, *shape]."""
 
     fields = {"shape": several(CHANNELS, 0, 8)}  # noqa: RUF012
-    is_linear = hands_on = passes_spikes = passes_sums = passes_scale = True
+    is_linear = hands_on = passes_spikes = passes_sums = passes_scale = any_shape = True
     is_measured = False
 
     def __init__(self, shape):
