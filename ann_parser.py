@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from layers import arithmetic, pooling, recorders
+from layers import arithmetic, lines, pooling, recorders
 from layers.functions import SPELLINGS
 from rewrites.constants import fold_batch_norms
 from rewrites.graph import holds_image, remove_unread
@@ -29,14 +29,13 @@ from spike_layers import (
     SpikeConvTranspose2d,
     SpikeLinear,
     SpikeMaxPool2d,
-    SpikePad,
     SpikeReLU,
     ViewOp,
 )
 
 CAN_BE_TRACED = (
     "conv2d, conv_transpose2d, linear, batch_norm, relu, clamp, avg_pool2d, max_pool2d, interpolate, add, cat, pad, "
-    "view, flatten, slices, permutations and arithmetic with constants"
+    "view, flatten, slices, permutations, arithmetic with constants, and the layers of one dimension"
 )
 
 EXPORTED = "is an exported program and cannot be traced, pass the Python module that was given to torch.export instead"
@@ -235,9 +234,9 @@ def as_tuple(value):
 class Trace(TorchFunctionMode):
     """One run of a network that records every call on a traced tensor.
 
-    names: id of a tensor -> its node, None after its memory was overwritten. shapes: node -> shape of a sample. kept:
-    the tensors themselves, kept alive so that no id is used twice. paths: module paths of the modules that are running,
-    innermost last.
+    names: id of a tensor -> its node, None after its memory was overwritten. lines: which of them are stored with one
+    dimension more. shapes: node -> shape of a sample. kept: the tensors themselves, kept alive so that no id is used
+    twice. paths: module paths of the modules that are running, innermost last.
     """
 
     def __init__(self, model):
@@ -247,6 +246,7 @@ class Trace(TorchFunctionMode):
         self.recorders = dict(wrapped_functions.values())
         self.names = {}
         self.shapes = {}
+        self.lines = lines.Lines(self)
         self.kept = []
         self.counts = {}
         self.paths = [""]
@@ -310,7 +310,7 @@ class Trace(TorchFunctionMode):
 
     def overwrite(self, output, node):
         """Note that the memory of `output` now holds the value of `node`; other tensors with it lose their node."""
-        self.remember(output, node)
+        self.lines.note(output, node) if id(output) in self.lines.ids else self.remember(output, node)
         memory = output.untyped_storage().data_ptr()
         for other in self.kept:
             if other is not output and other.untyped_storage().data_ptr() == memory and overlap(other, output):
@@ -334,11 +334,11 @@ class Trace(TorchFunctionMode):
 
     def on_image(self, tensor):
         """Whether a tensor is an input of the network, or is computed from inputs by layers without weights only."""
-        return holds_image(self.dag, self.node_of(tensor))
+        return holds_image(self.dag, self.stored_node(tensor))
 
     def is_rectified(self, tensor):
         """Whether a tensor is the output of a ReLU."""
-        name = self.dag.writer(self.node_of(tensor))
+        name = self.dag.writer(self.stored_node(tensor))
         return name is not None and isinstance(self.dag.ops[name].op, SpikeReLU)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -352,12 +352,13 @@ class Trace(TorchFunctionMode):
 
     def record(self, op_type, op, inputs, output):
         """Append an op that computes `output` from `inputs` (tensors), and return `output`."""
-        in_nodes = [self.node_of(x) for x in inputs]
         op.to(output.device, output.dtype)
+        in_nodes, sends_line = self.lines.nodes_read(op, inputs)
         self.counts[op_type] = self.counts.get(op_type, 0) + 1
         name = f"{op_type}{self.counts[op_type]}"
         self.dag.add_op(name, op, in_nodes, [f"{name}_out1"], self.paths[-1])
         self.remember(output, f"{name}_out1")
+        self.lines.note(output, f"{name}_out1") if sends_line else self.lines.forget(output)
         return output
 
     def record_nothing(self, function, input, *args, **kwargs):
@@ -365,7 +366,12 @@ class Trace(TorchFunctionMode):
         output = function(input, *args, **kwargs)
         if output.dtype != input.dtype:
             self.refuse(function, f"the type must stay {input.dtype}")
-        self.remember(output, self.node_of(input))
+        return self.alias(output, input)
+
+    def alias(self, output, input):
+        """Note that `output` has the value of `input`, and return it."""
+        node, is_line = self.stored_node(input), id(input) in self.lines.ids
+        self.lines.note(output, node) if is_line else self.remember(output, node)
         return output
 
     def refuse_traced_weights(self, function, weight, bias):
@@ -374,7 +380,14 @@ class Trace(TorchFunctionMode):
             self.refuse(function, "the weights must not be computed from the input")
 
     def node_of(self, tensor):
-        """The node of a traced tensor. Raises NotImplementedError for a constant or an overwritten tensor."""
+        """The node of a traced tensor, in its own shape. Raises as `stored_node`."""
+        return self.lines.flat_node(tensor) if id(tensor) in self.lines.ids else self.stored_node(tensor)
+
+    def stored_node(self, tensor):
+        """The node of a traced tensor, or of its map if it is a line.
+
+        Raises NotImplementedError for a constant or an overwritten tensor.
+        """
         if not self.is_traced(tensor):
             raise NotImplementedError(
                 f"an operand in {self.here()} is a constant, not an activation: move it into a bias or a weight"
@@ -407,7 +420,9 @@ RECORDING_FUNCTIONS = {
     SpikeConv2d.traced: (F.conv2d,),
     SpikeConvTranspose2d.traced: (F.conv_transpose2d,),
     SpikeLinear.traced: (F.linear,),
-    SpikeBatchNorm.traced: (F.batch_norm,),
+    lines.record_conv: (F.conv1d,),
+    lines.record_conv_transpose: (F.conv_transpose1d,),
+    lines.of_lines_too(SpikeBatchNorm.traced): (F.batch_norm,),
     SpikeReLU.traced: (F.relu, torch.relu, torch.Tensor.relu),
     SpikeReLU.traced_in_place: (F.relu_, torch.relu_, torch.Tensor.relu_),
     SpikeReLU.traced_relu6: (F.relu6,),
@@ -427,13 +442,17 @@ RECORDING_FUNCTIONS = {
     arithmetic.record_threshold: (F.threshold, torch.threshold),
     SpikeAvgPool2d.traced: (F.avg_pool2d,),
     SpikeAvgPool2d.traced_adaptive: (F.adaptive_avg_pool2d,),
-    pooling.record_mean: (torch.mean, torch.Tensor.mean),
-    pooling.record_sum_of_pixels: (torch.sum, torch.Tensor.sum),
-    pooling.record_interpolate: (F.interpolate,),
+    lines.reduction(pooling.record_mean): (torch.mean, torch.Tensor.mean),
+    lines.reduction(pooling.record_sum_of_pixels): (torch.sum, torch.Tensor.sum),
+    lines.record_interpolate: (F.interpolate,),
     SpikeMaxPool2d.traced: (F.max_pool2d, torch.max_pool2d),
     SpikeMaxPool2d.traced_adaptive: (F.adaptive_max_pool2d,),
-    SpikeMaxPool2d.traced_amax: (torch.amax, torch.Tensor.amax),
-    SpikePad.traced: (F.pad,),
+    lines.reduction(SpikeMaxPool2d.traced_amax): (torch.amax, torch.Tensor.amax),
+    lines.record_avg_pool: (F.avg_pool1d,),
+    lines.record_adaptive_avg_pool: (F.adaptive_avg_pool1d,),
+    lines.record_max_pool: (F.max_pool1d, torch.max_pool1d),
+    lines.record_adaptive_max_pool: (F.adaptive_max_pool1d,),
+    lines.record_pad: (F.pad,),
     arithmetic.record_sum: (
         *(torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__),
         *(torch.Tensor.add_, torch.Tensor.__iadd__),

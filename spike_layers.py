@@ -18,6 +18,7 @@ layer is the real-valued image, the same at every step, so its current is comput
     layers/joining.py      SpikeAdd, SpikeSubtract, ConcatOp, SpikePad, ViewOp
     layers/rearranging.py  SliceOp, IndexOp, PermuteOp
     layers/resampling.py   SpikeRepeat, SpikeGather: copies of pixels
+    layers/lines.py        layers of one dimension, computed on maps of one row
 """
 
 from layers.activations import SoftmaxOp, SpikeBatchNorm, SpikeReLU

@@ -20,7 +20,7 @@ class SpikeReLU(SpikeLayer):
     """
 
     fields = {"ceiling": either(NONE, POSITIVE)}  # noqa: RUF012
-    rectifies = passes_spikes = passes_sums = True
+    rectifies = passes_spikes = passes_sums = any_shape = True
 
     def __init__(self, ceiling=None):
         super().__init__()
@@ -84,7 +84,7 @@ class SpikeBatchNorm(SpikeLayer):
     """
 
     fields = {"channels": CHANNELS}  # noqa: RUF012
-    is_linear = hands_on = carries_bias = True
+    is_linear = hands_on = carries_bias = any_shape = True
 
     def __init__(self, channels):
         super().__init__()

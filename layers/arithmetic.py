@@ -85,8 +85,7 @@ def record_affine(trace, function, input, output, factor=1.0, shift=0.0, trained
     check_type(trace, function, input, output)
     weight, bias = (of_sample(trace, function, input, value) for value in (factor, shift))
     if (weight == 1).all() and (bias == 0).all() and output.dtype == input.dtype:
-        trace.remember(output, trace.node_of(input))
-        return output
+        return trace.alias(output, input)
     if trace.on_image(input):
         trained = ()
     frozen = frozenset({"weight", "bias"} - set(trained))
@@ -208,8 +207,7 @@ def record_cast(trace, function, input, *args, **kwargs):
         return record_affine(trace, function, input, output)
     if output.dtype != input.dtype:
         trace.refuse(function, f"the type must stay {input.dtype}")
-    trace.remember(output, trace.node_of(input))
-    return output
+    return trace.alias(output, input)
 
 
 def make_constant(trace, function, *args, **kwargs):
@@ -270,7 +268,7 @@ def shifted_relu(trace, function, input, least, most, trained, run):
     if not in_place(function):
         return record_affine(trace, function, x, run(), 1 / factor, -shift / factor, trained)
     x = step(trace, x, 1 / factor, -shift / factor, trained)
-    output, node = run(), trace.node_of(x)
+    output, node = run(), trace.stored_node(x)
     trace.overwrite(output, node)
     return output
 

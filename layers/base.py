@@ -44,6 +44,7 @@ class SpikeLayer(nn.Module):
     is_measured: calibration pools its activations. Other layers only rearrange activations of the layers before them.
     passes_scale: scaling a channel of its input by a positive factor scales its output. passes_shift: a constant per
     channel passes, too.
+    any_shape: it computes the same for samples [C, L] and [C, 1, L] (`layers.lines`).
     ceiling: upper bound of its activations, or None.
 
     Instance attributes:
@@ -59,7 +60,7 @@ class SpikeLayer(nn.Module):
     passes_spikes = passes_sums = passes_scale = passes_shift = False
     hands_on = rescales = may_turn_negative = channelwise = rearranges = reads_windows = False
     is_measured = True
-    folded = selects = splits_signs = joins_signs = carries_bias = False
+    folded = selects = splits_signs = joins_signs = carries_bias = any_shape = False
     passes_maximum = stays_behind = False
     ceiling = None
     frozen = frozenset()

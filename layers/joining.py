@@ -24,7 +24,7 @@ class SpikeAdd(SpikeLayer):
 
     fields = {"branch_weights": several(either(NONE, POTENTIALS), 2, 2)}  # noqa: RUF012
     arity = (2, 2)
-    is_linear = hands_on = adds = fires = True
+    is_linear = hands_on = adds = fires = any_shape = True
 
     def __init__(self, branch_weights=(None, None)):
         super().__init__()
@@ -157,6 +157,11 @@ class ConcatOp(SpikeLayer):
     def __init__(self, dim=1):
         super().__init__()
         self.dim = dim
+
+    @property
+    def any_shape(self):
+        """Channels are concatenated alike in all shapes."""
+        return self.dim == 1
 
     @classmethod
     def traced(cls, trace, function, tensors, dim=0, **names):
@@ -325,7 +330,7 @@ class ViewOp(Rearrangement):
     """A new shape for every sample: [B, ...] -> [B, *shape]."""
 
     fields = {"shape": several(CHANNELS, 0, 8)}  # noqa: RUF012
-    passes_scale = True
+    passes_scale = any_shape = True
 
     def __init__(self, shape):
         super().__init__()

@@ -114,7 +114,7 @@ class LeakyReLUOp(SpikeLayer):
     """
 
     fields = {"slope": WEIGHTS}  # noqa: RUF012
-    passes_scale = stays_behind = True
+    passes_scale = stays_behind = any_shape = True
 
     def __init__(self, slope):
         super().__init__()

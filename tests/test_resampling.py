@@ -133,9 +133,9 @@ def test_currents_pass_to_the_neuron_behind(name):
 @pytest.mark.parametrize("name", LAYERS)
 def test_float_weights_at_many_timesteps_are_the_ann(name):
     net, images = few(name)
-    snn = convert(net, images, 1024, 32, maxpool="gate", threshold="max")
+    snn = convert(net, images, 256, 32, maxpool="gate", threshold="max")
     expected = net(images)
-    assert (snn(images) - expected).abs().max() <= 0.03 * expected.abs().max()
+    assert (snn(images) - expected).abs().max() <= 0.05 * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", LAYERS)
