@@ -26,7 +26,7 @@ from dag_rewrites import (
     replace_activations,
     replaced_in_words,
 )
-from datasets import DETECTION_DATASETS, check_dataset_name
+from datasets import DATASETS, DETECTION_DATASETS, check_dataset_name
 from detection.boxes import DetectionLoss, check_detects, evaluate_detector
 from finetuning.levels import quantize_activations
 from finetuning.on_spikes import finetune_on_spikes
@@ -127,6 +127,7 @@ def convert_network(net, train_loader, test_loader=None, *, criterion=None, pres
     test_loader = None if test_loader is None else reusable(loader_for(net, test_loader))
     graph, _ = replace_activations(as_dag(net, train_loader), args.replace_activations)
     graph = prepare_conversion(graph, args.maxpool, args.signed, args.avgpool)
+    plan_conversion(graph, args.ann_layers)  # what cannot be converted is refused before the finetuning
     args.weight_bitwidth = choose_bitwidths(graph, args.weight_bitwidth, HARDWARE[DEFAULT_CHIP], args.ann_layers)
 
     def measure(network, **details):
@@ -255,7 +256,9 @@ def load_network(args, images):
 def tell_choices(net, args, images, replaced):
     """Print on stderr what the run does to images, to activation functions, and to max poolings without a flag."""
     preprocessing = getattr(images, "preprocessing", None)
-    if preprocessing is not None:
+    is_choice = any(getattr(args, name, None) is not None for name in ("mean", "std", "resize", "crop", "input_shape"))
+    is_choice |= getattr(args, "preprocess", "dataset") != "dataset" or args.dataset not in DATASETS or is_outside(args.net_name)
+    if preprocessing is not None and is_choice:
         print(preprocessing.in_words(), file=sys.stderr)
     if replaced:
         print(f"{replaced_in_words(replaced)}: another network, whose accuracy needs finetuning", file=sys.stderr)

@@ -215,7 +215,8 @@ def network_and_file(text):
     from build_network import NETWORKS
 
     name, _, file = text.partition(":")
-    if name not in NETWORKS:  # torchvision:NAME, file.py:NAME
+    is_outside = name in ("torchvision", "timm") or name.endswith(".py")
+    if is_outside or (name not in NETWORKS and ":" in file):  # torchvision:NAME, file.py:NAME, package.module:NAME
         second, _, file = file.partition(":")
         name = f"{name}:{second}"
     if not name.partition(":")[0] or name.endswith(":") or not file:

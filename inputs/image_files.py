@@ -42,7 +42,10 @@ def list_image_folder(path):
         files += [os.path.join(path, name, f) for f in found]
         labels += [label] * len(found)
     if not files:
-        raise ValueError(f"the image folder {path} is empty, expected one folder of images per class in it")
+        raise ValueError(
+            f"the image folder {path} is empty, expected folders of images in it: train/<class>/ and test/<class>/, or "
+            "<class>/"
+        )
     return files, labels, classes
 
 

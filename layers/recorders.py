@@ -21,7 +21,7 @@ def record_steps(trace, input, steps, output):
     for number, (op_type, op) in enumerate(steps, 1):
         value = trace.record(op_type, op, [value], output if number == len(steps) else op.activation(value))
     if not steps:
-        trace.remember(output, trace.node_of(input))
+        trace.alias(output, input)
     return output
 
 

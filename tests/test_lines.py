@@ -57,7 +57,6 @@ def test_function_is_traced(layer, ops):
 
 REFUSED = {
     "a map": (nn.Sequential(nn.Unflatten(2, (2, 4)), Call(lambda x: F.avg_pool1d(x, 2))), "avg_pool1d", "[B, C, L]"),
-    "channels padded": (lambda x: F.pad(x, (0, 0, 1, 1)), "pad", "only height and width"),
     "reflected": (nn.ReflectionPad1d(1), "pad", "only zeros"),
     "indices": (nn.MaxPool1d(2, return_indices=True), "max_pool1d", "indices of the maxima"),
     "mean over channels": (lambda x: x.mean(1), "mean", "only over height and width"),

@@ -105,7 +105,7 @@ def test_refusals_name_the_node_and_the_reason(name, tmp_path):
 
 
 def test_what_the_tracer_refuses_is_named_by_its_module(tmp_path):
-    net = load_onnx(saved(model(node("Sigmoid", "x", name="block/part/op")), tmp_path))
+    net = load_onnx(saved(model(node("Softmax", "x", name="block/part/op", axis=0)), tmp_path))
     with pytest.raises(NotImplementedError, match=r"in block\.part"):
         parse_ann_model(net, (torch.zeros(2, 3, 8, 8),))
 
