@@ -369,6 +369,7 @@ class OptionA(nn.Module):
         return F.relu(y + x)
 
 
+@pytest.mark.slow
 def test_resnet20_with_option_a_folds_its_norms_and_converts():
     torch.manual_seed(0)
     sizes = [(16, 16, 1)] * 3 + [(16, 32, 2)] + [(32, 32, 1)] * 2 + [(32, 64, 2)] + [(64, 64, 1)] * 2
