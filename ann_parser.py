@@ -6,6 +6,7 @@ nothing has to be restored after an error. A function outside the table is refus
 """
 
 import copy
+import traceback
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from layers import arithmetic, lines, pooling, recorders
+from layers.advice import ADVICE
 from layers.functions import SPELLINGS
 from rewrites.constants import fold_batch_norms
 from rewrites.graph import holds_image, remove_unread
@@ -38,44 +40,9 @@ CAN_BE_TRACED = (
     "view, flatten, slices, permutations, arithmetic with constants, and the layers of one dimension"
 )
 
+CANNOT_RUN = "cannot run on an input of"
 EXPORTED = "is an exported program and cannot be traced, pass the Python module that was given to torch.export instead"
 
-# advice -> names of the refused functions that it helps with
-ADVICE_FOR = {
-    "use BatchNorm, whose statistics are constant in eval mode": ("instance_norm", "layer_norm", "group_norm"),
-    "the indices of the maxima are not supported, use conv_transpose2d to go back up": (
-        *("max_pool1d_with_indices", "max_pool2d_with_indices"),
-        *("adaptive_max_pool1d_with_indices", "adaptive_max_pool2d_with_indices"),
-    ),
-    "use an average or a max pooling: a neuron sends no powers of its input": ("lp_pool1d", "lp_pool2d", "lp_pool3d"),
-    "use a max pooling of fixed windows": ("fractional_max_pool2d", "fractional_max_pool2d_with_indices"),
-    "a network's path must not depend on the values of its activations; relu, clamp, maximum and minimum with a "
-    "constant choose some of them": (
-        *("bool", "item", "tolist", "int", "float", "index", "nonzero", "where"),
-        *("eq", "ne", "lt", "le", "gt", "ge", "allclose", "equal", "argmax", "argmin", "topk", "sort"),
-    ),
-    "keep the computation in torch": ("numpy", "array"),
-    "write it with slices, index_select or a permutation, whose places are constants": (
-        *("take_along_dim", "gather", "take", "masked_select", "rot90", "as_strided", "slice"),
-    ),
-    "write it without assigning to parts, with torch.cat or F.pad": (
-        *("setitem", "index_put", "index_copy", "index_fill", "masked_fill", "scatter"),
-    ),
-    "the product with a constant weight is a linear layer, F.linear(x, weight.t()); a product of two activations "
-    "cannot be computed by spikes": (
-        *("matmul", "rmatmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "dot", "inner", "bilinear"),
-    ),
-    "it moves the channels to the end; over the channels a product is a 1x1 convolution, "
-    "F.conv2d(x, weight.t()[:, :, None, None]), of flattened values a linear layer": ("tensordot",),
-    "leave it out, a network is traced in one type": ("half", "bfloat16", "double", "type"),
-    "spikes compute no product or quotient of two activations, only with constants, so no gate "
-    "(squeeze-and-excitation); write x * sigmoid(x) as F.silu(x)": (
-        *("mul", "multiply", "rmul", "imul", "div", "divide", "true_divide", "truediv", "itruediv"),
-        *("addcmul", "addcdiv", "square", "floor_divide", "remainder"),
-    ),
-    "spikes compute no quotient by an activation": ("rdiv", "rtruediv", "reciprocal"),
-}
-ADVICE = {name: advice for advice, names in ADVICE_FOR.items() for name in names}
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
 # Largest difference between a network and its graph, relative to the largest output. Folded BatchNorms and another
@@ -231,6 +198,12 @@ def as_tuple(value):
     return value if isinstance(value, tuple) else (value,)
 
 
+def last_line(error):
+    """ " (FILE, line N)": the line in which an error was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f" ({frame.filename}, line {frame.lineno})"
+
+
 class Trace(TorchFunctionMode):
     """One run of a network that records every call on a traced tensor.
 
@@ -268,7 +241,9 @@ class Trace(TorchFunctionMode):
             except (RuntimeError, IndexError, TypeError) as error:
                 shape = " and ".join(f"[B, {str(list(x.shape[1:]))[1:]}" for x in inputs)
                 message = str(error).splitlines()[0]
-                raise ValueError(f"{self.here()} cannot run on an input of {shape}: {message}") from error
+                raise ValueError(f"{self.here()} {CANNOT_RUN} {shape}: {message}") from error
+            except (AttributeError, LookupError, NameError, AssertionError, ArithmeticError) as error:
+                raise ValueError(f"{self.here()} failed: {type(error).__name__}: {error}{last_line(error)}") from error
         self.dag.outputs_nodes = tuple(self.output_node(value) for value in as_tuple(output))
         return self.dag
 

@@ -17,6 +17,7 @@ from runtime.cli import did_you_mean
 
 TORCHVISION_IMAGE_SIZE = 224  # pixels: torchvision's classifiers were trained at 224x224, most of them
 PRETRAINED = "pretrained"  # as --ann_weight: the weights that torchvision or timm has
+CHECKPOINTS = (".pt", ".pth", ".th", ".ckpt", ".safetensors", ".tar")
 NETWORKS = {}  # name -> builder with an attribute `image_size`, the side of its square input in pixels
 
 
@@ -41,6 +42,10 @@ def check_net_name(name):
             raise ValueError(f"torchvision has no image classifier '{name.removeprefix(TORCHVISION)}', see its list")
     elif is_outside(name):
         check_outside(name)
+    elif name.endswith(".py"):
+        raise ValueError(f"{name} is a file, name the class or function in it, {name}:NAME")
+    elif name.endswith(CHECKPOINTS):
+        raise ValueError(f"{name} is a checkpoint, name its network and give the file with --ann_weight")
     elif name not in NETWORKS:
         raise ValueError(
             f"unknown network '{name}', choose one of {', '.join(NETWORKS)}, {FORMS}{did_you_mean(name, NETWORKS)}"

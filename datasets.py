@@ -138,7 +138,9 @@ def folder(root, image_size=None, channels=None, resize=None, preprocess="datase
     (train_files, train_labels), (test_files, test_labels), classes = folder_splits(root)
     channels_found, size_found = channels_and_size(train_files)
     if image_size is None and size_found is None:
-        raise ValueError(f"the images of {root} have several sizes, choose one: --input_shape 3,224,224 or --crop 224")
+        raise ValueError(
+            f"the images of {root} have several sizes, choose one: --input_shape {channels_found},H,W or --crop PIXELS"
+        )
     size = image_size or size_found
     if resize is None and preprocess == "imagenet" and size_found != sides(size):
         resize = round(min(sides(size)) * IMAGENET_RESIZE)
@@ -159,7 +161,9 @@ def folder_splits(root):
         (files, labels, classes), (test_files, test_labels, names) = list_image_folder(train), list_image_folder(test)
         if names != classes:
             different = sorted(set(names) ^ set(classes))
-            raise ValueError(f"{train} and {test} hold different classes ({', '.join(different[:5])})")
+            raise ValueError(
+                f"{train} and {test} hold different classes ({', '.join(different[:5])}), give both the same folders"
+            )
         return (files, torch.tensor(labels)), (test_files, torch.tensor(test_labels)), classes
     if train is None and test is not None:
         train = os.path.join(root, TRAIN_FOLDERS[0])  # its absence is reported
@@ -297,6 +301,8 @@ def prepared_images(name, root, args):
     shape = tuple(images.test_images[[0]].shape[1:])
     mean, std = choose_statistics(args, images)
     images = replace(images, mean=mean, std=std)
+    if getattr(args, "augment", "dataset") == "none":
+        images = replace(images, crop=0, flip=False)
     return images, Preprocessing(shape, mean, std, images.resize, images.classes)
 
 

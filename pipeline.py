@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy
 import torch
 
-from ann_parser import parse_ann_model
+from ann_parser import CANNOT_RUN, parse_ann_model
 from build_network import build_trained_net, check_net_name
 from conversion.plan import plan_conversion
 from dag_rewrites import (
@@ -239,7 +239,7 @@ def load_network(args, images):
     """
     name, net_args = args.net_name, getattr(args, "net_args", None)
     raw_net = build_trained_net(name, images.channels, images.num_classes, args.ann_weight, net_args)
-    net = parse_ann_model(raw_net, (images[0][0][None],))
+    net = trace(raw_net, images)
     net, replaced = replace_activations(net, getattr(args, "replace_activations", None))
     net = prepare_conversion(net, args.maxpool, args.signed, args.avgpool)
     tell_choices(net, args, images, replaced)
@@ -257,9 +257,15 @@ def tell_choices(net, args, images, replaced):
     """Print on stderr what the run does to images, to activation functions, and to max poolings without a flag."""
     preprocessing = getattr(images, "preprocessing", None)
     is_choice = any(getattr(args, name, None) is not None for name in ("mean", "std", "resize", "crop", "input_shape"))
-    is_choice |= getattr(args, "preprocess", "dataset") != "dataset" or args.dataset not in DATASETS or is_outside(args.net_name)
+    is_choice |= (
+        getattr(args, "preprocess", "dataset") != "dataset" or args.dataset not in DATASETS or is_outside(args.net_name)
+    )
     if preprocessing is not None and is_choice:
-        print(preprocessing.in_words(), file=sys.stderr)
+        said = preprocessing.in_words().replace("images:", f"images of {args.dataset}:", 1)
+        crop, flip = getattr(images, "crop", 0), getattr(images, "flip", False)
+        changes = [f"shifted by up to {crop} pixels"] * (crop > 0) + ["mirrored"] * flip
+        training = f"; in training {' and '.join(changes)} (--augment)" if changes and trains(args) else ""
+        print(said + training, file=sys.stderr)
     if replaced:
         print(f"{replaced_in_words(replaced)}: another network, whose accuracy needs finetuning", file=sys.stderr)
     if args.maxpool is None and any(isinstance(entry.op, SpikeMaxPool2d) for entry in net.ops.values()):
@@ -268,6 +274,11 @@ def tell_choices(net, args, images, replaced):
             "input; --maxpool or lets any spike pass",
             file=sys.stderr,
         )
+
+
+def trains(args):
+    """Whether a run trains on the training images."""
+    return bool(args.finetune_epochs or getattr(args, "spike_epochs", 0))
 
 
 def check_float_accuracy(result, args, train_loader):
@@ -287,6 +298,18 @@ def check_float_accuracy(result, args, train_loader):
     if expected is None and has_weights and classes and top1 < NEAR_CHANCE * 100 / classes:
         chance = f"chance is {100 / classes:.3g} %"
         print(f"warning: the float network has {top1:.2f} % ({chance}): {LOOK_AT}", file=sys.stderr)
+
+
+def trace(raw_net, images):
+    """The graph of a network, traced with the first of `images`. Raises as `parse_ann_model`."""
+    image = images[0][0]
+    try:
+        return parse_ann_model(raw_net, (image[None],))
+    except ValueError as error:
+        if CANNOT_RUN not in str(error):
+            raise
+        shape = ",".join(map(str, image.shape))
+        raise ValueError(f"{error}; the images are {shape}, --input_shape C,H,W changes them") from error
 
 
 def choose_measure(args):

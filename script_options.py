@@ -92,6 +92,12 @@ class DataOptions(Options):
         choices=("dataset", "imagenet", "none"),
         main=True,
     )
+    augment: str = option(
+        "dataset",
+        "shifts and mirrors of the training images: those of the data set, or none, as for digits and text",
+        "network and data",
+        choices=("dataset", "none"),
+    )
     mean: tuple = option(
         None,
         "mean per channel that is subtracted from pixels in 0 to 1, such as 0.485,0.456,0.406",

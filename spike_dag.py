@@ -20,6 +20,7 @@ from spike_neurons import ClipFloorShift, IFNeuron
 from spike_simulator import duration, run_ops, simulate
 
 FORMAT = "ann2snn-dag-1"
+CONVERT_ONE = "convert one with ann2snn.py"
 ENGINES = {"auto": torch.uint8, "reference": torch.float64}  # name -> the type of spikes that selects it
 
 
@@ -351,9 +352,13 @@ def load_dag(path):
         with torch.serialization.safe_globals(missing):
             dag = read_torch_file(path, takes_legacy=False)
     except OtherFile as error:
-        raise ValueError(f"{path} holds no network of this toolkit: {error.found}, convert it again") from error
+        raise ValueError(
+            f"{path} holds no network of this toolkit: {error.found}, convert one with ann2snn.py"
+        ) from error
     if not isinstance(dag, SpikeDAGModule):
-        raise ValueError(f"{path} holds a {type(dag).__name__}, not a network of this toolkit, convert it again")
+        raise ValueError(
+            f"{path} holds a {type(dag).__name__}, not a network of this toolkit, convert one with ann2snn.py"
+        )
     return dag
 
 

@@ -50,7 +50,7 @@ def user_loaders(args):
     code = load_code(args.dataset)
     if not callable(code.target):
         raise ValueError(f"{args.dataset} is a {type(code.target).__name__}, name a function that returns {FORMS}")
-    train, test, calibration = three_parts(code.call({}), args.dataset)
+    train, test, calibration = three_parts(code.call({}, how="give it a default"), args.dataset)
     with in_one_line(args.dataset, code.folder), modules_of(code.folder):
         train_images = user_images(train, args.dataset)
         train_images.num_classes = count_classes(train_images, test)
@@ -67,7 +67,7 @@ def three_parts(found, spec):
     """`train, test, calibration` of what the user's code returned. Raises ValueError for another form."""
     if isinstance(found, Mapping) and {"train", "test"} <= set(found):
         parts = found["train"], found["test"], found.get("calibration", found["train"])
-    elif isinstance(found, (tuple, list)) and len(found) in (2, 3):
+    elif isinstance(found, (tuple, list)) and len(found) == 2:
         parts = found[0], found[1], found[0]
     elif isinstance(found, Dataset) and has_length(found):
         counts = [1 - TEST_SHARE, TEST_SHARE]
@@ -78,7 +78,15 @@ def three_parts(found, spec):
     for part in parts:
         if not isinstance(part, Dataset) and not hasattr(part, "__iter__"):
             raise ValueError(f"{spec} returns {in_words(part)} among its data, it has to return {FORMS}")
+        if isinstance(part, (list, tuple)) and part and not is_batch(part[0]):
+            raise ValueError(f"{spec} returns a list of single samples, make a torch Dataset of it")
     return parts
+
+
+def is_batch(item):
+    """Whether an item of a list is a batch: its labels, or its images alone, have the batch as first dimension."""
+    inputs, labels = split_batch(item)
+    return isinstance(labels, torch.Tensor) and labels.dim() > 0 if labels is not None else inputs[0].dim() > 3
 
 
 def user_images(part, spec):

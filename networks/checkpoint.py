@@ -52,7 +52,7 @@ def find_weights(net, path):
     infinite weights.
     """
     if not os.path.exists(path):
-        raise FileNotFoundError(f"no checkpoint {path}, train one with train_ann.py or name another file")
+        raise FileNotFoundError(f"no checkpoint {path}, name the file of the trained weights")
     try:
         saved = read_weights_file(path)
     except OtherFile as error:

@@ -31,16 +31,17 @@ class UserCode:
     folder: str
     target: object
 
-    def call(self, given, offered=()):
+    def call(self, given, offered=(), how="give it with --net_args {name}=VALUE"):
         """The result of the callable.
 
         given: keyword arguments from the user. offered: keyword arguments that it gets where it has a parameter of that
-        name. Raises ValueError, with the user's file and line, if the call fails.
+        name. how: what to do about a missing argument, for the message. Raises ValueError, with the user's file and
+        line, if the call fails.
         """
         parameters = self.parameters()
         named = {name for name, each in parameters.items() if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)}
         arguments = {**{name: value for name, value in dict(offered).items() if name in named}, **given}
-        self.check_arguments(parameters, named, arguments)
+        self.check_arguments(parameters, named, arguments, how)
         with in_one_line(self.spec, self.folder), modules_of(self.folder):
             return self.target(**arguments)
 
@@ -51,7 +52,7 @@ class UserCode:
         except (TypeError, ValueError):
             return {}
 
-    def check_arguments(self, parameters, named, arguments):
+    def check_arguments(self, parameters, named, arguments, how):
         """Raise ValueError for an argument that the callable does not take, and for one that it lacks."""
         takes_any = not parameters or any(each.kind == each.VAR_KEYWORD for each in parameters.values())
         unknown = [name for name in arguments if name not in named]
@@ -63,7 +64,7 @@ class UserCode:
         required = [name for name in named if parameters[name].default is inspect.Parameter.empty]
         missing = sorted(set(required) - set(arguments))
         if missing:
-            raise ValueError(f"{self.spec} needs the argument {missing[0]}, give it with --net_args {missing[0]}=VALUE")
+            raise ValueError(f"{self.spec} needs the argument {missing[0]}, {how.format(name=missing[0])}")
 
 
 def names_code(text):
@@ -179,6 +180,8 @@ def in_one_line(spec, folder):
 
 def first_line(error):
     """The first line of an error's message."""
+    if isinstance(error, SyntaxError):
+        return error.msg  # its text has the line again
     return next(iter(str(error).splitlines()), "")
 
 

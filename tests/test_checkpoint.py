@@ -274,5 +274,5 @@ def test_a_network_of_another_kind_is_named(tmp_path, kind):
     write, message = KINDS[kind]
     write(tmp_path / "odd.pth")
     found = re.split(r": |, |\.\*", message)[0]
-    with pytest.raises(ValueError, match=rf"odd\.pth holds no network of this toolkit: .*{found}.*, convert it again"):
+    with pytest.raises(ValueError, match=rf"odd\.pth holds no network .*: .*{found}.*, convert one with ann2snn"):
         load_dag(tmp_path / "odd.pth")

@@ -507,7 +507,7 @@ def test_grey_files_have_one_channel_unless_the_network_takes_three(tmp_path):
 
 
 def test_files_of_several_sizes_need_a_size(colour_folder):
-    with pytest.raises(ValueError, match="have several sizes, choose one: --input_shape 3,224,224 or --crop 224"):
+    with pytest.raises(ValueError, match="have several sizes, choose one: --input_shape 3,H,W or --crop PIXELS"):
         loaders(colour_folder, image_size=None)
     assert loaders(colour_folder, image_size=None, crop=8)[TEST].dataset[0][0].shape == (3, 8, 8)
 

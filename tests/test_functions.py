@@ -139,7 +139,7 @@ def test_values_that_feed_a_relu_too_are_refused():
 def test_gates_are_refused():
     for gate in (lambda x: x * torch.sigmoid(x), lambda x: x * torch.sigmoid(x.mean([2, 3], keepdim=True))):
         with pytest.raises(
-            NotImplementedError, match=r"no product or quotient of two activations, .*so no gate .* F\.silu"
+            NotImplementedError, match=r"no product or quotient of two activations, .*without gates .* F\.silu"
         ):
             parse_ann_model(after_conv(gate), (image(),))
 

@@ -309,7 +309,7 @@ def test_one_command_converts_it_and_the_file_predicts(project, capsys, monkeypa
     flags = "net.py:Net --dataset datasets.py:with_names --ann_weight weights.pth -e 2 --weight_bitwidth 8"
     ann2snn.main(ann2snn.parse_args(flags.split()))
     said = capsys.readouterr()
-    assert "images: 1x6x6, prepared by the user's own code" in said.err
+    assert "images of datasets.py:with_names: 1x6x6, prepared by the user's own code" in said.err
     assert "max pooling: gate, the largest spike count of a window passes" in said.err
     assert "top-1 % by timestep: T=1 " in said.out and "T=8 " in said.out
     assert "next: python3 show.py out_snn.pth" in said.out
