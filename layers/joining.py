@@ -363,7 +363,7 @@ class ViewOp(Rearrangement):
         return x.reshape(len(x), *self.shape)
 
     def carried(self, values, shape):
-        return self.carry(values, shape) if values.numel() > 1 else values
+        return self.carry(values, shape) if values.numel() > 1 else values.reshape(())
 
     def carry(self, values, shape):
         """As `Rearrangement.carry`. One value per channel stays one if the channels stay.

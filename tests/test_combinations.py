@@ -30,6 +30,8 @@ BEHIND = {
     "a max pooling of rows": lambda x: F.max_pool1d(x.flatten(2), 2).unsqueeze(2),
     "a max pooling of padded maps": lambda x: F.max_pool2d(F.pad(x, (0, 1, 0, 1)), 2, 1),
     "a sum with its mirror image": lambda x: x + x.flip(3),
+    "channels last": lambda x: x.permute(0, 2, 3, 1),
+    "a stack of its channels": lambda x: torch.stack(list(x.unbind(1))[::-1], 1) + x,
     "joins of a slice": lambda x: torch.cat([x[:, 2:], F.relu(x), x], 1),
 }
 
