@@ -290,6 +290,8 @@ def bias_carriers(snn, node):
     if name is None or snn.only_reader(node) is None:
         return []
     op, in_nodes = snn.ops[name].op, snn.ops[name].inputs
+    if op.neuron is not None:
+        return []
     if op.carries_bias:
         before = snn.writer(in_nodes[0])
         reads_spikes = before is not None and snn.ops[before].op.spiking

@@ -127,7 +127,8 @@ class SpikeSetter(Units):
         if value.numel() > 1 and any(extent > 1 for extent in value.shape[value.dim() - places :]):
             raise ValueError(
                 f"{entry.where} reads channels that hold values of different scales, because a permutation has mixed "
-                "the channels before it: use one scale per layer (--per_channel none)"
+                "the channels before it: use one scale per layer (--per_channel none), and give channels no factors "
+                "of their own before it"
             )
 
     def set_neuron(self, entry, unit, largest):

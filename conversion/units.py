@@ -99,7 +99,8 @@ class Units:
             if len(layers) + len(others) > 1 and not self.is_float:
                 unit = least_error_unit(self, natural, layers, others)
         elif others:
-            unit = self.spike_sum_unit([self.added_value(op, n) for op, n in others])
+            values = [self.added_value(op, n) for op, n in others]
+            unit = self.spike_sum_unit([value for value in values if value is not None])
         else:
             unit = torch.tensor(float(self.timesteps))
         if layers and not self.is_float:

@@ -178,7 +178,8 @@ class SpikeBatchNorm(SpikeLayer):
         """Put |weight| into the unit; the sign becomes the integer weight, the shift becomes bias_q.
 
         The integer weight of spikes is as large as the resolution of Vthr needs, at most the largest of the bit width.
-        A channel with a weight next to 0 (`NEXT_TO_NOTHING`) keeps only its bias. 1e-30 prevents divisions by 0.
+        A channel with a weight next to 0 (`NEXT_TO_NOTHING`) keeps only its bias. Channels that are mixed later share
+        the unit of the largest. 1e-30 prevents divisions by 0.
         """
         node, spatial = entry.inputs[0], [1] * (len(setter.shapes[entry.out]) - 1)
         weight, bias = self.weight.detach().view(-1, *spatial), self.bias.detach().view(-1, *spatial)
@@ -195,7 +196,12 @@ class SpikeBatchNorm(SpikeLayer):
             unit = torch.where(silent, unit.clamp_min(finest), unit)
         wanted = (setter.most * unit / reference).ceil().clamp(1, setter.most)
         integer = torch.ones_like(wanted) if setter.is_float else wanted
-        unit = unit / integer
+        if entry.out in setter.mixed:  # one unit for all channels
+            integer = unit / unit.max() * setter.most
+            integer = integer if setter.is_float else integer.round()
+            unit = unit.max() / setter.most
+        else:
+            unit = unit / integer
         weight_q = torch.where(silent, 0.0, weight.sign()) * integer
         bias_q = bias / unit if largest_read is None else setter.rounded(entry.name, bias / unit)
         self.set_integers(weight_q if setter.is_float else weight_q.to(torch.int32), bias_q)

@@ -101,7 +101,7 @@ class SpikeBiasMap(SpikeLayer):
     @property
     def branch_weights(self):
         """The weight of its input, None for a current in its own unit."""
-        return (None if self.weight_q == 1 else self.weight_q,)
+        return (None if (self.weight_q == 1).all() else self.weight_q,)
 
     def set_integers(self, weight_q, bias_q):
         """Store the integer weight, a scalar or broadcastable to a sample, and the bias per step of every element."""

@@ -100,7 +100,8 @@ class SpikeAdd(SpikeLayer):
             elif kind == SPIKES or not setter.shares_unit(node, entry.out):
                 weight = sign * setter.branch_weight(entry.name, node, unit)
             elif sign < 0:
-                weight = torch.tensor(-1.0 if setter.largest_read(entry) is None else -1)
+                is_float = setter.largest_read(entry) is None
+                weight = torch.tensor(-1, dtype=torch.float32 if is_float else torch.int32)
             weights.append(weight)
         self.set_branch_weights(weights)
         largest = setter.largest_of(entry)
@@ -362,11 +363,16 @@ class ViewOp(Rearrangement):
         return x.reshape(len(x), *self.shape)
 
     def carried(self, values, shape):
-        return self.carry(values, shape) if values.numel() > 1 else values
+        return self.carry(values, shape) if values.numel() > 1 else values.reshape(())
 
     def carry(self, values, shape):
-        """As `Rearrangement.carry`. Behind a view to more dimensions, the last ones keep one value if it left them."""
+        """As `Rearrangement.carry`. One value per channel stays one if the channels stay.
+
+        Behind a view to more dimensions, the last ones keep one value if it left them.
+        """
         values, same = values.view(*[1] * (len(shape) - values.dim()), *values.shape), 0
+        if values.numel() == len(values) == self.shape[0]:
+            return values.reshape(-1, *[1] * (len(self.shape) - 1))
         if len(self.shape) > 3:
             unchanged = [a == b and c == 1 for a, b, c in zip(shape[::-1], self.shape[::-1], values.shape[::-1])]
             same = [*unchanged, False].index(False)

@@ -32,7 +32,7 @@ class Rearrangement(SpikeLayer, abstract=True):
         shape: of an input sample.
         """
         if values.numel() == 1:
-            return values
+            return values.reshape(())
         return self.carry(values.view(*[1] * (len(shape) - values.dim()), *values.shape), shape)
 
     def activation(self, x):

@@ -10,6 +10,7 @@ from torch import nn
 from rewrites.graph import holds_image, insert_behind, remove_op, replace_op
 from spike_dag import SpikeDAGModule
 from spike_layers import (
+    LeakyReLUOp,
     SpikeAdd,
     SpikeAffine,
     SpikeBatchNorm,
@@ -32,7 +33,7 @@ def fold_batch_norms(dag: SpikeDAGModule, shapes):
     that can take it over, directly or through poolings, views and joins (`takers`). What a zero padding makes different
     at the border becomes a SpikeBiasMap behind a convolution. Before an add its constant moves behind the add. On the
     image BatchNorms fold only into an unpadded layer, and arithmetic stays. What is left stays a SpikeBatchNorm or
-    SpikeAffine. The network's function in eval mode does not change.
+    SpikeAffine, or becomes weights (`weigh_signed_branches`). The network's function in eval mode does not change.
     """
     merge_relus(dag)
     waiting = [name for name, entry in dag.ops.items() if isinstance(entry.op, (SpikeBatchNorm, SpikeBiasMap))]
@@ -43,6 +44,7 @@ def fold_batch_norms(dag: SpikeDAGModule, shapes):
         fold_into_layers_behind(dag, name, shapes)
         if name in dag.ops:
             waiting += move_behind_add(dag, name, shapes)
+    weigh_signed_branches(dag, shapes)
 
 
 def merge_relus(dag):
@@ -186,7 +188,7 @@ def passed_on(entry, node, factor, shift, shapes):
     if op.is_linear and op.adds and (factor == 1).all() and not isinstance(op, SpikeBiasMap):
         passed = op.activation(*shifts)
         return torch.ones_like(passed), passed
-    if op.channelwise and is_per_channel(factor) and (op.is_linear or (factor > 0).all()):
+    if op.channelwise and is_per_channel(factor) and (op.is_linear or ((factor > 0).all() and is_per_channel(shift))):
         passed = op.activation(shift)
         spread = factor.flatten(2)[:, :, 0].view(1, -1, *[1] * (passed.dim() - 2)).expand_as(passed)
         return spread, passed
@@ -287,6 +289,23 @@ def move_behind_add(dag, name, shapes):
     if (scale.weight == 1).all():
         remove_op(dag, name)
     return moved
+
+
+def weigh_signed_branches(dag, shapes):
+    """Make an affine op between a LeakyReLU and an add a depthwise convolution, as the identity of a RepVGG block.
+
+    Its factors are then integers of the bit width in the unit of the add, as the weights of the other branches. The
+    value of a pair of signs has a unit of its own, in which a small factor would be finer than these weights.
+    """
+    for name, entry in list(dag.ops.items()):
+        norm, before, reader = entry.op, dag.writer(entry.inputs[0]), dag.only_reader(entry.out)
+        if not isinstance(norm, SpikeBatchNorm) or None in (before, reader) or len(shapes[entry.out]) != 3:
+            continue
+        if isinstance(dag.ops[before].op, LeakyReLUOp) and isinstance(dag.ops[reader].op, SpikeAdd):
+            layer = SpikeConv2d(norm.channels, norm.channels, (1, 1), (1, 1), (0, 0), (1, 1), norm.channels)
+            layer.weight, layer.frozen = nn.Parameter(norm.weight.detach().view(-1, 1, 1, 1)), norm.frozen
+            layer.bias = norm.bias if norm.bias.any() else None
+            replace_op(dag, name, layer.train(norm.training))
 
 
 def change_sign(dag, name, node):
