@@ -75,7 +75,36 @@ class SpikeReLU(SpikeLayer):
         return "" if self.ceiling is None else f"ceiling={self.ceiling:g}"
 
 
-class SpikeBatchNorm(SpikeLayer):
+class ScaledCurrent(SpikeLayer, abstract=True):
+    """A layer that sends the current weight_q * x + bias_q, integers for every channel or element."""
+
+    def set_integers(self, weight_q, bias_q):
+        """Store the integer weight and the bias per step, both broadcastable to a sample."""
+        self.register_buffer("weight_q", weight_q)
+        self.register_buffer("bias_q", bias_q)
+
+    def current(self, x):
+        data = widened(x.total() if isinstance(x, Current) else x.data)
+        current = data * self.weight_q.to(data.dtype) + self.bias_q.to(data.dtype)
+        return Current(current, x.timesteps, isinstance(x, Current) and x.constant)
+
+    def largest_sum(self, largest_read):
+        return (largest_read[0] * self.weight_q.abs() + self.bias_q.abs()).max().item()
+
+    def plan(self, place):
+        """CURRENT before a neuron, ANALOG in a part that stays ANN. Raises ValueError elsewhere."""
+        if place.reads[0] == ANALOG or (place.reads[0] == SPIKES and not place.before_neuron):
+            return ANALOG
+        if place.feeds_neuron:
+            return CURRENT
+        raise ValueError(self.refusal(place))
+
+    def refusal(self, place):
+        """The message for a place behind which no neuron takes the current."""
+        raise NotImplementedError
+
+
+class SpikeBatchNorm(ScaledCurrent):
     """A BatchNorm in eval mode that could not be folded: `weight * x + bias` per channel.
 
     It stands before a ReLU, as in DenseNet, which normalises before its convolutions, and reads spikes or currents.
@@ -141,11 +170,6 @@ class SpikeBatchNorm(SpikeLayer):
         """Number of dimensions of a sample behind the channels."""
         return self.bias_q.dim() - 1
 
-    def set_integers(self, weight_q, bias_q):
-        """Store the integer weight and the bias per step, both broadcastable to a sample."""
-        self.register_buffer("weight_q", weight_q)
-        self.register_buffer("bias_q", bias_q)
-
     @classmethod
     def parameters_of(cls, integers):
         return {name: values.flatten() for name, values in integers.items()}
@@ -154,22 +178,9 @@ class SpikeBatchNorm(SpikeLayer):
         shape = [-1, *[1] * (x.dim() - 2)]
         return x * self.weight.view(shape) + self.bias.view(shape)
 
-    def current(self, x):
-        data = widened(x.total() if isinstance(x, Current) else x.data)
-        current = data * self.weight_q.to(data.dtype) + self.bias_q.to(data.dtype)
-        return Current(current, x.timesteps, isinstance(x, Current) and x.constant)
-
-    def largest_sum(self, largest_read):
-        return (largest_read[0] * self.weight_q.abs() + self.bias_q.abs()).max().item()
-
-    def plan(self, place):
-        """CURRENT before a neuron, ANALOG in a part that stays ANN. Raises ValueError elsewhere."""
-        if place.reads[0] == ANALOG or (place.reads[0] == SPIKES and not place.before_neuron):
-            return ANALOG
-        if place.feeds_neuron:
-            return CURRENT
+    def refusal(self, place):
         split = "" if place.splits_signs() else ", or split the values behind it by sign (--signed pair)"
-        raise ValueError(
+        return (
             f"{place.where} adds constants to spikes or turns their signs, and the layers behind it cannot take that "
             f"over: put it behind a convolution or linear layer, or before a ReLU{split}"
         )

@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from layers.activations import SpikeBatchNorm
-from layers.base import ANALOG, CURRENT, SPIKES, SpikeLayer, widened
+from layers.activations import ScaledCurrent, SpikeBatchNorm
+from layers.base import ANALOG, SPIKES, SpikeLayer
 from runtime.rules import CHANNELS, several
-from spike_tensor import Current, SpikeTensor
+from spike_tensor import SpikeTensor
 
 SHAPE = several(CHANNELS, 1, 8)
 
@@ -74,7 +74,7 @@ class SpikeAffine(SpikeBatchNorm):
         return 0.0 if self.passes_spikes else super().spike_operations(spikes)
 
 
-class SpikeBiasMap(SpikeLayer):
+class SpikeBiasMap(ScaledCurrent):
     """A constant for every element of a sample, `x + bias`; bias: [C, H, W] or [N].
 
     It holds what a zero padding makes different at the border, where a BatchNorm behind a ReLU is folded into a padded
@@ -103,11 +103,6 @@ class SpikeBiasMap(SpikeLayer):
         """The weight of its input, None for a current in its own unit."""
         return (None if (self.weight_q == 1).all() else self.weight_q,)
 
-    def set_integers(self, weight_q, bias_q):
-        """Store the integer weight, a scalar or broadcastable to a sample, and the bias per step of every element."""
-        self.register_buffer("weight_q", weight_q)
-        self.register_buffer("bias_q", bias_q)
-
     @classmethod
     def parameters_of(cls, integers):
         return {name: values for name, values in integers.items() if name == "bias"}
@@ -120,21 +115,8 @@ class SpikeBiasMap(SpikeLayer):
             )
         return x + self.bias
 
-    def current(self, x):
-        data = widened(x.total() if isinstance(x, Current) else x.data)
-        current = data * self.weight_q.to(data.dtype) + self.bias_q.to(data.dtype)
-        return Current(current, x.timesteps, isinstance(x, Current) and x.constant)
-
-    def largest_sum(self, largest_read):
-        return (largest_read[0] * self.weight_q.abs() + self.bias_q.abs()).max().item()
-
-    def plan(self, place):
-        """CURRENT before a neuron, ANALOG in a part that stays ANN. Raises ValueError elsewhere."""
-        if place.reads[0] == ANALOG or (place.reads[0] == SPIKES and not place.before_neuron):
-            return ANALOG
-        if place.feeds_neuron:
-            return CURRENT
-        raise ValueError(
+    def refusal(self, place):
+        return (
             f"{place.where} adds a constant for every element and has no ReLU behind it: add one, or put it directly "
             "behind a convolution or linear layer"
         )
