@@ -51,7 +51,8 @@ from options import (
     preset_options,
 )
 from quantization import as_dag, quantize_finetune, weights_in_words
-from runtime.batches import loader_for, reusable
+from runtime.batches import batches_of_dataset, loader_for, reusable
+from runtime.cli import did_you_mean
 from runtime.device import choose_device, seed_everything
 from runtime.packages import REPORT_PACKAGES, check_packages
 from snn_weight_setter import convert
@@ -68,7 +69,7 @@ LOOK_AT = (
 )
 
 
-@dataclass
+@dataclass(repr=False)
 class Networks:
     """The result of a conversion. ann, qnet, snn: the float, the quantized and the spiking network.
 
@@ -81,6 +82,10 @@ class Networks:
     snn: torch.nn.Module = None
     seconds: dict = field(default_factory=dict)
     accuracies: dict = field(default_factory=dict)
+
+    def __repr__(self):
+        shares = [f"{name} {result['top1']:.2f} %" for name, result in self.accuracies.items() if "top1" in result]
+        return f"Networks({', '.join(shares) or 'not measured'})"
 
     @property
     def ann_top1(self):
@@ -110,7 +115,7 @@ class Networks:
 def convert_network(net, train_loader, test_loader=None, *, criterion=None, preset="specification", **options):
     """Quantize, finetune and convert a plain nn.Module; returns Networks. Options default to those of the command line.
 
-    train_loader: images [B, C, H, W] and labels [B] for finetuning and calibration.
+    train_loader: images [B, C, H, W] and labels [B] for finetuning and calibration, or a torch Dataset of such samples.
     test_loader: images and labels on which the three networks are measured, or None to measure nothing. The results are
     `ann_top1`, `qnet_top1`, `snn_top1`, and the list `snn_top1_by_timestep`, in percent.
     criterion: the finetuning loss, by default cross entropy. preset: a name of `options.PRESETS`. options: fields of
@@ -123,8 +128,9 @@ def convert_network(net, train_loader, test_loader=None, *, criterion=None, pres
     args = options_by_name(preset, options)
     device, criterion = choose_device(args.device), criterion or torch.nn.CrossEntropyLoss()
     seed_everything(args.seed)
-    train_loader = reusable(loader_for(net, train_loader))
-    test_loader = None if test_loader is None else reusable(loader_for(net, test_loader))
+    check_module(net)
+    train_loader = reusable(loader_for(net, batches_of_dataset(train_loader, shuffle=True)))
+    test_loader = None if test_loader is None else reusable(loader_for(net, batches_of_dataset(test_loader)))
     graph, _ = replace_activations(as_dag(net, train_loader), args.replace_activations)
     graph = prepare_conversion(graph, args.maxpool, args.signed, args.avgpool)
     plan_conversion(graph, args.ann_layers)  # what cannot be converted is refused before the finetuning
@@ -136,6 +142,14 @@ def convert_network(net, train_loader, test_loader=None, *, criterion=None, pres
     return make(args, graph, (train_loader, train_loader), criterion, device, measure)
 
 
+def check_module(net):
+    """Raise ValueError, with what to give instead, for what is no network."""
+    if isinstance(net, type):
+        raise ValueError(f"the network is the class {net.__name__}, give an instance, {net.__name__}(...)")
+    if not isinstance(net, torch.nn.Module):
+        raise ValueError(f"the network is a {type(net).__name__}, give a torch.nn.Module with its weights loaded")
+
+
 def options_by_name(preset, options):
     """A namespace with all options of a conversion, by a preset and the given options.
 
@@ -145,7 +159,8 @@ def options_by_name(preset, options):
     known = defaults(*classes)
     unknown = [name for name in options if name not in known]
     if unknown:
-        raise TypeError(f"convert_network has no option {unknown[0]}, it has {', '.join(known)}")
+        close = did_you_mean(unknown[0], known)
+        raise TypeError(f"convert_network has no option {unknown[0]}{close or ', it has ' + ', '.join(known)}")
     timesteps = options.get("timesteps", known["timesteps"])
     args = SimpleNamespace(**{**known, **preset_options(preset, timesteps), **options})
     for cls in classes:

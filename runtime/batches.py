@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 INPUT_KEYS = ("image", "images", "img", "pixel_values", "input", "inputs", "x", "data")
 LABEL_KEYS = ("label", "labels", "target", "targets", "y", "class")
@@ -60,6 +60,11 @@ def in_words(batch):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Several inputs
+
+
+def batches_of_dataset(loader, shuffle=False):
+    """The loader itself, or one of batches of 100 for a torch Dataset."""
+    return DataLoader(loader, 100, shuffle) if isinstance(loader, Dataset) else loader
 
 
 def loader_for(net, loader):

@@ -121,3 +121,38 @@ def test_a_wrong_option_is_refused_before_the_work(options, error, message):
     net, loader = small_net()
     with pytest.raises(error, match=message):
         convert_network(net, loader, loader, **options)
+
+
+def test_what_is_no_network_is_refused_with_what_to_give(small):
+    net, images, labels = small
+    loader = [(images, labels)]
+    with pytest.raises(
+        ValueError, match=r"the network is the class Sequential, give an instance, Sequential\(\.\.\.\)"
+    ):
+        convert_network(torch.nn.Sequential, loader)
+    with pytest.raises(ValueError, match=r"the network is a OrderedDict, give a torch\.nn\.Module with its weights"):
+        convert_network(net.state_dict(), loader)
+    with pytest.raises(TypeError, match="convert_network has no option timestep, did you mean timesteps"):
+        convert_network(net, loader, timestep=8)
+
+
+def test_datasets_may_stand_for_loaders_and_the_result_prints_in_a_line(small):
+    net, images, labels = small
+    dataset = torch.utils.data.TensorDataset(images, labels)
+    result = convert_network(net, dataset, dataset, finetune_epochs=0, timesteps=4, device="cpu")
+    assert (
+        repr(result)
+        == f"Networks(ann {result.ann_top1:.2f} %, qnet {result.qnet_top1:.2f} %, snn {result.snn_top1:.2f} %)"
+    )
+    again = convert_network(net, [(images, labels)], [(images, labels)], finetune_epochs=0, timesteps=4, device="cpu")
+    assert result.ann_top1 == again.ann_top1 and repr(
+        convert_network(net, dataset, finetune_epochs=0, timesteps=2)
+    ) == ("Networks(not measured)")
+
+
+@pytest.fixture
+def small():
+    """A small network, 32 images and their labels."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 3), torch.nn.ReLU(), torch.nn.Flatten()]
+    return torch.nn.Sequential(*layers, torch.nn.Linear(64, 3)).eval(), torch.rand(32, 1, 8, 8), torch.arange(32) % 3
