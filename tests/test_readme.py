@@ -38,7 +38,7 @@ ARGUMENTS = (
 # what a reader writes or downloads, in words that look like files of the repository
 READERS_FILES = {
     *("example.py", "train2017/", "val2017/", "file.py", "layers.py", "path/net.py", "path/data.py"),
-    *("path/to/net.py", "path/to/data.py", "path/to/file.py", "my_project/net.py"),
+    *("resnet.py", "path/to/net.py", "path/to/data.py", "path/to/file.py", "my_project/net.py"),
 }
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
