@@ -6,7 +6,6 @@ nothing has to be restored after an error. A function outside the table is refus
 """
 
 import copy
-import traceback
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -198,12 +197,6 @@ def as_tuple(value):
     return value if isinstance(value, tuple) else (value,)
 
 
-def last_line(error):
-    """ " (FILE, line N)": the line in which an error was raised."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f" ({frame.filename}, line {frame.lineno})"
-
-
 class Trace(TorchFunctionMode):
     """One run of a network that records every call on a traced tensor.
 
@@ -242,8 +235,6 @@ class Trace(TorchFunctionMode):
                 shape = " and ".join(f"[B, {str(list(x.shape[1:]))[1:]}" for x in inputs)
                 message = str(error).splitlines()[0]
                 raise ValueError(f"{self.here()} {CANNOT_RUN} {shape}: {message}") from error
-            except (AttributeError, LookupError, NameError, AssertionError, ArithmeticError) as error:
-                raise ValueError(f"{self.here()} failed: {type(error).__name__}: {error}{last_line(error)}") from error
         self.dag.outputs_nodes = tuple(self.output_node(value) for value in as_tuple(output))
         return self.dag
 

@@ -10,6 +10,7 @@ import copy
 import platform
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -316,7 +317,10 @@ def check_float_accuracy(result, args, train_loader):
 
 
 def trace(raw_net, images):
-    """The graph of a network, traced with the first of `images`. Raises as `parse_ann_model`."""
+    """The graph of a network, traced with the first of `images`. Raises as `parse_ann_model`.
+
+    An error of the network's own code becomes a ValueError with its file and line.
+    """
     image = images[0][0]
     try:
         return parse_ann_model(raw_net, (image[None],))
@@ -325,6 +329,10 @@ def trace(raw_net, images):
             raise
         shape = ",".join(map(str, image.shape))
         raise ValueError(f"{error}; the images are {shape}, --input_shape C,H,W changes them") from error
+    except (AttributeError, LookupError, NameError, AssertionError, ArithmeticError) as error:  # of the user's forward
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
+        raise ValueError(f"the network's forward failed: {reason}") from error
 
 
 def choose_measure(args):

@@ -45,6 +45,15 @@ def leaves(num_classes):
     raise SystemExit("no")
 
 
+class Typo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(36, 2)
+
+    def forward(self, x):
+        return self.fcc(x.flatten(1))
+
+
 def number():
     return 3
 
@@ -371,3 +380,28 @@ def test_an_own_network_trains_too(project, capsys):
 )
 def test_a_teacher_may_be_named_by_file(teacher, split):
     assert train_ann.network_and_file(teacher) == split
+
+
+def test_an_error_of_forward_is_one_line_with_its_place(project):
+    flags = "net.py:Typo --dataset datasets.py:both -e 0"
+    message = r"the network's forward failed: AttributeError: 'Typo' object has no attribute 'fcc' \(.*, line \d+\)"
+    with pytest.raises(ValueError, match=message):
+        ann2snn.main(ann2snn.parse_args(flags.split()))
+
+
+def test_a_shape_that_does_not_fit_names_the_flag(project):
+    flags = "net.py:Wide --dataset datasets.py:both -e 0"
+    (project / "net.py").write_text(
+        (project / "net.py").read_text() + "\n\ndef Wide():\n    return nn.Conv2d(3, 2, 3)\n"
+    )
+    with pytest.raises(ValueError, match=r"cannot run on an input of .*; the images are 1,6,6, --input_shape C,H,W"):
+        ann2snn.main(ann2snn.parse_args(flags.split()))
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [("net.py", "net.py is a file, name the class or function in it, net.py:NAME"), ("w.pth", "w.pth is a checkpoint")],
+)
+def test_a_file_alone_is_no_network(name, message):
+    with pytest.raises(ValueError, match=message):
+        get_net_by_name(name)
