@@ -137,8 +137,9 @@ def without_effect(args, given):
         note("there is no --report", "analysis_images", "sweep")
     if args.dataset in WITHOUT_FILES or os.path.isdir(args.dataset) or names_code(args.dataset):
         note(f"--dataset {args.dataset} does not need it", "dataset_root")
-    if names_code(args.dataset):
-        note(f"{args.dataset} prepares its own images", "preprocess", "mean", "std", "resize", "crop")
+    if names_code(args.dataset) or args.dataset == "COCO":
+        own = "preprocess", "augment", "mean", "std", "resize", "crop"
+        note(f"{args.dataset} prepares its own images", *own)
     if args.mean is not None and args.std is not None and args.preprocess != "imagenet":
         note("--mean and --std are given", "preprocess")
     return list(found.items())

@@ -249,10 +249,10 @@ def get_dataset(args):
 
     args: `dataset` is a name in DATASETS or DETECTION_DATASETS, the path of an image folder, or code of the user
     (`inputs.user_data`). Optional, with defaults: dataset_root "./data", image_size 32 (pixels, a side or (H, W); None
-    is the size of the data), channels None, preprocess "dataset", mean, std, resize and crop None, batch_size 128,
-    test_batch_size 100, num_workers 0, val_share 0, seed 0. Every `loader.dataset` has `channels`, `classes`,
-    `num_classes` and `preprocessing`. Raises ValueError for an unknown name, and OSError or ValueError where files are
-    missing or unusable.
+    is the size of the data), channels None, preprocess and augment "dataset", mean, std, resize and crop None,
+    batch_size 128, test_batch_size 100, num_workers 0, val_share 0, seed 0. Every `loader.dataset` has `channels`,
+    `classes`, `num_classes` and `preprocessing`. Raises ValueError for an unknown name, and OSError or ValueError where
+    files are missing or unusable.
     """
     name, root = args.dataset, getattr(args, "dataset_root", "./data")
     if name not in (*DATASETS, *DETECTION_DATASETS) and os.path.isdir(name):

@@ -299,13 +299,11 @@ def trains(args):
 
 def check_float_accuracy(result, args, train_loader):
     """Raise ValueError if the float network has not the accuracy of --expect_top1; without it, warn near chance."""
-    expected, classes = getattr(args, "expect_top1", None), getattr(train_loader, "dataset", None)
-    classes = getattr(classes, "num_classes", None)
-    if result is None or "top1" not in result:
+    is_other = getattr(args, "replace_activations", None)  # another network than the one that the user measured
+    if is_other or result is None or "top1" not in result:
         return
-    top1, samples = result["top1"], result["samples"]
-    if getattr(args, "replace_activations", None):
-        return  # it is another network than the one that was measured
+    expected, top1, samples = getattr(args, "expect_top1", None), result["top1"], result["samples"]
+    classes = getattr(getattr(train_loader, "dataset", None), "num_classes", None)
     if expected is not None and abs(top1 - expected) > max(TOP1_TOLERANCE, 100 / samples):
         raise ValueError(
             f"the float network has {top1:.2f} % of {samples} test images, --expect_top1 is {expected:g}: {LOOK_AT}"

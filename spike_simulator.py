@@ -178,10 +178,6 @@ class Stages:
             else:
                 self.before.append(entry)
 
-    def has_ann_between(self):
-        """Whether a layer between spiking ones stays ANN. It reads the decoded spikes of all timesteps."""
-        return not all(entry.op.spiking for entry in self.between)
-
     def all_at_once(self):
         """Whether all timesteps have to be one chunk: a layer listens, or stays ANN between spiking ones."""
         for entry in self.between:

@@ -311,14 +311,19 @@ def area(boxes):
     return (boxes[:, 2:] - boxes[:, :2]).prod(1)
 
 
+DEFAULT_SIZE = 96  # pixels: the side of yolo_tiny's images
+
+
 def coco_loaders(root, args):
     """`test_loader, val_loader, train_loader, train_val_loader` of the COCO files below `root`.
 
-    Optional in `args`, with defaults: image_size 96 (pixels), batch_size 128, test_batch_size 100, num_workers 0,
-    val_share 0, seed 0. Raises OSError or ValueError where files are missing or damaged, or the splits have different
-    categories.
+    Optional in `args`, with defaults: image_size 96 (the side in pixels), batch_size 128, test_batch_size 100,
+    num_workers 0, val_share 0, seed 0. Raises OSError or ValueError where files are missing or damaged, or the
+    splits have different categories.
     """
-    size = getattr(args, "image_size", 96)
+    size = getattr(args, "image_size", None) or DEFAULT_SIZE
+    if not isinstance(size, int):
+        raise ValueError(f"--dataset COCO makes square images, not {size[0]}x{size[1]}: give --input_shape 3,S,S")
     train, test = (CocoSplit(root, split, size) for split in ("train", "test"))
     if train.categories != test.categories:
         raise ValueError(f"{train.file} and {test.file} list different categories, use files of the same release")

@@ -97,6 +97,12 @@ def loaders(root, **options):
     return get_dataset(SimpleNamespace(dataset="COCO", dataset_root=str(root), **{"image_size": 96, **options}))
 
 
+def test_images_are_square(shapes):
+    with pytest.raises(ValueError, match="COCO makes square images, not 64x96: give --input_shape 3,S,S"):
+        loaders(shapes, image_size=(64, 96))
+    assert loaders(shapes, image_size=None)[0].dataset[0][0].shape == (3, 96, 96)
+
+
 def error_of(root):
     with pytest.raises((ValueError, OSError)) as error:
         loaders(root)
