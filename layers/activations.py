@@ -114,6 +114,7 @@ class SpikeBatchNorm(ScaledCurrent):
 
     fields = {"channels": CHANNELS}  # noqa: RUF012
     is_linear = hands_on = carries_bias = any_shape = True
+    mean = beta = None  # [C], of the network: bias = beta - mean * weight
 
     def __init__(self, channels):
         super().__init__()
@@ -124,6 +125,18 @@ class SpikeBatchNorm(ScaledCurrent):
     def channels(self):
         """Number of channels, C."""
         return len(self.weight)
+
+    def folded_bias(self, bias):
+        """The bias of a layer that takes this over, [C]; bias: its own, [C], or None.
+
+        It is rounded as torch.onnx and PyTorch's own folding round it, so that a network and its exported file have the
+        same integers, and so the same spikes.
+        """
+        if bias is None:
+            return self.bias.detach().clone()
+        if self.mean is None or not torch.equal(self.bias, self.beta - self.mean * self.weight):
+            return bias * self.weight + self.bias  # arithmetic before it went into its constant
+        return (bias - self.mean) * self.weight + self.beta
 
     @classmethod
     def traced(
@@ -144,9 +157,12 @@ class SpikeBatchNorm(ScaledCurrent):
         if input.dim() not in (2, 4):
             trace.refuse(function, f"the input must be [B, C, H, W] or [B, N], not {list(input.shape)}")
         op = cls(len(running_mean))
-        factor = (running_var.detach().double() + eps).rsqrt() * (1.0 if weight is None else weight.detach().double())
-        shift = (0.0 if bias is None else bias.detach().double()) - running_mean.detach().double() * factor
-        op.weight, op.bias = nn.Parameter(factor.to(input.dtype)), nn.Parameter(shift.to(input.dtype))
+        mean, deviation = running_mean.detach(), (running_var.detach() + eps).sqrt()
+        factor = (torch.ones_like(mean) if weight is None else weight.detach()) / deviation
+        beta = torch.zeros_like(mean) if bias is None else bias.detach()
+        op.mean, op.beta = mean.to(input.dtype), beta.to(input.dtype)
+        op.weight = nn.Parameter(factor.to(input.dtype))
+        op.bias = nn.Parameter(op.beta - op.mean * op.weight.detach())
         op.frozen = frozen_names(weight, bias)
         output = function(input, running_mean, running_var, weight, bias, False, momentum, eps)
         return trace.record("batch_norm", op, [input], output)

@@ -68,7 +68,12 @@ def fold_into_layer_before(dag, name):
     if before is None:
         return False
     layer = dag.ops[before].op
-    layer.scale_output(norm.weight, sign * norm.bias)
+    if type(norm) is SpikeBatchNorm:
+        bias = norm.folded_bias(layer.bias)
+        layer.scale_output(norm.weight)
+        layer.bias = nn.Parameter(bias)
+    else:
+        layer.scale_output(norm.weight, sign * norm.bias)
     for each in maps:
         each.bias.mul_(norm.weight.view(-1, *[1] * (each.bias.dim() - 1)))
     layer.frozen &= norm.frozen  # a parameter stays frozen only if it is frozen in both

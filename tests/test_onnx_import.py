@@ -92,27 +92,17 @@ def test_a_file_with_batch_norms_gives_the_spikes_of_the_network(name, tmp_path)
     assert same_spikes(net, imported, images)
 
 
-@pytest.mark.parametrize("opset", [11, 15, 20])
-def test_a_file_with_folded_batch_norms_gives_the_spikes_of_its_weights(opset, tmp_path):
-    """An exporter folds BatchNorms in float32, and so rounds other than the tracer. Folded its way, all is the same."""
+@pytest.mark.parametrize("options", [{}, *({"dynamo": False, "opset_version": opset} for opset in (11, 15, 20))])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_file_with_folded_batch_norms_gives_the_spikes_of_the_network(bias, options, tmp_path):
+    """The tracer rounds as the exporters do when they fold a BatchNorm, so all weights are the same, and all spikes."""
     net, images = network("resnet20"), torch.randn(4, 3, 8, 8)
-    imported = load_onnx(exported(net, tmp_path, (3, 8, 8), dynamo=False, opset_version=opset))
-    assert same_spikes(folded(net), imported, images)
-
-
-@torch.no_grad()
-def folded(net):
-    """A copy whose BatchNorms are folded into the convolutions by the formula of torch.onnx."""
-    net = copy.deepcopy(net)
-    for module in list(net.modules()):
-        for first, second in zip(list(module.named_children()), list(module.named_children())[1:]):
-            (_, conv), (name, norm) = first, second
-            if isinstance(norm, nn.BatchNorm2d):
-                factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-                conv.weight.copy_(conv.weight * factor[:, None, None, None])
-                conv.bias = nn.Parameter(norm.bias - norm.running_mean * factor)
-                setattr(module, name, nn.Identity())
-    return net
+    if bias:
+        for conv in [module for module in net.modules() if isinstance(module, nn.Conv2d)]:
+            conv.bias = nn.Parameter(torch.randn(conv.out_channels))
+    imported = load_onnx(exported(net, tmp_path, (3, 8, 8), **options))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in imported.modules())
+    assert same_spikes(net, imported, images)
 
 
 @pytest.mark.parametrize("exporter", EXPORTERS)
