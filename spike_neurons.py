@@ -3,11 +3,12 @@
 import torch
 from torch import nn
 
+import spike_tensor
 from kernels.currents import EXACT_IN_FLOAT32
 from kernels.integer_state import IntegerState
 from kernels.memory_order import order
 from kernels.neurons import can_run_compiled, if_steps, learning_steps, learning_steps_back
-from spike_tensor import Current, Memory, SpikeTensor
+from spike_tensor import Current, Memory, SpikeTensor, note_firing_ratio
 
 RESET_MODES = ("zero", "subtraction")
 
@@ -149,6 +150,8 @@ class IFNeuron(nn.Module):
         `memory` keeps the membrane potentials for the following steps.
         """
         memory = Memory(current.timesteps) if memory is None else memory
+        if memory.counting is not None:
+            return self.count(current, memory)
         dtype = self.membrane_type(memory.timesteps)
         if self.learns:
             return SpikeTensor.like(self.unroll(current, dtype), current.timesteps, self.scale_factor)
@@ -170,6 +173,45 @@ class IFNeuron(nn.Module):
         memory.by_layer[self] = membrane
         spikes = torch.cat(spikes) if len(spikes) > 1 else spikes[0]
         return SpikeTensor(spikes, current.timesteps, self.scale_factor)  # [T*B, ...]
+
+    def counts_suffice(self, timesteps):
+        """Whether `count` gives the spikes of a simulation of T steps."""
+        listens = self.listen >= timesteps and self.reset_mode == "subtraction"
+        return listens and self.spike_type == torch.uint8 and not self.learns
+
+    def count(self, current, memory):
+        """The number of spikes in all T steps, a SpikeTensor of one step, for neurons that listen for T steps.
+
+        They know the sum of their currents before the first spike, so that they send clip(floor(u / Vthr), 0, T)
+        spikes, without a gap. current: that of the sum of all steps' spikes, with the biases of one step, or the same
+        at every step (`constant`). The quotient of whole numbers below 2^24 in float32, or 2^53 in float64, never
+        reaches the next whole number by rounding.
+        """
+        counting, timesteps = memory.counting, memory.timesteps
+        total = current.total().to(counting.dtype)  # [B, ...]
+        if counting.measures:
+            counting.at_rest[self], counts = total, torch.zeros_like(total)
+        elif current.constant:
+            counts = self.count_in_turn(current.data, timesteps).to(counting.dtype)
+        else:
+            potential = total + (timesteps - 1) * counting.at_rest[self] + self.initial_potential
+            counts = (potential / self.Vthr).floor_().clamp_(0, timesteps)
+        if spike_tensor.firing_ratio_record:
+            note_firing_ratio(counts, timesteps)
+        return SpikeTensor.like(counts, 1, self.scale_factor)
+
+    def count_in_turn(self, current, timesteps):
+        """The spike counts [B, ...] of a float current [B, ...] that is the same at every step.
+
+        It adds and subtracts in the order of the steps, because sums of floats depend on it.
+        """
+        membrane, counts = self.initial_potential.to(torch.float32).expand_as(current), torch.zeros_like(current)
+        for _ in range(timesteps):
+            membrane = membrane + current
+        for _ in range(timesteps):
+            membrane, spike = if_step(membrane, torch.zeros((), device=current.device), self.Vthr, self.reset_mode)
+            counts += spike
+        return counts
 
     def hear(self, current, membrane):
         """Add the first `listen` steps to `membrane`, and return the currents of the T steps in which neurons fire.

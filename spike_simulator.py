@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 
 import spike_tensor
-from spike_tensor import Current, Memory, SpikeTensor, decode
+from spike_tensor import Counting, Current, Memory, SpikeTensor, decode
 
 BYTES_PER_CURRENT = 16  # working set per element of the largest layer: current, spikes, membrane potential, skips
 THREAD_BYTES = 64 * 2**20  # working set of one CPU thread; the currents, a quarter of it, stay in the cache
@@ -108,14 +108,17 @@ def simulate(dag, inputs, timesteps, every_step=False, watch=None):
 
     The batch is cut into parts and the timesteps into chunks, so that the working set fits the cache and
     `memory_budget` for any B and T. All steps are one chunk if a layer listens before it fires, or if a layer between
-    spiking ones stays ANN. On a CPU each thread simulates other parts. With a `watch`, the whole batch is one part, and
+    spiking ones stays ANN. Where all layers listen for all T steps, one pass computes all spike counts. On a CPU each thread simulates other parts. With a `watch`, the whole batch is one part, and
     `watch` is called for every op and chunk. Raises Misfit if shapes do not fit an op.
     """
     stages = Stages(dag)
-    images, steps = cut(dag, inputs, timesteps, stages)
+    counting = counting_of(dag, stages, inputs, timesteps) if watch is None else None
+    images, steps = cut(dag, inputs, timesteps if counting is None else 1, stages)
     parts = [inputs] if watch is not None else list(zip(*(x.split(images) for x in inputs)))
 
     def work(part):
+        if counting is not None:
+            return CountedPart(dag, stages, part, timesteps, counting).run(every_step)
         return Part(dag, stages, part, timesteps, watch).run(steps, every_step)
 
     results = each_part(work, parts)
@@ -256,6 +259,61 @@ class Part:
         """Run the ops behind the last spikes on `values` and return the network's outputs."""
         run_ops(self.stages.behind, values, watch=self.watch)
         return [values[node] for node in self.stages.outputs]
+
+
+class CountedPart(Part):
+    """The simulation of a part of a batch by spike counts: one pass for all steps (`counting_of`)."""
+
+    def __init__(self, dag, stages, inputs, timesteps, counting):
+        super().__init__(dag, stages, inputs, timesteps)
+        self.memory = Memory(timesteps, counting)
+
+    def run(self, every_step):
+        """`outputs, ratios`, as `Part.run`: the same numbers."""
+        run_ops(self.stages.before, self.constants)
+        with own_record() as record:
+            values, trains = self.advance(1)
+        self.count(trains, 1)
+        if not every_step:
+            return self.outputs(values), list(record)
+        self.counts, self.done = {}, 0
+        trains = {node: without_gaps(train, self.timesteps) for node, train in trains.items()}
+        return self.outputs_so_far({**values, **trains}, trains, self.timesteps), list(record)
+
+
+def without_gaps(train, timesteps):
+    """The spikes of counts: each neuron fires at every step from the first on. SpikeTensor [B, ...] -> [T*B, ...]."""
+    steps = torch.arange(timesteps, device=train.data.device).view(-1, *[1] * train.data.dim())
+    return SpikeTensor.like((train.data > steps).to(torch.uint8).flatten(0, 1), timesteps, train.scale_factor)
+
+
+def counting_of(dag, stages, inputs, timesteps):
+    """The Counting of a simulation whose layers all listen for all T steps, or None for one that needs the steps.
+
+    Such neurons send clip(floor(u / Vthr), 0, T) spikes, where u contains the currents of all steps. As currents are
+    weighted sums, the sum of all currents is the current of the spike counts, plus T - 1 times that of no spikes at
+    all: the biases. The counts are those of the steps, bit for bit. Steps are needed for gradients, by the reference
+    engine, with reset to zero, with float weights, and where an ANN layer stands between spiking ones. On a GPU, whose
+    libraries choose algorithms that round, too.
+    """
+    if inputs[0].device.type != "cpu" or not all(entry.op.spiking for entry in stages.between):
+        return None
+    of_image, types = set(dag.nodes) - {entry.out for entry in stages.between}, {torch.float32}
+    for entry in stages.between:
+        neuron = entry.op.neuron
+        if neuron is None:
+            of_image |= {entry.out} if of_image.issuperset(entry.inputs) else set()
+            continue
+        if not neuron.counts_suffice(timesteps):
+            return None
+        if not of_image.issuperset(entry.inputs):
+            if neuron.largest_current is None:  # a float current with spikes in it
+                return None
+            types.add(neuron.membrane_type(timesteps))
+    counting = Counting(torch.float64 if torch.float64 in types else torch.float32)
+    CountedPart(dag, stages, [x[:1] for x in inputs], timesteps, counting).run(False)
+    counting.measures = False
+    return counting
 
 
 def mean_ratios(ratios, weights):

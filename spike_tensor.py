@@ -28,11 +28,14 @@ def record_firing_ratios():
         firing_ratios.clear()
 
 
-def note_firing_ratio(data):
-    """Append spikes per neuron and timestep to this thread's record in a simulation, else to `firing_ratios`."""
+def note_firing_ratio(data, timesteps=1):
+    """Append spikes per neuron and timestep to this thread's record in a simulation, else to `firing_ratios`.
+
+    data: spikes, or spike counts of `timesteps` steps.
+    """
     record = getattr(of_this_thread, "ratios", None)
     record = firing_ratios if record is None else record
-    record.append(data.sum(dtype=torch.float32).item() / data.numel())
+    record.append(data.sum(dtype=torch.float32).item() / (data.numel() * timesteps))
 
 
 class SpikeTensor:
@@ -122,7 +125,19 @@ class Memory:
     """The state that a simulation keeps between chunks of timesteps: layer -> membrane potentials or spike counts.
 
     timesteps: of the whole simulation; the layers may get them in chunks.
+    counting: None, or the Counting of a simulation that computes the spike counts of all steps at once.
     """
 
-    def __init__(self, timesteps):
-        self.timesteps, self.by_layer = timesteps, {}
+    def __init__(self, timesteps, counting=None):
+        self.timesteps, self.by_layer, self.counting = timesteps, {}, counting
+
+
+class Counting:
+    """What a simulation needs to compute spike counts of all steps at once (`spike_simulator.counting_of`).
+
+    dtype: floating-point type in which all counts and currents are exact.
+    at_rest: neuron -> its current in a step without any spike, [1, ...]: the biases. Filled while `measures`.
+    """
+
+    def __init__(self, dtype):
+        self.dtype, self.at_rest, self.measures = dtype, {}, True

@@ -18,11 +18,12 @@ import torch
 from tqdm import tqdm
 
 from runtime.batches import batches_of, on_device, split_batch
-from spike_simulator import bound_currents, current_into, one_thread_per_operator, run_ops
-from spike_tensor import Memory, SpikeTensor
+from spike_simulator import Stages, bound_currents, counting_of, current_into, one_thread_per_operator, run_ops
+from spike_tensor import Counting, Memory, SpikeTensor, decode
 
 MOST_IMAGES = 256  # a channel's mean activation needs few images
 MOST_BYTES = 2**28  # limit for the spikes of the largest layer, over all images of a correction
+MOST_IN_A_BYTE = 255
 CHUNK_BYTES = 2**25  # limit for the float32 currents of the largest layer, over the images of one thread
 
 
@@ -38,7 +39,10 @@ def correct_spikes(snn, qnet, loader, device, samples, with_bias=False, hold_bac
     shift into the biases, where there are any. hold_back: the share of Vthr by which neurons start lower; the biases
     return it over the T steps (`current_held_back`).
     """
-    images = CorrectionImages(snn, qnet, calibration_images(loader, device, samples, qnet, snn.timesteps))
+    (first, *_) = calibration_images(loader, device, 1, qnet, 1)
+    counting = counting_of(snn, Stages(snn), first, snn.timesteps)
+    steps = snn.timesteps if counting is None else 1
+    images = CorrectionImages(snn, qnet, calibration_images(loader, device, samples, qnet, steps), counting)
     threads = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
     with one_thread_per_operator, ThreadPoolExecutor(threads) as pool:
         for name in tqdm(snn.neurons(), "correct", leave=False, delay=1):
@@ -52,12 +56,20 @@ class CorrectionImages:
     activations: for every chunk, a dict node -> activation in the ANN, [B, ...].
     values: for every chunk, a dict node -> input, or spikes of a corrected layer. On a CPU each spike takes one bit
     (`PackedSpikes`), so the memory of a correction hardly grows with T.
+    counting: the Counting of a network whose layers all listen for T steps, so that counts take the place of spikes.
     """
 
-    def __init__(self, snn, qnet, chunks):
+    def __init__(self, snn, qnet, chunks, counting=None):
         self.snn, self.qnet, self.timesteps = snn, qnet, snn.timesteps
         self.activations = [dict(zip(snn.inputs_nodes, inputs)) for inputs in chunks]
         self.values = [dict(known) for known in self.activations]
+        self.counting = counting
+        self.steps = 1 if self.counts else snn.timesteps  # counts have one step for all T
+
+    @property
+    def counts(self):
+        """Whether all layers listen for T steps, so that counts take the place of spikes (`counting_of`)."""
+        return self.counting is not None
 
     def correct(self, name, pool, with_bias, hold_back):
         """Hold back and correct the neurons of op `name`. All layers before it must be corrected already."""
@@ -69,6 +81,7 @@ class CorrectionImages:
             return list(pool.map(torch.no_grad()(function), *lists))
 
         hold_back_neuron(self.snn, self.qnet, name, hold_back)
+        at_rest = self.note_rest(name, before)
         carrier = carrier_of(self.snn, name) if with_bias else None
         targets = each(lambda known: self.activation_of(name, before, known), self.activations)
 
@@ -80,7 +93,11 @@ class CorrectionImages:
 
             return each(work, self.values, targets)
 
-        correct_means(neuron, each_current, carrier, self.timesteps)
+        def decoded(current, added):
+            return self.decoded(neuron, current, added, at_rest)
+
+        correct_means(neuron, each_current, carrier, self.timesteps, decoded)
+        self.note_rest(name, before)
         spikes = each(lambda known: self.spikes_of(name, before, known), self.values)
         for activations, values, target, sent in zip(self.activations, self.values, targets, spikes):
             activations[entry.out], values[entry.out] = target, sent
@@ -98,22 +115,44 @@ class CorrectionImages:
 
     def current_into(self, name, before, known):
         """The current into the neuron of op `name`, computed with the ops `before` it from the nodes `known`."""
-        values = self.read_by([*before, name], known)
-        run_ops([self.snn.ops[each] for each in before], values, self.timesteps, Memory(self.timesteps))
+        values, memory = self.read_by([*before, name], known), Memory(self.timesteps, self.counting)
+        run_ops([self.snn.ops[each] for each in before], values, self.steps, memory)
         entry = self.snn.ops[name]
-        return current_into(entry.op, [values[node] for node in entry.inputs], self.timesteps)
+        return current_into(entry.op, [values[node] for node in entry.inputs], self.steps)
+
+    def note_rest(self, name, before):
+        """Measure the current into the neuron of op `name` in a step without spikes, and return it; None for steps."""
+        if not self.counts:
+            return None
+        known = {node: at_rest(value) for node, value in self.read_by([*before, name], self.values[0]).items()}
+        current = self.current_into(name, before, known).total().to(self.counting.dtype)
+        self.counting.at_rest[self.snn.ops[name].op.neuron] = current
+        return current
+
+    def decoded(self, neuron, current, added, at_rest):
+        """The activation [B, ...] that a neuron decodes to, for its current plus a constant `added` at every step."""
+        current = shifted(current, added) if added.any() else current
+        if not self.counts:
+            return neuron(current).to_float()
+        counting = Counting(self.counting.dtype)
+        counting.measures, counting.at_rest = False, {neuron: at_rest + added}
+        spikes = neuron(current, Memory(self.timesteps, counting))
+        return decode(spikes.data, spikes.scale_factor, self.timesteps)
 
     def spikes_of(self, name, before, known):
-        """The spikes of op `name`, packed on a CPU."""
-        values, memory = self.read_by([*before, name], known), Memory(self.timesteps)
-        run_ops([self.snn.ops[each] for each in (*before, name)], values, self.timesteps, memory)
+        """The spikes of op `name`, or their counts, packed on a CPU."""
+        values, memory = self.read_by([*before, name], known), Memory(self.timesteps, self.counting)
+        run_ops([self.snn.ops[each] for each in (*before, name)], values, self.steps, memory)
         spikes = values[self.snn.ops[name].out]
+        if self.counts:
+            return PackedCounts(spikes) if self.timesteps <= MOST_IN_A_BYTE else spikes
         return PackedSpikes(spikes) if spikes.data.device.type == "cpu" else spikes
 
     def read_by(self, names, known):
         """Node -> value, for the known nodes that these ops read, with spikes unpacked."""
         nodes = {node for name in names for node in self.snn.ops[name].inputs} & set(known)
-        return {n: known[n].unpack() if isinstance(known[n], PackedSpikes) else known[n] for n in nodes}
+        packed = PackedSpikes, PackedCounts
+        return {n: known[n].unpack() if isinstance(known[n], packed) else known[n] for n in nodes}
 
     def activation_of(self, name, before, known):
         """The activation of op `name` in the ANN, [B, ...]."""
@@ -129,6 +168,25 @@ class CorrectionImages:
         for store in (*self.values, *self.activations):
             for node in set(store) - wanted:
                 del store[node]
+
+
+def at_rest(value):
+    """No spike at all: the first sample of a node's value, with zeros in the place of counts."""
+    if isinstance(value, SpikeTensor):
+        return SpikeTensor.like(torch.zeros_like(value.data[:1]), value.timesteps, value.scale_factor)
+    return value[:1]
+
+
+class PackedCounts:
+    """A SpikeTensor of spike counts up to `MOST_IN_A_BYTE`, one byte each; `unpack` restores it."""
+
+    def __init__(self, spikes):
+        self.timesteps, self.scale_factor, self.dtype = spikes.timesteps, spikes.scale_factor, spikes.data.dtype
+        self.bytes = spikes.data.to(torch.uint8)
+
+    def unpack(self):
+        """The SpikeTensor that was packed."""
+        return SpikeTensor.like(self.bytes.to(self.dtype), self.timesteps, self.scale_factor)
 
 
 class PackedSpikes:
@@ -223,7 +281,7 @@ def current_held_back(snn, qnet, name, share):
     return (current + rounded).round().to(torch.int32), rounded
 
 
-def correct_means(neuron, each_current, carrier, timesteps, rounds=4):
+def correct_means(neuron, each_current, carrier, timesteps, decoded, rounds=4):
     """Shift the initial potential and the bias until each channel's mean decoded activation is that of the ANN.
 
     One round measures the mean difference per channel, converts it to units of membrane potential and adds it to the
@@ -247,7 +305,7 @@ def correct_means(neuron, each_current, carrier, timesteps, rounds=4):
     total = best = torch.zeros_like(initial)
     nearest = torch.full_like(initial, torch.inf)
     for _ in range(rounds + 1):
-        difference = mean_difference(neuron, each_current, shift(total))
+        difference = mean_difference(each_current, decoded, shift(total))
         is_nearer = difference.abs() < nearest
         nearest = torch.where(is_nearer, difference.abs(), nearest)
         best = torch.where(is_nearer, total, best)
@@ -257,11 +315,11 @@ def correct_means(neuron, each_current, carrier, timesteps, rounds=4):
         add_bias(carrier, neuron, current)
 
 
-def mean_difference(neuron, each_current, added):
+def mean_difference(each_current, decoded, added):
     """Mean ANN activation minus mean decoded rate of each channel, with a current `added`: [C, 1, 1] or [N]."""
 
     def sums(current, target):
-        difference = target - neuron(shifted(current, added) if added.any() else current).to_float()
+        difference = target - decoded(current, added)
         if difference.dim() == 4:
             difference = difference.mean([2, 3], keepdim=True)
         return difference.sum(0), len(target)

@@ -378,7 +378,8 @@ class SpikeMaxPool2d(SpikeLayer):
 
     def send(self, spikes, memory=None):
         """The spikes that pass, [T*B, C, H', W']. `memory` keeps the spike counts for the next chunk of steps."""
-        if self.mode == "or":
+        counts_only = memory is not None and memory.counting is not None  # spikes without gaps: both modes agree
+        if self.mode == "or" or counts_only:
             largest = self.activation(spikes.data.to(torch.float32))  # PyTorch cannot pool large integer maps
             return SpikeTensor.like(largest.to(spikes.data.dtype), spikes.timesteps, spikes.scale_factor)
         memory = Memory(spikes.timesteps) if memory is None else memory
