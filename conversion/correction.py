@@ -41,7 +41,7 @@ def correct_spikes(snn, qnet, loader, device, samples, with_bias=False, hold_bac
     """
     (first, *_) = calibration_images(loader, device, 1, qnet, 1)
     counting = counting_of(snn, Stages(snn), first, snn.timesteps)
-    steps = snn.timesteps if counting is None else 1
+    steps = snn.timesteps if counting is None else 4  # bytes per element: an ANN's activation takes more than a count
     images = CorrectionImages(snn, qnet, calibration_images(loader, device, samples, qnet, steps), counting)
     threads = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
     with one_thread_per_operator, ThreadPoolExecutor(threads) as pool:
@@ -85,13 +85,16 @@ class CorrectionImages:
         carrier = carrier_of(self.snn, name) if with_bias else None
         targets = each(lambda known: self.activation_of(name, before, known), self.activations)
 
+        def current_of(known):
+            return self.current_into(name, before, known)
+
+        kept = each(current_of, self.values) if self.counts else None  # T currents would take too much memory
+
         def each_current(function):
             """Apply `function(current, target)` to every chunk."""
-
-            def work(known, target):
-                return function(self.current_into(name, before, known), target)
-
-            return each(work, self.values, targets)
+            if kept is not None:
+                return each(function, kept, targets)
+            return each(lambda known, target: function(current_of(known), target), self.values, targets)
 
         def decoded(current, added):
             return self.decoded(neuron, current, added, at_rest)
