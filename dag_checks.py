@@ -91,6 +91,7 @@ NEURON_OF_LATER_FILES = {
     "largest_current": either(NONE, whole(0, 2**53)),  # up to here float64 holds every integer
     "spike_type": Rule(lambda value: value in (torch.uint8, torch.float64), "torch.uint8 or torch.float64"),
     "listen": whole(0, 65536),
+    "window": either(NONE, whole(1, 65536)),
 }
 TENSORS = {
     "weight": WEIGHTS,

@@ -94,6 +94,7 @@ class IFNeuron(nn.Module):
     float currents.
     listen: number of steps that are integrated before the first spike. The T steps of spikes come that much later. At
     listen = T the whole input is known before the first spike, and the neuron sends floor(u / Vthr) spikes, 0 to T.
+    window: number of steps in which it may fire, from its first on; afterwards it stays silent. None for all T.
     learns: autograd follows the spikes (`finetuning.on_spikes.learning`).
     spike_type: uint8, so that the layers behind compute float32 currents, or float64 for the reference engine.
     """
@@ -107,6 +108,7 @@ class IFNeuron(nn.Module):
         largest_current=None,
         spike_type=torch.uint8,
         listen=0,
+        window=None,
     ):
         super().__init__()
         if reset_mode not in RESET_MODES:
@@ -118,14 +120,19 @@ class IFNeuron(nn.Module):
         self.largest_current = largest_current
         self.spike_type = spike_type
         self.listen = listen
+        self.window = window
         self.learns = False
         self.state = None
 
     def config(self):
         """The constructor's arguments, as a dict."""
         tensors = ("Vthr", "scale_factor", "initial_potential")
-        settings = ("reset_mode", "largest_current", "spike_type", "listen")
+        settings = ("reset_mode", "largest_current", "spike_type", "listen", "window")
         return {name: getattr(self, name) for name in tensors + settings}
+
+    def most_spikes(self, timesteps):
+        """The number of steps in which a neuron may fire in a simulation of T steps."""
+        return timesteps if self.window is None else min(self.window, timesteps)
 
     def membrane_type(self, timesteps):
         """float32 if it represents every membrane potential within `timesteps` steps exactly, else float64.
@@ -172,18 +179,20 @@ class IFNeuron(nn.Module):
                 spikes.append(sent)
         memory.by_layer[self] = membrane
         spikes = torch.cat(spikes) if len(spikes) > 1 else spikes[0]
+        if self.window is not None:
+            spikes.unflatten(0, (current.timesteps, -1))[self.window :] = 0
         return SpikeTensor(spikes, current.timesteps, self.scale_factor)  # [T*B, ...]
 
     def counts_suffice(self, timesteps):
-        """Whether `count` gives the spikes of a simulation of T steps."""
+        """Whether `count` gives the spikes of a simulation, if all input has arrived within `timesteps` steps."""
         listens = self.listen >= timesteps and self.reset_mode == "subtraction"
         return listens and self.spike_type == torch.uint8 and not self.learns
 
     def count(self, current, memory):
-        """The number of spikes in all T steps, a SpikeTensor of one step, for neurons that listen for T steps.
+        """The number of spikes in all T steps, a SpikeTensor of one step, for neurons that hear all before they fire.
 
         They know the sum of their currents before the first spike, so that they send clip(floor(u / Vthr), 0, T)
-        spikes, without a gap. current: that of the sum of all steps' spikes, with the biases of one step, or the same
+        spikes, or as many as their window takes, without a gap. current: that of the sum of all steps' spikes, with the biases of one step, or the same
         at every step (`constant`). The quotient of whole numbers below 2^24 in float32, or 2^53 in float64, never
         reaches the next whole number by rounding.
         """
@@ -195,7 +204,7 @@ class IFNeuron(nn.Module):
             counts = self.count_in_turn(current.data, timesteps).to(counting.dtype)
         else:
             potential = total + (timesteps - 1) * counting.at_rest[self] + self.initial_potential
-            counts = (potential / self.Vthr).floor_().clamp_(0, timesteps)
+            counts = (potential / self.Vthr).floor_().clamp_(0, self.most_spikes(timesteps))
         if spike_tensor.firing_ratio_record:
             note_firing_ratio(counts, timesteps)
         return SpikeTensor.like(counts, 1, self.scale_factor)
@@ -208,7 +217,7 @@ class IFNeuron(nn.Module):
         membrane, counts = self.initial_potential.to(torch.float32).expand_as(current), torch.zeros_like(current)
         for _ in range(timesteps):
             membrane = membrane + current
-        for _ in range(timesteps):
+        for _ in range(self.most_spikes(timesteps)):
             membrane, spike = if_step(membrane, torch.zeros((), device=current.device), self.Vthr, self.reset_mode)
             counts += spike
         return counts
@@ -229,6 +238,8 @@ class IFNeuron(nn.Module):
         """The spikes of all steps, float32 [T*B, ...], computed so that autograd can follow them through time."""
         steps, Vthr, initial = (x.to(dtype) for x in (current.per_step(), self.Vthr, self.initial_potential))
         spikes = SpikesThroughTime.apply(steps, Vthr, initial, self.reset_mode, self.listen)  # [T, B, ...]
+        if self.window is not None:
+            spikes = torch.cat([spikes[: self.window], torch.zeros_like(spikes[self.window :])])
         return spikes.flatten(0, 1).to(torch.float32)
 
     def run(self, current, membrane):

@@ -182,11 +182,10 @@ class Stages:
                 self.before.append(entry)
 
     def all_at_once(self):
-        """Whether all timesteps have to be one chunk: a layer listens, or stays ANN between spiking ones."""
-        for entry in self.between:
-            if not entry.op.spiking or (entry.op.neuron is not None and entry.op.neuron.listen):
-                return True
-        return False
+        """Whether all timesteps have to be one chunk: a layer listens, has a window, or stays ANN between spikes."""
+        neurons = [entry.op.neuron for entry in self.between if entry.op.neuron is not None]
+        are_timed = any(neuron.listen or neuron.window is not None for neuron in neurons)
+        return are_timed or not all(entry.op.spiking for entry in self.between)
 
 
 def nodes_before_spikes(dag):
@@ -288,32 +287,54 @@ def without_gaps(train, timesteps):
 
 
 def counting_of(dag, stages, inputs, timesteps):
-    """The Counting of a simulation whose layers all listen for all T steps, or None for one that needs the steps.
+    """The Counting of a simulation whose layers all hear everything before they fire, or None if steps are needed.
 
     Such neurons send clip(floor(u / Vthr), 0, T) spikes, where u contains the currents of all steps. As currents are
     weighted sums, the sum of all currents is the current of the spike counts, plus T - 1 times that of no spikes at
-    all: the biases. The counts are those of the steps, bit for bit. Steps are needed for gradients, by the reference
+    all: the biases. The counts are those of the steps, bit for bit. A layer hears everything if it listens for T steps,
+    or, without biases, for as many as the layers before it may fire. Steps are needed for gradients, by the reference
     engine, with reset to zero, with float weights, and where an ANN layer stands between spiking ones. On a GPU, whose
     libraries choose algorithms that round, too.
     """
     if inputs[0].device.type != "cpu" or not all(entry.op.spiking for entry in stages.between):
         return None
-    of_image, types = set(dag.nodes) - {entry.out for entry in stages.between}, {torch.float32}
+    lengths, types, early = last_steps(dag, stages, timesteps), {torch.float32}, []
     for entry in stages.between:
-        neuron = entry.op.neuron
+        neuron, steps = entry.op.neuron, last_of([lengths[node] for node in entry.inputs])
         if neuron is None:
-            of_image |= {entry.out} if of_image.issuperset(entry.inputs) else set()
             continue
-        if not neuron.counts_suffice(timesteps):
+        if not neuron.counts_suffice(min(steps, timesteps)):
             return None
-        if not of_image.issuperset(entry.inputs):
+        if steps <= timesteps:
             if neuron.largest_current is None:  # a float current with spikes in it
                 return None
             types.add(neuron.membrane_type(timesteps))
+            early += [neuron] if neuron.listen < timesteps else []
     counting = Counting(torch.float64 if torch.float64 in types else torch.float32)
     CountedPart(dag, stages, [x[:1] for x in inputs], timesteps, counting).run(False)
     counting.measures = False
-    return counting
+    return None if any(counting.at_rest[neuron].any() for neuron in early) else counting
+
+
+IMAGE = float("inf")  # the image's current never ends
+
+
+def last_steps(dag, stages, timesteps):
+    """Node -> the number of steps within which its spikes arrive, or `IMAGE` for a current of the image alone."""
+    lengths = dict.fromkeys(set(dag.nodes) - {entry.out for entry in stages.between}, IMAGE)
+    for entry in stages.between:
+        if entry.op.neuron is not None:
+            lengths[entry.out] = entry.op.neuron.most_spikes(timesteps)
+        elif not entry.op.spiking:
+            lengths[entry.out] = timesteps
+        else:
+            lengths[entry.out] = last_of([lengths[node] for node in entry.inputs])
+    return lengths
+
+
+def last_of(lengths):
+    """The step within which all spikes of a sum arrive, from those of its parts; `IMAGE` if no part holds spikes."""
+    return max([steps for steps in lengths if steps != IMAGE], default=IMAGE)
 
 
 def mean_ratios(ratios, weights):
@@ -369,23 +390,34 @@ one_thread_per_operator = OneThreadPerOperator()
 def duration(dag, timesteps):
     """Timesteps that a chip needs: a dict of "firing", "interval" and "latency".
 
-    "firing" is T. "interval" is the time from image to image: T + d, where d is the longest time that a layer listens
-    before it fires. "latency" is the time from image to answer, along the longest path: T, plus d for every listening
-    layer, plus T wherever an ANN layer between spiking ones reads spikes, because it needs those of all steps.
+    "firing" is T, or the longest window in which a layer fires. "interval" is the time from image to image: the longest
+    time for which a layer listens and fires. "latency" is the time from image to answer, along the longest path: the
+    steps for which every layer listens, the steps in which the last one fires, and T wherever an ANN layer between
+    spiking ones reads spikes, because it needs those of all steps.
     """
-    delays, sent, longest = dict.fromkeys(dag.inputs_nodes, 0), set(), 0
-    between = Stages(dag).between
+    delays, sent, longest, firing = dict.fromkeys(dag.inputs_nodes, 0), set(), 0, 0
+    stages = Stages(dag)
+    lengths = last_steps(dag, stages, timesteps)
     for entry in dag.ops.values():
         neuron = entry.op.neuron
         own = 0 if neuron is None else min(neuron.listen, timesteps)
-        stays_ann = entry in between and not entry.op.spiking  # it needs the spikes of all steps
+        stays_ann = entry in stages.between and not entry.op.spiking  # it needs the spikes of all steps
         inputs = [delays[node] + timesteps * (stays_ann and node in sent) for node in entry.inputs]
         delays[entry.out] = own + max(inputs)
-        longest = max(longest, own)
+        if neuron is not None:
+            longest = max(longest, own + neuron.most_spikes(timesteps))
+            firing = max(firing, neuron.most_spikes(timesteps))
         if entry.op.spiking:
             sent.add(entry.out)
-    latency = timesteps + max(delays[node] for node in dag.outputs_nodes)
-    return {"firing": timesteps, "interval": timesteps + longest, "latency": latency}
+    ends = [delays[node] + min(lengths.get(node, timesteps), timesteps) for node in read_last(dag, stages)]
+    return {"firing": firing, "interval": longest, "latency": max(ends)}
+
+
+def read_last(dag, stages):
+    """The nodes whose spikes, or values, make the outputs: those that the last ANN layers read, and the outputs."""
+    made = {entry.out for entry in stages.behind}
+    read = [*(node for entry in stages.behind for node in entry.inputs), *dag.outputs_nodes]
+    return [node for node in read if node not in made]
 
 
 def bound_currents(dag):

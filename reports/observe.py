@@ -108,6 +108,10 @@ def replay(neuron, current, membrane, on_step):
             on_step(u, None)
             continue
         before = u + step
+        if t >= neuron.listen + neuron.most_spikes(len(steps)):  # its window is over
+            u = before
+            on_step(before, silence)
+            continue
         u, spikes = if_step(u, step, Vthr, neuron.reset_mode)
         on_step(before, spikes)
     return u
