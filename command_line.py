@@ -127,8 +127,8 @@ def without_effect(args, given):
         note("--correction is none", "hold_back")
     if args.reset_mode == "zero":
         note("it needs --reset_mode subtraction", "hold_back")
-    if args.listen == args.timesteps:
-        note("no spike is premature with --listen T", "hold_back")
+    if args.listen in (args.timesteps, "auto"):
+        note("no spike is premature with --listen T or auto", "hold_back")
     if args.activation_levels is not None:
         note("--activation_levels learns lambda", "threshold")
     if not (args.spike_epochs or args.spike_epochs_unlabelled):

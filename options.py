@@ -116,6 +116,15 @@ def check_threshold(value):
     return check_number("quantile", value, Real(0, 1, open=True))
 
 
+def check_listen(value):
+    """A number of steps, or "auto". Raises ValueError for other values."""
+    if value == "auto":
+        return value
+    if isinstance(value, str):
+        raise ValueError(f"unknown listen '{value}', use a number of steps or auto")
+    return check_number("listen", value, Whole(0, TIMESTEPS.most))
+
+
 def check_per_channel(value):
     """One of PER_CHANNEL; True means "weights", False "none". Raises ValueError for other values."""
     value = PER_CHANNEL[value] if isinstance(value, bool) else value
@@ -254,14 +263,16 @@ class ConversionOptions(WeightOptions):
         metavar="{QUANTILE,max,mse}",
         main=True,
     )
-    listen: int = option(
+    listen: object = option(
         0,
         "steps for which every layer integrates its input before it fires for T steps. With D = T no spike is early or "
         "late: the SNN equals, exactly, the ANN with the same integers and T activation levels. The price: one image "
-        "takes T + D steps, and each layer delays the answer by D more",
+        "takes T + D steps, and each layer delays the answer by D more. auto chooses windows of at most T steps in "
+        "which each layer fires, and lets the layers behind it listen for as long: as exact, with less delay",
         "conversion",
-        span=Whole(0, TIMESTEPS.most),
-        metavar="D",
+        parse="listening",
+        check=check_listen,
+        metavar="{D,auto}",
         main=True,
     )
     correction: str = option(
@@ -332,8 +343,22 @@ class ConversionOptions(WeightOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.listen > self.timesteps:
+        if self.listens_to_windows:
+            self.check_windows()
+        elif self.listen > self.timesteps:
             raise ValueError(f"listen {self.listen}: use 0 to {self.timesteps}, the timesteps")
+
+    @property
+    def listens_to_windows(self):
+        """Whether every layer listens until the windows of the layers before it are over (`conversion.windows`)."""
+        return self.listen == "auto"
+
+    def check_windows(self):
+        """Raise ValueError for options under which a window does not hold all of a layer's spikes."""
+        if self.reset_mode != "subtraction":
+            raise ValueError("listen auto needs reset_mode subtraction, reset to zero loses what was heard")
+        if self.weight_bitwidth == FLOAT_BITS:
+            raise ValueError(f"listen auto needs integer weights of 1 to 8 bits, not {FLOAT_BITS}")
 
     @property
     def start(self):

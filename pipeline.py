@@ -238,8 +238,10 @@ def check_command_line(args):
             raise ValueError(f"--{flag} is for classifiers, leave it out for the detectors of --dataset {args.dataset}")
     if getattr(args, "report", None):
         check_packages("--report", *REPORT_PACKAGES)
-    if args.listen > args.timesteps:
+    if args.listen != "auto" and args.listen > args.timesteps:
         raise ValueError(f"--listen {args.listen} is over --timesteps {args.timesteps}, use 0 to {args.timesteps}")
+    if args.listen == "auto":
+        ConversionOptions.of(args).check_windows()
     if args.activation_levels is not None and not args.finetune_epochs:
         raise ValueError("--activation_levels learns with finetuning, give it --finetune_epochs or leave it out")
 

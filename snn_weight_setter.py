@@ -19,6 +19,7 @@ from conversion.correction import correct_spikes
 from conversion.integers import SpikeSetter
 from conversion.plan import plan_conversion
 from conversion.statistics import calibrate, use_learnt_scales
+from conversion.windows import first_inputs, listen_to_windows, stretch_scales, windows_of, with_windows
 from dag_rewrites import prepare_conversion
 from options import ConversionOptions
 from quantization import as_dag, set_bitwidths
@@ -54,13 +55,17 @@ def convert(qnet, loader, device, options):
     qnet = prepare_conversion(as_dag(qnet, loader), options.maxpool, options.signed, options.avgpool)
     qnet.to(device).eval()
     plan = plan_conversion(qnet, options.ann_layers)
+    if options.listens_to_windows and not windows_of(qnet, options.timesteps):
+        qnet = with_windows(qnet, loader, device, options)
     snn = copy.deepcopy(qnet)
     set_bitwidths(snn, options.weight_bitwidth)
     shapes = set_integers(snn, plan, loader, device, options)
     qnet.note_sizes(shapes)
     if options.correction != "none":
-        with_bias = options.correction == "bias"
-        correct_spikes(snn, qnet, loader, device, options.calibration_samples, with_bias, options.hold_back)
+        # with windows a bias would go on flowing after the input, and no spike is premature
+        with_bias = options.correction == "bias" and not options.listens_to_windows
+        hold_back = 0.0 if options.listens_to_windows else options.hold_back
+        correct_spikes(snn, qnet, loader, device, options.calibration_samples, with_bias, hold_back)
     return snn
 
 
@@ -71,13 +76,19 @@ def set_integers(snn, plan, loader, device, options):
     """
     known = options.calibration_samples, options.threshold, options.timesteps, options.spikes_per_channel
     statistics, shapes = calibrate(snn, loader, device, *known)
-    learnt = use_learnt_scales(snn, statistics)
+    windows = windows_of(snn, options.timesteps) if options.listens_to_windows else {}
+    learnt = use_learnt_scales(snn, statistics) and not (windows and snn.scales_of_conversion is None)
+    stretch_scales(statistics, windows, options.timesteps)
+    plan.windows = windows
     for entry in snn.ops.values():
         entry.op.levels = None  # activation levels belong to the ANN only
     snn.cpu()  # integers are chosen on the CPU
     SpikeSetter(snn, plan, statistics, shapes, options, learnt).convert()
     snn.to(device)
     snn.timesteps = options.timesteps
+    if windows:
+        listen_to_windows(snn, windows, first_inputs(loader, device, 1))
+        return shapes
     for neuron in snn.neurons().values():
-        neuron.listen = options.listen
+        neuron.listen = options.timesteps if options.listens_to_windows else options.listen
     return shapes

@@ -17,7 +17,7 @@ def largest_spikes(dag, plan):
     return peaks
 
 
-def spike_targets(dag, plan, statistics, shapes, mixed=frozenset()):
+def spike_targets(dag, plan, statistics, shapes, timesteps, mixed=frozenset()):
     """Node of spikes -> the lambda that its neuron aims at, a scalar tensor, or [C, 1, 1] ([N]) per channel.
 
     Each layer has one lambda; layers whose spikes a concatenation joins share the largest. Where every channel has a
@@ -25,7 +25,7 @@ def spike_targets(dag, plan, statistics, shapes, mixed=frozenset()):
     above it, because its neuron has to stop there.
     """
     if any(statistics[name].scales.dim() for name in plan.firing):
-        return channel_targets(dag, plan, statistics, shapes, mixed)
+        return channel_targets(dag, plan, statistics, shapes, timesteps, mixed)
     targets, groups, ceilings = {}, Groups(), {}
     for name, entry in dag.ops.items():
         if plan.kinds[entry.out] != SPIKES:
@@ -34,14 +34,14 @@ def spike_targets(dag, plan, statistics, shapes, mixed=frozenset()):
             targets[entry.out] = torch.tensor(statistics[name].max_o)
         else:
             groups.join(entry.out, *entry.inputs)
-        ceilings[entry.out] = float("inf") if entry.op.ceiling is None else entry.op.ceiling
+        ceilings[entry.out] = plan.most(entry, timesteps)
     for members in groups.members():
         shared = torch.stack([targets[node] for node in members if node in targets] or [torch.zeros(())]).max()
         targets.update(dict.fromkeys(members, shared))
     return {node: target.clamp_max(ceilings[node]) for node, target in targets.items()}
 
 
-def channel_targets(dag, plan, statistics, shapes, mixed=frozenset()):
+def channel_targets(dag, plan, statistics, shapes, timesteps, mixed=frozenset()):
     """Node of spikes -> the lambda that each channel aims at, in the shape of a sample: [C, 1, 1] or [N]."""
     targets, merged = {}, merged_pairs(dag, plan)
     for name, entry in dag.ops.items():
@@ -51,7 +51,7 @@ def channel_targets(dag, plan, statistics, shapes, mixed=frozenset()):
             scales = statistics[name].scales
             scales = larger_of_pairs(scales) if entry.out in merged else scales
             scales = scales.max() if entry.out in mixed else scales
-            targets[entry.out] = scales.clamp_max(entry.op.ceiling or float("inf"))
+            targets[entry.out] = scales.clamp_max(plan.most(entry, timesteps))
         else:
             known, samples = [targets[node] for node in entry.inputs], [shapes[node] for node in entry.inputs]
             targets[entry.out] = entry.op.targets(known, samples, shapes[entry.out])

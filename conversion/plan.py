@@ -14,12 +14,19 @@ class Plan:
     """The plan of a conversion.
 
     kinds: node -> ANALOG, CURRENT or SPIKES. firing: names of the ops that get a neuron. folded: names of the average
-    poolings without a neuron, whose spikes the layers behind them weigh.
+    poolings without a neuron, whose spikes the layers behind them weigh. windows: op name -> number of steps in which
+    it may fire, where that is not T.
     """
 
     kinds: dict
     firing: list = field(default_factory=list)
     folded: list = field(default_factory=list)
+    windows: dict = field(default_factory=dict)
+
+    def most(self, entry, timesteps):
+        """The lambda of T steps that an op's ceiling allows: its neuron reaches lambda only within its window."""
+        ceiling = float("inf") if entry.op.ceiling is None else entry.op.ceiling
+        return ceiling * timesteps / self.windows.get(entry.name, timesteps)
 
 
 def plan_conversion(dag, ann_layers=()):

@@ -41,7 +41,7 @@ class Units:
         self.most = 1 if self.is_float else largest_integer(self.bits)
         self.peaks = largest_spikes(dag, plan)
         self.mixed = mixed_channels(dag, plan, shapes)
-        targets = spike_targets(dag, plan, statistics, shapes, self.mixed)
+        targets = spike_targets(dag, plan, statistics, shapes, timesteps, self.mixed)
         self.targets = {node: target / self.peaks[node] for node, target in targets.items()}
         self.components = current_components(dag, plan)
         self.scales, self.units = {}, {}

@@ -21,6 +21,7 @@ from conversion.lambdas import mixed_channels
 from conversion.plan import plan_conversion
 from conversion.statistics import calibrate, use_learnt_scales
 from conversion.units import Units
+from conversion.windows import stretch_scales, windows_of
 from options import TIMESTEPS, check_option
 from quantization import as_dag
 from runtime.batches import loader_for, reusable
@@ -67,4 +68,7 @@ class ScalesOfConversion:
     def __call__(self, net, per_channel):
         net = copy.deepcopy(net).cpu()
         use_learnt_scales(net, self.statistics)
+        windows = windows_of(net, TIMESTEPS.most)
+        longest = max(windows.values(), default=1)
+        stretch_scales(self.statistics, windows, longest)  # of no effect where all ops have the same levels
         return Units(net, self.plan, self.statistics, self.shapes, self.levels, per_channel).weight_scales()

@@ -97,6 +97,11 @@ def memory_size(text):
     return size
 
 
+def listening(text):
+    """An argparse type: a number of steps from 0 on, or "auto"."""
+    return text if text == "auto" else whole_number(0)(text)
+
+
 def threshold(text):
     """An argparse type: a quantile above 0 and up to 1, "max" or "mse"; "quantile" means the default quantile."""
     if text in ("quantile", "max", "mse"):
@@ -143,6 +148,7 @@ def net_args(text):
 PARSERS = {
     "bitwidths": bitwidths,
     "threshold": threshold,
+    "listening": listening,
     "names": names,
     "memory_size": memory_size,
     "numbers": numbers(-float("inf")),
