@@ -192,9 +192,9 @@ class IFNeuron(nn.Module):
         """The number of spikes in all T steps, a SpikeTensor of one step, for neurons that hear all before they fire.
 
         They know the sum of their currents before the first spike, so that they send clip(floor(u / Vthr), 0, T)
-        spikes, or as many as their window takes, without a gap. current: that of the sum of all steps' spikes, with the biases of one step, or the same
-        at every step (`constant`). The quotient of whole numbers below 2^24 in float32, or 2^53 in float64, never
-        reaches the next whole number by rounding.
+        spikes, or as many as their window takes, without a gap. current: that of the sum of all steps' spikes, with the
+        biases of one step, or the same at every step (`constant`). The quotient of whole numbers below 2^24 in float32,
+        or 2^53 in float64, never reaches the next whole number by rounding.
         """
         counting, timesteps = memory.counting, memory.timesteps
         total = current.total().to(counting.dtype)  # [B, ...]

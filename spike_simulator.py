@@ -108,8 +108,9 @@ def simulate(dag, inputs, timesteps, every_step=False, watch=None):
 
     The batch is cut into parts and the timesteps into chunks, so that the working set fits the cache and
     `memory_budget` for any B and T. All steps are one chunk if a layer listens before it fires, or if a layer between
-    spiking ones stays ANN. Where all layers listen for all T steps, one pass computes all spike counts. On a CPU each thread simulates other parts. With a `watch`, the whole batch is one part, and
-    `watch` is called for every op and chunk. Raises Misfit if shapes do not fit an op.
+    spiking ones stays ANN. Where all layers hear everything before they fire, one pass computes all spike counts. On a
+    CPU each thread simulates other parts. With a `watch`, the whole batch is one part, and `watch` is called for every
+    op and chunk. Raises Misfit if shapes do not fit an op.
     """
     stages = Stages(dag)
     counting = counting_of(dag, stages, inputs, timesteps) if watch is None else None

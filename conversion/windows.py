@@ -4,9 +4,9 @@
     snn = convert(net, loader, device, options)          # takes the windows, and listens for as many steps
 
 A layer that hears all of its input before it fires sends no spike early or late. With `--listen T` it listens for T
-steps. It needs only as many as the layers before it fire, so a layer with a window of F steps, whose activations have F
-levels, costs F steps of latency. Layers differ in how much coarser levels cost: the windows are chosen by the error that
-each layer alone causes.
+steps. It needs only as many as the layers before it fire. So a layer with a window of F steps, whose activations have F
+levels, costs F steps of latency. Layers differ in how much coarser levels cost: the windows are chosen by the error
+that each layer alone causes.
 """
 
 import copy
@@ -19,7 +19,7 @@ from conversion.plan import plan_conversion
 from conversion.statistics import LEAST_SHARE, MOST_SAMPLES, least_error_scales, pool_activations
 from runtime.batches import batches_of, on_device, split_batch
 from spike_neurons import ClipFloorShift
-from spike_simulator import CountedPart, Stages, bound_currents, last_of, last_steps
+from spike_simulator import IMAGE, CountedPart, Stages, bound_currents, last_of, last_steps
 from spike_tensor import Counting
 
 KEPT = 0.95  # share of the classes that the network keeps of those that it has with windows of T steps
@@ -167,7 +167,9 @@ def listen_to_windows(snn, windows, inputs):
     stages = Stages(snn)
     lengths = last_steps(snn, stages, snn.timesteps)
     for name, neuron in snn.neurons().items():
-        neuron.listen = min(last_of([lengths[node] for node in snn.ops[name].inputs]), snn.timesteps)
+        is_float = neuron.largest_current is None  # the image's current, which never ends
+        heard = IMAGE if is_float else last_of([lengths[node] for node in snn.ops[name].inputs])
+        neuron.listen = min(heard, snn.timesteps)
     start_with_biases(snn, stages, inputs)
 
 

@@ -261,7 +261,7 @@ def fire(op, currents):
     """The spikes of the neurons of `op`, as many steps as of current; float32 behind the image, else int64.
 
     The current of `listen` steps is integrated first; then the neurons fire, with the rest of the current and, at the
-    end, without any.
+    end, without any. Behind their window they are silent.
     """
     neuron = {k: v.numpy() if hasattr(v, "numpy") else v for k, v in op["neuron"].items()}
     kind = np.float32 if currents[0].dtype == np.float32 else np.int64
@@ -271,7 +271,8 @@ def fire(op, currents):
         u = u + currents[t] if t < len(currents) else u
         if t < listen:
             continue
-        spikes = (u >= Vthr).astype(np.int64)
+        is_open = neuron["window"] is None or len(sent) < neuron["window"]
+        spikes = (u >= Vthr).astype(np.int64) * is_open
         subtracts = neuron["reset_mode"] == "subtraction"
         u = u - Vthr * spikes.astype(kind) if subtracts else np.where(spikes, kind(0), u)
         sent.append(spikes)
