@@ -119,24 +119,30 @@ def main(args):
 
 
 def chosen_tables(args):
-    """The tables to measure or to write, `tables.Table`. Raises ValueError for an unknown one, or missing data."""
-    names = args.tables or ["all"]
-    unknown = [name for name in names if name != "all" and name not in tables.TABLES]
-    if unknown:
-        known = ", ".join(tables.TABLES)
-        raise ValueError(f"no table {unknown[0]}, there are {known}{did_you_mean(unknown[0], tables.TABLES)}")
-    found = []
-    for table in tables.TABLES.values():
-        try:
-            if args.tables:
-                check_places(table, vars(args))
-        except ValueError as error:
-            if table.name in names:
-                raise
-            print(f"left out: {error}", file=sys.stderr)
-            continue
-        found += [table] * (table.name in names or "all" in names)
-    return found
+    """The `tables.Table`s to measure and to write; all of them, to write, without --tables.
+
+    Raises ValueError for an unknown table and for missing data.
+    """
+    if not args.tables:
+        return list(tables.TABLES.values())
+    named = [name for name in args.tables if name != "all"]
+    for name in named:
+        if name not in tables.TABLES:
+            known = ", ".join(tables.TABLES)
+            raise ValueError(f"no table {name}, there are {known}{did_you_mean(name, tables.TABLES)}")
+        check_places(tables.TABLES[name], vars(args))
+    takes_all = "all" in args.tables
+    return [table for table in tables.TABLES.values() if table.name in named or (takes_all and has_data(args, table))]
+
+
+def has_data(args, table):
+    """Whether the data of a table are given; if not, a line on stderr says so."""
+    try:
+        check_places(table, vars(args))
+    except ValueError as error:
+        print(f"left out: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def rows_of_networks(args):
@@ -303,10 +309,10 @@ def load_images(flags, loaders):
     if key not in loaders:
         seed_everything(flags.seed)
         found = get_dataset(flags)
-        loaders[key] = found, random_state(found[2])
-    (test_loader, _, train_loader, train_val_loader), state = loaders[key]
-    set_random_state(train_loader, state)
-    return test_loader, train_loader, train_val_loader
+        loaders[key] = found, random_state(found[2:])
+    (test_loader, _, *of_training), state = loaders[key]
+    set_random_state(of_training, state)
+    return test_loader, *of_training
 
 
 def finetune(flags, loaders, criterion, device, finetuned, kept):
@@ -323,15 +329,15 @@ def finetune(flags, loaders, criterion, device, finetuned, kept):
         if found is None:
             made, start = Networks(net.to(device)), time.perf_counter()
             quantize(flags, made, loaders, criterion, device)
-            states = dict(zip(("torch", "loader"), random_state(loaders[0])))
-            state = {**states, "seconds": time.perf_counter() - start, "machine": where_and_when(device)["machine"]}
+            state = {"random": random_state(loaders), "seconds": time.perf_counter() - start}
+            state |= {"machine": where_and_when(device)["machine"]}
             kept.save(name, key, made.qnet.cpu(), state)
         else:
             made, state = Networks(equalized(net, flags).to(device), found[0]), found[1]
         made.qnet = made.qnet.to(device)
         finetuned[key] = made, state
     made, state = finetuned[key]
-    set_random_state(loaders[0], (state["torch"], state["loader"]))  # what follows runs as if it were the only one
+    set_random_state(loaders, state["random"])  # what follows runs as if it were the only conversion
     return flags, made, state
 
 
@@ -347,19 +353,27 @@ def without(flags, names):
     return argparse.Namespace(**{name: value for name, value in vars(flags).items() if name not in names})
 
 
-def random_state(loader):
-    """The states of PyTorch's random generator and of the loader's."""
+def random_state(loaders):
+    """The states of PyTorch's random generator and of those of some loaders, None for a loader without one."""
     import torch
 
-    return torch.get_rng_state(), loader.generator.get_state()
+    generators = map(generator_of, loaders)
+    return [torch.get_rng_state(), *(each if each is None else each.get_state() for each in generators)]
 
 
-def set_random_state(loader, state):
+def set_random_state(loaders, states):
     """Restore a `random_state`."""
     import torch
 
-    torch.set_rng_state(state[0])
-    loader.generator.set_state(state[1])
+    torch.set_rng_state(states[0])
+    for loader, state in zip(loaders, states[1:]):
+        if state is not None:
+            generator_of(loader).set_state(state)
+
+
+def generator_of(loader):
+    """The random generator of a loader, or None: a loader of the user's own may have none."""
+    return getattr(getattr(loader, "loader", loader), "generator", None)
 
 
 def evenly_spaced(loader, most):

@@ -150,7 +150,7 @@ def facts_of(runs):
     machines = " and ".join(sorted({run["machine"] for run in runs}))
     days = sorted({run["date"] for run in runs})
     when = " to ".join(in_words(day) for day in dict.fromkeys((days[0], days[-1])))
-    return f"Points of top-1 below the ANN, on {images} test images. {machines}, {when}:"
+    return f"Points of top-1 against the ANN, on {images} test images. {machines}, {when}:"
 
 
 def in_words(day):

@@ -139,8 +139,91 @@ def load(flags, most):
     test_loader, train_loader, train_val_loader = load_images(flags, {})
     images = train_loader.dataset
     net = build_trained_net(flags.net_name, images.channels, images.num_classes, flags.ann_weight, flags.net_args)
-    calibration = first_images(train_val_loader, CALIBRATION_IMAGES)
-    return net.eval(), calibration, split(*evenly_spaced(test_loader, most))
+    calibration = [(inputs[0], labels) for inputs, labels in first_images(train_val_loader, CALIBRATION_IMAGES)]
+    net = as_modules(net.eval(), images[0][0][None])
+    return net, calibration, split(*evenly_spaced(test_loader, most))
+
+
+def as_modules(net, image):
+    """The same network with modules for functions that SpikingJelly does not take: ReLU, pooling, padded shortcuts.
+
+    image: one image [1, C, H, W]. What has no module here stays as it is.
+    """
+    import copy
+
+    from torch import fx
+
+    graph = fx.symbolic_trace(with_convolutions(copy.deepcopy(net), image))
+    values = fx.Interpreter(graph)
+    values.garbage_collect_values = False  # sizes are read from the values of all nodes
+    values.run(image)
+    for node in [each for each in graph.graph.nodes if each.op in ("call_function", "call_method")]:
+        module = module_of(node, values.env)
+        if module is not None:
+            graph.add_submodule(f"of_{node.name}", module)
+            with graph.graph.inserting_after(node):
+                node.replace_all_uses_with(graph.graph.call_module(f"of_{node.name}", node.args[:1]))
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph.eval()
+
+
+def module_of(node, values):
+    """The module of a node of a function, or None. values: node -> its value for one image."""
+    from torch import fx, nn
+    from torch.nn import functional as F
+
+    if node.target in (F.relu, "relu", "relu_") or getattr(node.target, "__name__", "") == "relu":
+        return nn.ReLU()
+    if node.target is F.avg_pool2d:
+        args, given = fx.node.map_arg((node.args[1:], node.kwargs), values.__getitem__)
+        return nn.AvgPool2d(*args, **given)
+    return None
+
+
+def with_convolutions(net, image):
+    """The network with 1x1 convolutions for its modules that take every n-th pixel and pad the channels with zeros.
+
+    These are the shortcuts of option A (He et al., CVPR 2016). A module is replaced if its output stays the same.
+    """
+    import torch
+
+    seen = {}
+    own = {name: module for name, module in net.named_modules() if is_function(module)}
+    hooks = [module.register_forward_hook(lambda m, x, y: seen.update({m: (x[0], y)})) for module in own.values()]
+    with torch.no_grad():
+        net(image)
+        for name, module in own.items():
+            conv = padding_convolution(*seen[module]) if module in seen else None
+            if conv is not None and torch.equal(conv(seen[module][0]), seen[module][1]):
+                net.set_submodule(name, conv)
+    for hook in hooks:
+        hook.remove()
+    return net
+
+
+def is_function(module):
+    """Whether a module of the user's own has neither parameters nor modules."""
+    return not (type(module).__module__.startswith("torch.") or list(module.children()) or list(module.parameters()))
+
+
+def padding_convolution(x, y):
+    """A convolution that takes every n-th pixel and puts zeros before and behind the channels; None for other shapes.
+
+    x, y: input and output [1, C, H, W] of the module that it stands for.
+    """
+    import torch
+    from torch import nn
+
+    if x.dim() != 4 or y.dim() != 4 or y.shape[1] < x.shape[1] or 0 in y.shape:
+        return None
+    channels, added = x.shape[1], y.shape[1] - x.shape[1]
+    strides = [-(-x.shape[dim] // y.shape[dim]) for dim in (2, 3)]
+    conv = nn.Conv2d(channels, y.shape[1], 1, strides, bias=False)
+    conv.weight.data.zero_()
+    conv.weight.data[added // 2 : added // 2 + channels, :, 0, 0] = torch.eye(channels)
+    return conv
 
 
 def recipes(calibration):
