@@ -48,6 +48,7 @@ METHODS = {
     "listen": "-e 0 --threshold mse --per_channel both --listen T",
 }
 TEST_BATCH = 100  # images that are simulated at a time
+MOST_LOADERS = 3  # data sets in memory; CIFAR-10 takes 184 MB for each seed and normalisation
 OBSERVED = 20  # images for which synaptic operations are counted
 # Flags on which the loaders depend.
 DATA_FLAGS = (*(each.name for each in fields(DataOptions)), "image_size", "channels", "seed")
@@ -307,6 +308,8 @@ def load_images(flags, loaders):
 
     key = str([getattr(flags, name) for name in DATA_FLAGS])
     if key not in loaders:
+        if len(loaders) == MOST_LOADERS:
+            del loaders[next(iter(loaders))]  # the oldest
         seed_everything(flags.seed)
         found = get_dataset(flags)
         loaders[key] = found, random_state(found[2:])
