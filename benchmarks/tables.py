@@ -190,7 +190,7 @@ GPU_THEN_CPU = (
 )
 EXAMPLE_SPIKES = f"-e 20 --finetune_lr 0.02 {LABELS} {WEIGHTS} {FOLD} --activation_levels 16 {SPIKES} 3 {LR} 0.001875"
 LITE = (
-    Line(LITE0, 8, CHANNEL, (16, 32, 64)),
+    Line(LITE0, 8, CHANNEL, (64,)),  # 50 layers: few steps are not enough
     Line(LITE0, 8, f"{CHANNEL} --listen T", (8, 16, 32)),
 )
 
