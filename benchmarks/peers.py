@@ -6,6 +6,9 @@
 SpikingJelly keeps float weights and is calibrated on the same 1,000 training images as this toolkit. One simulation
 serves every T and two readings of the outputs: the mean over all steps, and ("delayed") the mean from the step that its
 `estimate_delay_start` returns, at most three quarters of T. Needs `pip install spikingjelly`, version 2.0 or later.
+
+NETWORK is any form of benchmarks/accuracy.py. Without --networks, the networks of the table in docs/accuracy.md are
+measured, as benchmarks/tables.py plans it. What --results has is not measured again.
 """
 
 import argparse
@@ -14,42 +17,107 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.accuracy import add_table_flags, conversion_args, evenly_spaced
+from benchmarks.accuracy import (
+    add_table_flags,
+    check_row,
+    conversion_args,
+    default_flags,
+    evenly_spaced,
+    load_images,
+    split,
+)
+from benchmarks.network_forms import title_of
+from benchmarks.pages import table_of_peers, write_tables
+from benchmarks.results import Results, key_of, where_and_when
+from benchmarks.tables import PEERS, Peer, check_places, filled_in
 from runtime.cli import OneLineParser, run_script
 
 CALIBRATION_IMAGES = 1000  # the default of --calibration_samples
 MOST_DELAYED = 0.75  # latest start of a delayed reading, as a share of T, so that it still has some steps
+FORMAT = "ann2snn-peers-1"
+NUMBERS = ("ann_top1", "snn_top1", "samples")
+READINGS = ("", ", delayed")
 
 
 def parse_args(argv=None):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_table_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.is_plan = not args.networks
+    if args.is_plan and "timesteps" in parser.given:
+        parser.error("--timesteps is for --networks, benchmarks/tables.py has those of the table")
+    return args
 
 
 def main(args):
+    from runtime.files import check_writable
+    from spike_dag import format_table
+
+    check_writable(args.write)
+    if args.write and not args.results:
+        raise ValueError("--write needs the rows of --results FILE.json")
+    results = Results(args.results, FORMAT, Peer.FACTS, NUMBERS)
+    check_installed()
+    if args.is_plan:
+        check_places(PEERS, vars(args))
+        peers = PEERS.peers(args.test_images)
+    else:
+        peers = [
+            Peer(text, title_of(text), args.dataset, tuple(args.timesteps), args.test_images) for text in args.networks
+        ]
+    wanted = [(peer, flags_of(args, peer)) for peer in peers]  # finds every wrong network before the work
+    steps = peers[0].timesteps
+    rows = [("network", "mode", *(f"T={T}" for T in steps))]
+    for peer, flags in wanted:
+        runs = measure_network(args, peer, flags, results)
+        rows.append((peer.title, "float ANN", *[f"{runs[0]['ann_top1']:.2f}"] * len(steps)))
+        for run in runs:
+            points = [f"{run['snn_top1'][str(T)] - run['ann_top1']:+.2f}" for T in steps]
+            rows.append((peer.title, run["mode"], *points))
+    print(format_table(rows))
+    if args.write:
+        write_tables(args.write, {PEERS.name: table_of_peers(PEERS, results)})
+
+
+def flags_of(args, peer):
+    """The flags that load a network and its data. Raises ValueError for one that cannot be loaded."""
+    network, dataset = (filled_in(text, vars(args)) for text in (peer.network, peer.dataset))
+    flags = conversion_args(network, 8, "-e 0", 1, 0, dataset)
+    check_row(network, flags)
+    return flags
+
+
+def measure_network(args, peer, flags, results):
+    """The results of all recipes and readings; those that are missing are measured and added."""
+    found, loaded = [], None
+    for mode in recipes(None):
+        key = key_of(flags, default_flags(), mode=mode, timesteps=peer.timesteps, test_images=peer.test_images)
+        runs = [results.with_key(key + reading) for reading in READINGS]
+        if None in runs or args.again:
+            loaded = loaded or load(flags, peer.test_images)
+            runs = new_runs(mode, key, loaded, peer.timesteps)
+        for run in runs:
+            results.add({**run, **peer.facts(run["mode"])})
+            found.append(results.with_key(run["key"]))
+    return found
+
+
+def new_runs(mode, key, loaded, timesteps):
+    """The results of one recipe, one for each reading."""
     import torch
 
-    from runtime.files import check_writable, write_json
-    from spike_dag import format_table
     from validate import evaluate
 
-    check_writable(args.results)
-    check_installed()
-    rows, found = [("network", "mode", *(f"T={T}" for T in args.timesteps))], []
-    for network in args.networks:
-        net, calibration, batches = load(args, network)
-        ann = evaluate(net, batches, torch.device("cpu"), torch.nn.CrossEntropyLoss())["top1"]
-        rows.append((network.split(":")[0], "float ANN", *[f"{ann:.2f}"] * len(args.timesteps)))
-        for mode, recipe in recipes(calibration).items():
-            for reading, accuracies in measure(net, recipe, calibration, batches, args.timesteps).items():
-                found.append({"network": network, "mode": mode + reading, "ann_top1": ann, "snn_top1": accuracies})
-                points = [f"{accuracies[T] - ann:+.2f}" for T in args.timesteps]
-                rows.append((network.split(":")[0], mode + reading, *points))
-                print(*rows[-1], file=sys.stderr)
-                if args.results:
-                    write_json(args.results, {"dataset": args.dataset, "runs": found})
-    print(format_table(rows))
+    net, calibration, batches = loaded
+    ann = evaluate(net, batches, torch.device("cpu"), torch.nn.CrossEntropyLoss())["top1"]
+    samples = sum(len(targets) for _, targets in batches)
+    found = []
+    for reading, accuracies in measure(net, recipes(calibration)[mode], calibration, batches, timesteps).items():
+        by_T = {str(T): top1 for T, top1 in accuracies.items()}
+        found.append({"key": key + reading, "mode": mode + reading, "ann_top1": ann, "snn_top1": by_T})
+        found[-1] |= {"samples": samples, **where_and_when()}
+        print(mode + reading, by_T, file=sys.stderr)
+    return found
 
 
 def check_installed():
@@ -62,24 +130,100 @@ def check_installed():
         ) from error
 
 
-def load(args, network):
-    """The float network, calibration batches, and [(images, targets)] of the test set."""
+def load(flags, most):
+    """The float network, calibration batches, and [(images, targets)] of `most` test images."""
+    from build_network import build_trained_net, choose_input
+    from finetuning.on_spikes import first_images
+
+    choose_input(flags)
+    test_loader, train_loader, train_val_loader = load_images(flags, {})
+    images = train_loader.dataset
+    net = build_trained_net(flags.net_name, images.channels, images.num_classes, flags.ann_weight, flags.net_args)
+    calibration = [(inputs[0], labels) for inputs, labels in first_images(train_val_loader, CALIBRATION_IMAGES)]
+    net = as_modules(net.eval(), images[0][0][None])
+    return net, calibration, split(*evenly_spaced(test_loader, most))
+
+
+def as_modules(net, image):
+    """The same network with modules for functions that SpikingJelly does not take: ReLU, pooling, padded shortcuts.
+
+    image: one image [1, C, H, W]. What has no module here stays as it is.
+    """
+    import copy
+
+    from torch import fx
+
+    graph = fx.symbolic_trace(with_convolutions(copy.deepcopy(net), image))
+    values = fx.Interpreter(graph)
+    values.garbage_collect_values = False  # sizes are read from the values of all nodes
+    values.run(image)
+    for node in [each for each in graph.graph.nodes if each.op in ("call_function", "call_method")]:
+        module = module_of(node, values.env)
+        if module is not None:
+            graph.add_submodule(f"of_{node.name}", module)
+            with graph.graph.inserting_after(node):
+                node.replace_all_uses_with(graph.graph.call_module(f"of_{node.name}", node.args[:1]))
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph.eval()
+
+
+def module_of(node, values):
+    """The module of a node of a function, or None. values: node -> its value for one image."""
+    from torch import fx, nn
+    from torch.nn import functional as F
+
+    if node.target in (F.relu, "relu", "relu_") or getattr(node.target, "__name__", "") == "relu":
+        return nn.ReLU()
+    if node.target is F.avg_pool2d:
+        args, given = fx.node.map_arg((node.args[1:], node.kwargs), values.__getitem__)
+        return nn.AvgPool2d(*args, **given)
+    return None
+
+
+def with_convolutions(net, image):
+    """The network with 1x1 convolutions for its modules that take every n-th pixel and pad the channels with zeros.
+
+    These are the shortcuts of option A (He et al., CVPR 2016). A module is replaced if its output stays the same.
+    """
     import torch
 
-    from build_network import build_trained_net, input_size
-    from datasets import get_dataset
-    from finetuning.on_spikes import first_images
-    from runtime.device import seed_everything
+    seen = {}
+    own = {name: module for name, module in net.named_modules() if is_function(module)}
+    hooks = [module.register_forward_hook(lambda m, x, y: seen.update({m: (x[0], y)})) for module in own.values()]
+    with torch.no_grad():
+        net(image)
+        for name, module in own.items():
+            conv = padding_convolution(*seen[module]) if module in seen else None
+            if conv is not None and torch.equal(conv(seen[module][0]), seen[module][1]):
+                net.set_submodule(name, conv)
+    for hook in hooks:
+        hook.remove()
+    return net
 
-    flags = conversion_args(network, 8, "-e 0", 1, 0, args.dataset)
-    flags.image_size = input_size(flags.net_name)
-    seed_everything(0)
-    test_loader, _, train_loader, train_val_loader = get_dataset(flags)
-    images = train_loader.dataset
-    net = build_trained_net(flags.net_name, images.channels, images.num_classes, flags.ann_weight).eval()
-    test_images, targets = evenly_spaced(test_loader, args.test_images)
-    calibration = first_images(train_val_loader, CALIBRATION_IMAGES)
-    return net, calibration, list(zip(torch.split(test_images, 100), torch.split(targets, 100)))
+
+def is_function(module):
+    """Whether a module of the user's own has neither parameters nor modules."""
+    return not (type(module).__module__.startswith("torch.") or list(module.children()) or list(module.parameters()))
+
+
+def padding_convolution(x, y):
+    """A convolution that takes every n-th pixel and puts zeros before and behind the channels; None for other shapes.
+
+    x, y: input and output [1, C, H, W] of the module that it stands for.
+    """
+    import torch
+    from torch import nn
+
+    if x.dim() != 4 or y.dim() != 4 or y.shape[1] < x.shape[1] or 0 in y.shape:
+        return None
+    channels, added = x.shape[1], y.shape[1] - x.shape[1]
+    strides = [-(-x.shape[dim] // y.shape[dim]) for dim in (2, 3)]
+    conv = nn.Conv2d(channels, y.shape[1], 1, strides, bias=False)
+    conv.weight.data.zero_()
+    conv.weight.data[added // 2 : added // 2 + channels, :, 0, 0] = torch.eye(channels)
+    return conv
 
 
 def recipes(calibration):

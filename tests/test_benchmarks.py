@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -10,8 +11,13 @@ import pytest
 import torch
 
 import ann2snn
-from benchmarks import accuracy, peers, simulate
+from benchmarks import accuracy, peers, simulate, tables
+from benchmarks.network_forms import split_network, title_of
+from benchmarks.pages import write_tables
+from benchmarks.results import Kept, contents
+from build_network import get_net_by_name
 from runtime.cli import run_script
+from spike_dag import SpikeDAGModule, load_dag
 
 ROOT = Path(__file__).parents[1]
 NETWORK = f"example_net:{ROOT}/checkpoint/example_net_ann.pth"
@@ -119,3 +125,336 @@ def test_peer_reaches_its_ann_at_many_timesteps():
         batches = [(images, net(images).argmax(1))]
     found = peers.measure(net, peers.recipes(batches)["99.9 %"], batches, batches, [4, 256])
     assert found[""][256] >= 95 and found[""][256] >= found[""][4]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows that were measured are kept
+
+DEBUG = ["--networks", "debug_net0", "--dataset", "debug0", "--timesteps", "2", "--bits", "2"]
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The flags of every conversion that `accuracy.measure` really makes."""
+    calls, measure = [], accuracy.measure
+
+    def noted(args, flags, *others):
+        calls.append(flags)
+        return measure(args, flags, *others)
+
+    monkeypatch.setattr(accuracy, "measure", noted)
+    return calls
+
+
+def accuracy_of(*argv):
+    """Run benchmarks/accuracy.py on a debug network."""
+    accuracy.main(accuracy.parse_args([*DEBUG, *argv]))
+
+
+def test_what_the_results_have_is_not_measured_again(tmp_path, measured, capsys):
+    argv = ["--results", f"{tmp_path / 'r.json'}", "--methods"]
+    accuracy_of(*argv, "a: -e 0")
+    first = capsys.readouterr().out, (tmp_path / "r.json").read_text()
+    accuracy_of(*argv, "a: -e 0")
+    assert len(measured) == 1
+    assert (capsys.readouterr().out, (tmp_path / "r.json").read_text()) == first
+    accuracy_of(*argv, "b: -e 0 --preset specification --reset_mode subtraction")  # the same conversion in other words
+    assert len(measured) == 1
+    accuracy_of("--again", *argv, "a: -e 0")
+    assert len(measured) == 2
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ["--methods", "a: -e 0 --threshold mse"],
+        ["--timesteps", "3"],
+        ["--seeds", "1"],
+        ["--test_images", "8"],
+        ["--bits", "3"],
+        ["--networks", "debug_net1"],
+        ["--networks", "debug_net0 --calibration_samples 20"],
+    ],
+    ids=" ".join,
+)
+def test_a_changed_row_is_measured_and_the_others_stay(tmp_path, measured, changed):
+    argv = ["--results", f"{tmp_path / 'r.json'}", "--methods", "a: -e 0"]
+    accuracy_of(*argv)
+    accuracy_of(*argv, *changed)
+    assert len(measured) == 2
+    assert len(json.loads((tmp_path / "r.json").read_text())["runs"]) == 2
+
+
+def test_other_weights_under_the_same_name_take_the_place_of_the_row(tmp_path, measured):
+    file, results = tmp_path / "w.pth", tmp_path / "r.json"
+    net = get_net_by_name("debug_net0", 1, 2)
+    argv = ["--networks", f"debug_net0:{file}", "--results", f"{results}", "--methods", "a: -e 0"]
+    keys = []
+    for factor in (1, 2):
+        torch.save({name: factor * weight for name, weight in net.state_dict().items()}, file)
+        contents.cache_clear()  # of one process, as files do not change within a run
+        accuracy_of(*argv)
+        (run,) = json.loads(results.read_text())["runs"]
+        keys.append(run["key"])
+    assert len(measured) == 2 and keys[0] != keys[1]
+
+
+def test_a_run_that_was_cut_off_goes_on_at_its_row(tmp_path, monkeypatch):
+    made, measure = [], accuracy.measure
+
+    def cut_off(args, flags, *others):
+        if len(made) == 2 and not resumed:
+            raise KeyboardInterrupt
+        made.append(flags.timesteps)
+        return measure(args, flags, *others)
+
+    monkeypatch.setattr(accuracy, "measure", cut_off)
+    argv = ["--timesteps", "1", "2", "3", "--methods", "a: -e 0", "--results", f"{tmp_path / 'r.json'}"]
+    resumed = False
+    with pytest.raises(KeyboardInterrupt):
+        accuracy_of(*argv)
+    resumed = True
+    accuracy_of(*argv)
+    assert made == [1, 2, 3]
+
+
+def test_a_kept_network_gives_the_numbers_of_its_own_run(tmp_path, monkeypatch):
+    """Random numbers go on as behind the finetuning, so that epochs on spikes draw the same."""
+    flags = "a: -e 1 --activation_levels 2 --per_channel both --spike_epochs 1"
+    keep, kept, found = tmp_path / "keep", [], []
+    load = Kept.load
+    monkeypatch.setattr(Kept, "load", lambda *given: kept.append(load(*given)) or kept[-1])
+    for name in ("first", "second"):
+        file = tmp_path / f"{name}.json"
+        accuracy_of("--keep", f"{keep}", "--results", f"{file}", "--methods", flags)
+        (run,) = json.loads(file.read_text())["runs"]
+        found.append({key: value for key, value in run.items() if key != "conversion_seconds"})
+    assert kept[0] is None and kept[1] is not None
+    assert found[0] == found[1]
+    (network,) = [file for file in keep.iterdir() if ".state" not in file.name]
+    assert isinstance(load_dag(network), SpikeDAGModule)
+    network.write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"damaged, remove them"):
+        accuracy_of("--keep", f"{keep}", "--methods", flags)
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("{", "it is damaged: "),
+        ("\x00\xff", "it is damaged: "),
+        ("[]", "it is not of the format ann2snn-accuracy-1"),
+        ('{"runs": []}', "it is not of the format ann2snn-accuracy-1"),
+        ('{"format": "ann2snn-accuracy-1", "runs": [{"key": "a"}]}', "a row in it lacks a part"),
+        ('{"format": "ann2snn-accuracy-1"}', "a row in it lacks a part"),
+    ],
+)
+def test_a_damaged_results_file_is_one_line_and_stays(tmp_path, text, reason, capsys):
+    file = tmp_path / "r.json"
+    file.write_text(text, encoding="latin-1")
+    with pytest.raises(SystemExit) as end:
+        run_script(accuracy.main, accuracy.parse_args([*DEBUG, "--results", f"{file}"]))
+    error = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and len(error) == 1 and file.read_text(encoding="latin-1") == text
+    assert f"{file} holds no results ({reason}" in error[0] and "name another file" in error[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks of every form
+
+
+@pytest.mark.parametrize(
+    "text, wanted, title",
+    [
+        ("resnet20:a/b.pth", ("resnet20", "a/b.pth", []), "resnet20"),
+        ("resnet20:weights without an end", ("resnet20", "weights without an end", []), "resnet20"),
+        ("torchvision:resnet18:a.pth", ("torchvision:resnet18", "a.pth", []), "resnet18"),
+        ("timm:resnet18 --ann_weight a.pth", ("timm:resnet18", None, ["--ann_weight", "a.pth"]), "resnet18"),
+        ("a/net.py:Net", ("a/net.py:Net", None, []), "Net"),
+        ("a/net.py:Net:w.th --mean '0, 1'", ("a/net.py:Net", "w.th", ["--mean", "0, 1"]), "Net"),
+        ("package.net:Net.make --net_args a=1", ("package.net:Net.make", None, ["--net_args", "a=1"]), "Net.make"),
+        ("package.net:Net:w.pth", ("package.net:Net", "w.pth", []), "Net"),
+        ("a/model.onnx", ("a/model.onnx", None, []), "model.onnx"),
+        ("debug_net0 --dataset debug0", ("debug_net0", None, ["--dataset", "debug0"]), "debug_net0"),
+    ],
+)
+def test_networks_are_split_from_their_weights_and_flags(text, wanted, title):
+    assert split_network(text) == wanted and title_of(text) == title
+
+
+def test_a_network_has_its_own_flags_and_those_of_the_method_count_last():
+    flags = accuracy.conversion_args(
+        "debug_net0 --dataset debug1 --calibration_samples 20 --hold_back 0", 2, "--hold_back 0.5", 4, 0, "digits"
+    )
+    assert (flags.net_name, flags.dataset, flags.ann_weight) == ("debug_net0", "debug1", None)
+    assert (flags.calibration_samples, flags.hold_back) == (20, 0.5)
+
+
+def test_code_of_the_user_is_measured_with_its_arguments_and_its_data(tmp_path, capsys):
+    (tmp_path / "net.py").write_text(
+        "import torch\n\n\ndef net(num_classes, width):\n    torch.manual_seed(0)\n"
+        "    layers = torch.nn.Linear(16, width), torch.nn.ReLU(), torch.nn.Linear(width, num_classes)\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), *layers)\n\n\n"
+        "def data():\n    images = torch.rand(40, 1, 4, 4)\n    labels = torch.arange(40) % 2\n"
+        "    return [torch.utils.data.TensorDataset(images, labels)] * 2\n"
+    )
+    results, file = tmp_path / "r.json", tmp_path / "net.py"
+    network = f"{file}:net --net_args width=6 --dataset {file}:data"
+    argv = ["--networks", network, "--timesteps", "2", "--methods", "a: -e 0", "--results", f"{results}"]
+    accuracy.main(accuracy.parse_args(argv))
+    (run,) = json.loads(results.read_text())["runs"]
+    assert run["samples"] == 40 and capsys.readouterr().out.splitlines()[1].startswith("net ")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables of the plan, in a page
+
+SMALL = tables.Network("debug", "debug_net0", "{cifar10}")
+PLAN = {
+    "one": tables.Table("one", (tables.Line(SMALL, 2, "--hold_back 0", (1, 2), seeds=(0, 1)),), common="-e 0"),
+    "two": tables.Table("two", (tables.Line(SMALL, 3, "-e 0", (2,)),)),
+}
+PAGE = "# Page\n\n<!-- table one -->\n\nold one\n\n<!-- end -->\n\ntext\n\n<!-- table two -->\nold two\n<!-- end -->\n"
+
+
+def test_tables_replace_what_is_between_their_markers_and_nothing_else(tmp_path, monkeypatch, measured, capsys):
+    monkeypatch.setattr(tables, "TABLES", PLAN)
+    page, results = tmp_path / "page.md", tmp_path / "r.json"
+    page.write_text(PAGE)
+    written = ["--results", f"{results}", "--write", f"{page}"]
+    accuracy.main(accuracy.parse_args(["--tables", "one", "--cifar10", "debug0", *written]))
+    assert len(measured) == 4
+    new = page.read_text()
+    before, after = PAGE.split("\nold one\n")
+    assert new.startswith(before + "\n|") and new.endswith(after)
+    runs = json.loads(results.read_text())["runs"]
+    assert {run["dataset"] for run in runs} == {"{cifar10}"}  # no paths of this machine
+    points = [runs[i]["snn_top1"] - runs[i]["ann_top1"] for i in range(4)]
+    cell = f"{(points[0] + points[1]) / 2:+.2f} ± {abs(points[0] - points[1]) / math.sqrt(2):.2f}"
+    assert f"| debug, 2 | `--hold_back 0` | {runs[0]['ann_top1']:.2f} % |" in new and cell in new
+    assert "All rows also have `-e 0`." in new and f"on {runs[0]['samples']} test images" in new
+    assert "--tables one --cifar10 /path/to/cifar10 --results" in new
+    capsys.readouterr()
+    accuracy.main(accuracy.parse_args(written))  # without --tables nothing is measured
+    assert len(measured) == 4 and page.read_text() == new
+    assert capsys.readouterr().err == "table two is not written: rows are missing in the results\n"
+
+
+@pytest.mark.parametrize(
+    "page, message",
+    [
+        ("<!-- table one -->\n", "<!-- table one --> has no <!-- end -->"),
+        ("<!-- end -->\n", "line 1: <!-- end --> is out of place"),
+        ("<!-- table one -->\n<!-- table two -->\n<!-- end -->\n", "line 2: <!-- table two --> is out of place"),
+        (PAGE + PAGE, "<!-- table one --> is out of place"),
+    ],
+)
+def test_markers_that_do_not_belong_together_are_refused(tmp_path, page, message):
+    file = tmp_path / "page.md"
+    file.write_text(page)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        write_tables(f"{file}", {"one": "new"})
+    assert file.read_text() == page
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--tables", "digts"], "no table digts, there are"),
+        (["--tables", "digts"], "did you mean digits?"),
+        (["--tables", "without_labels"], "the table without_labels needs --cifar10"),
+        (["--write", "page.md"], "--write needs the rows of --results"),
+        (["--networks", "debug_net0 --mean '0"], "look at its quotes"),
+        (["--networks", "example_net:none.pth"], "no checkpoint none.pth, name the file"),
+    ],
+)
+def test_a_wrong_plan_ends_in_one_error(argv, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        run_script(accuracy.main, accuracy.parse_args(argv))
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and message in error
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "say what to measure, --networks or --tables"),
+        (["--tables", "digits", "--networks", NETWORK], "say what to measure, --networks or --tables"),
+        (["--tables", "digits", "--bits", "4"], "--bits is for --networks"),
+    ],
+)
+def test_a_command_line_names_networks_or_tables(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        accuracy.parse_args(argv)
+    assert message in capsys.readouterr().err
+
+
+def test_every_table_has_its_place_and_flags_that_parse():
+    page = (ROOT / "docs/accuracy.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^<!-- table (\S+) -->$", page, flags=re.MULTILINE)) == {*tables.TABLES, tables.PEERS.name}
+    places = dict.fromkeys(tables.PLACES, "net.py:net")
+    for table in tables.TABLES.values():
+        for row in table.rows():
+            flags = accuracy.conversion_args(
+                tables.filled_in(row.network, places), row.bits, row.flags, row.T, row.seed, "digits"
+            )
+            assert flags.timesteps == row.T and not (flags.activation_levels and not flags.finetune_epochs)
+
+
+def test_peers_keep_what_they_measured(tmp_path, monkeypatch):
+    """With recipes and a measurement of the test's own: SpikingJelly is not needed."""
+    made = []
+
+    def measure(net, recipe, calibration, batches, timesteps):
+        made.append(recipe)
+        return {reading: {T: 50.0 + T for T in timesteps} for reading in peers.READINGS}
+
+    monkeypatch.setattr(peers, "check_installed", lambda: None)
+    monkeypatch.setattr(peers, "recipes", lambda calibration: {"own": "recipe"})
+    monkeypatch.setattr(peers, "measure", measure)
+    plan = tables.PeersTable("peers", (SMALL,), timesteps=(2, 4), test_images=8)
+    monkeypatch.setattr(peers, "PEERS", plan)
+    page, results = tmp_path / "page.md", tmp_path / "p.json"
+    page.write_text("<!-- table peers -->\n<!-- end -->\n")
+    for _ in range(2):
+        argv = ["--cifar10", "debug0", "--results", f"{results}", "--write", f"{page}"]
+        peers.main(peers.parse_args(argv))
+    runs = json.loads(results.read_text())["runs"]
+    assert made == ["recipe"] and [run["mode"] for run in runs] == ["own", "own, delayed"]
+    assert runs[0]["snn_top1"] == {"2": 52.0, "4": 54.0} and runs[0]["samples"] == 8
+    assert (
+        f"| debug | own, delayed | {runs[0]['ann_top1']:.2f} % | {52 - runs[0]['ann_top1']:+.2f} |" in page.read_text()
+    )
+
+
+class PaddedShortcut(torch.nn.Module):
+    """Every second pixel, and zeros before and behind the channels (option A of He et al., CVPR 2016)."""
+
+    def forward(self, x):
+        return torch.nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1))
+
+
+class WithFunctions(torch.nn.Module):
+    """A block with functions for its ReLUs, its pooling and its shortcut."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Conv2d(4, 6, 3, 2, 1)
+        self.shortcut, self.fc = PaddedShortcut(), torch.nn.Linear(6, 2)
+
+    def forward(self, x):  # [B, 3, 8, 8]
+        x = torch.nn.functional.relu(self.conv1(x))
+        x = (self.conv2(x) + self.shortcut(x)).relu()  # [B, 6, 4, 4]
+        x = torch.nn.functional.avg_pool2d(x, x.size()[3])
+        return self.fc(x.view(x.size(0), -1))
+
+
+def test_a_network_of_functions_becomes_one_of_modules():
+    torch.manual_seed(0)
+    net, images = WithFunctions().eval(), torch.randn(5, 3, 8, 8)
+    graph = peers.as_modules(net, images[:1])
+    kinds = [type(graph.get_submodule(node.target)).__name__ for node in graph.graph.nodes if node.op == "call_module"]
+    assert kinds == ["Conv2d", "ReLU", "Conv2d", "Conv2d", "ReLU", "AvgPool2d", "Linear"]
+    with torch.no_grad():
+        assert torch.equal(graph(images), net(images))
+    assert isinstance(net.shortcut, PaddedShortcut)  # the network itself stays

@@ -18,7 +18,9 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = [
     *("ann2snn.py", "analyse_error.py", "train_ann.py", "hw_constraints.py"),
-    *sorted(f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py")),
+    *sorted(
+        f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py") if "def parse_args" in path.read_text()
+    ),
 ]
 LARGEST_README, LARGEST_EXAMPLE = 250, 25  # lines
 
