@@ -20,6 +20,7 @@ import torch
 from ann_parser import CANNOT_RUN, parse_ann_model
 from build_network import build_trained_net, check_net_name
 from conversion.plan import plan_conversion
+from conversion.windows import first_inputs
 from dag_rewrites import (
     DEFAULT_MAXPOOL,
     equalize_channels,
@@ -59,10 +60,12 @@ from runtime.packages import REPORT_PACKAGES, check_packages
 from snn_weight_setter import convert
 from spike_dag import format_table
 from spike_layers import SpikeMaxPool2d
-from validate import evaluate
+from validate import classes_of, evaluate
 
 CLASSIFIER_FLAGS = ("report", "spike_epochs", "spike_epochs_unlabelled", "finetune_distill", "expect_top1")
 TOP1_TOLERANCE = 0.2  # points: another version of a JPEG decoder, or another order of summing, moves a few images
+PARTING_IMAGES = 64  # calibration images on which the classes of the three networks are compared
+PARTING = 0.1  # share of these images: 6 of 64 also change their class where nothing is wrong
 NEAR_CHANCE = 1.5  # times the chance of a guess; a trained network is far above it, unless two classes are hard
 LOOK_AT = (
     "look at the normalisation first (--preprocess none, --mean, --std), then at the size of the images "
@@ -189,11 +192,51 @@ def make(args, net, loaders, criterion, device, measure, clock=None):
     networks = made.snn, made.qnet, made.ann
     made.snn = finetune_on_spikes(*networks, train_loader, calibration_loader, criterion, device, args)
     clock.lap("finetune_on_spikes")
+    tell_where_they_part(made, calibration_loader, device, args)
     made.accuracies["snn"] = measure(made.snn, timesteps=args.timesteps, every_step=True)
     clock.lap("validate_snn")
     made.seconds = clock.seconds
     made.accuracies = {name: result for name, result in made.accuracies.items() if result is not None}
     return made
+
+
+def tell_where_they_part(made, loader, device, args):
+    """Say on stderr which step loses the ANN's classes, if one does, before the long measurement, and what to try.
+
+    The calibration images show it without labels. Detectors have no classes.
+    """
+    if getattr(args, "dataset", None) in DETECTION_DATASETS:
+        return
+    inputs = first_inputs(loader_for(made.ann, loader), device, PARTING_IMAGES)
+    wanted = classes_of(made.ann, inputs, device)
+    if wanted.unique().numel() < 2:  # a network with one class for all images says nothing
+        return
+    shares = [
+        (classes_of(net, inputs, device, steps) == wanted).double().mean().item()
+        for net, steps in ((made.qnet, None), (made.snn, args.timesteps))
+    ]
+    said = where_they_part(*shares, len(wanted), len(made.snn.neurons()), args)
+    if said is not None:
+        print(said, file=sys.stderr)
+
+
+def where_they_part(of_qnet, of_snn, images, depth, args):
+    """The line for shares of images whose class is the ANN's, or None if nothing is lost.
+
+    of_qnet, of_snn: the quantized network's and the spiking network's share. depth: number of spiking layers.
+    """
+    agrees = f"agrees with the float one on {{:.0f}} % of {images} calibration images"
+    if of_qnet - of_snn > PARTING:
+        heard = {0: "without listening", "auto": "with --listen auto"}.get(args.listen, f"with --listen {args.listen}")
+        ways = ["more --timesteps"] if args.listen in (args.timesteps, "auto") else ["--preset exact", "--listen auto"]
+        return (
+            f"the spiking network {agrees.format(100 * of_snn)}, the quantized one on {100 * of_qnet:.0f} %: "
+            f"{depth} spiking layers at T={args.timesteps} {heard}; try {' or '.join(ways)}"
+        )
+    if 1 - of_qnet > PARTING and not args.finetune_epochs:
+        weights = weights_in_words(args.weight_bitwidth)
+        return f"the quantized network {agrees.format(100 * of_qnet)}: {weights}; try finetuning, or more bits"
+    return None
 
 
 def quantize(args, made, loaders, criterion, device):

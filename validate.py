@@ -18,6 +18,8 @@ from runtime.device import in_eval_mode
 from spike_dag import one_or_all
 from spike_tensor import firing_ratios, record_firing_ratios
 
+AT_A_TIME = 16  # images whose classes are looked up in one pass: few enough for 224x224 pixels
+
 
 def validate_ann(net, loader, device, criterion):
     """`top1, loss` of a network: top-1 accuracy in percent and the mean loss per sample."""
@@ -71,6 +73,21 @@ def validate(net, loader, device, metric, timesteps=None):
     if timesteps is not None:
         means["firing_rate"] = dict(zip(net.spiking_layers(), means["firing_rate"], strict=True))
     return {"samples": samples, **metric.summary(), **means}
+
+
+@torch.no_grad()
+def classes_of(net, inputs, device, timesteps=None):
+    """The index of the largest score of every image, [N], on the CPU; of several outputs the first counts.
+
+    inputs: a tuple of [N, ...]. timesteps: as in `validate`.
+    """
+    found, known = [], {} if timesteps is None else {"timesteps": timesteps}
+    with measured_on(net, device):
+        for part in zip(*(x.to(device).split(AT_A_TIME) for x in inputs)):
+            scores = net(*part, **known)
+            scores = scores[0] if isinstance(scores, (tuple, list)) else scores
+            found.append(scores.flatten(1).argmax(1).cpu())
+    return torch.cat(found)
 
 
 @contextmanager

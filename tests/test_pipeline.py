@@ -3,15 +3,16 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import ann2snn
-from build_network import get_net_by_name
+from build_network import build_trained_net, get_net_by_name
 from networks.checkpoint import load_weights
-from pipeline import convert_network
+from pipeline import convert_network, where_they_part
 from spike_dag import load_dag
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoint/example_net_ann.pth"
@@ -156,3 +157,37 @@ def small():
     torch.manual_seed(0)
     layers = [torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 3), torch.nn.ReLU(), torch.nn.Flatten()]
     return torch.nn.Sequential(*layers, torch.nn.Linear(64, 3)).eval(), torch.rand(32, 1, 8, 8), torch.arange(32) % 3
+
+
+@pytest.mark.parametrize(
+    ("shares", "listen", "said"),
+    [
+        ((0.98, 0.97), 0, None),
+        (
+            (0.98, 0.03),
+            0,
+            "on 3 % of 64 calibration images, the quantized one on 98 %: 50 spiking layers at T=32 without ",
+        ),
+        ((0.98, 0.5), 8, "with --listen 8; try --preset exact or --listen auto"),
+        ((0.98, 0.5), 32, "with --listen 32; try more --timesteps"),
+        ((0.98, 0.5), "auto", "with --listen auto; try more --timesteps"),
+        (
+            (0.4, 0.4),
+            0,
+            "the quantized network agrees with the float one on 40 % of 64 calibration images: 4-bit weights",
+        ),
+    ],
+)
+def test_a_line_says_where_the_networks_part(shares, listen, said):
+    args = SimpleNamespace(timesteps=32, listen=listen, weight_bitwidth=4, finetune_epochs=0)
+    line = where_they_part(*shares, 64, 50, args)
+    assert (line is None) if said is None else (said in line)
+
+
+def test_the_line_comes_for_a_network_that_loses_its_classes(digits_images, capsys):
+    """resnet20 at T = 1: 20 layers, each with one spike or none."""
+    net = build_trained_net("resnet20", 3, 10, str(CHECKPOINT.with_name("resnet20_cifar10_ann.pth")))
+    images = digits_images[:64].expand(-1, 3, -1, -1) * 4 - 2
+    options = {"finetune_epochs": 0, "weight_bitwidth": 8, "device": "cpu"}
+    convert_network(net, [(images, None)], timesteps=1, **options)
+    assert "spiking layers at T=1 without listening; try --preset exact" in capsys.readouterr().err
