@@ -24,7 +24,7 @@ from conversion.units import Units
 from options import FLOAT_BITS
 from quantization import largest_integer, quantize_layers, round_layer
 from runtime.batches import batches_of, loader_for, on_device, split_batch
-from spike_layers import CURRENT, SPIKES, SpikeAdd, SpikeConvTranspose2d, SpikeLinear
+from spike_layers import CURRENT, SPIKES, SpikeAdd, SpikeConvTranspose2d, SpikeLinear, SpikeReLU
 from spike_simulator import count_readers, forget_read, run_op
 
 MOST_BYTES = 2**29  # of the largest layer's activations, over all images; fewer images are used above it
@@ -38,6 +38,7 @@ DAMPING = 0.01  # of the second moments in the rounding, relative to the mean sq
 BLOCK = 64  # inputs that are rounded before their errors reach the weights of the later blocks
 SHARES = torch.linspace(0.5, 1.5, 21).tolist()  # lambdas tried, relative to the one of before
 MOST_FOR_LAMBDA = 2**20  # activations on which they are tried
+BISECTIONS = 16  # of the shift of a bias, to 2^-16 of the largest error
 LEAST_POWER = 1e-12  # mean square of the inputs of a layer that reads nothing active
 
 
@@ -123,9 +124,9 @@ class Learner:
         output = op(x)
         if op.bias is None or "bias" in op.frozen:
             return output
-        over = [d for d in range(output.dim()) if d != 1]
         before = op.bias.clone()
-        op.bias += target.mean(over) - output.mean(over)
+        (images, places), wanted = sample_outputs(target, len(before), MOST_POSITIONS, self.generator)
+        op.bias += mean_shift(positions_of(output)[images, :, places], wanted, *self.range_behind(entry))
         if self.grid is not None:
             self.grid.snap_bias(entry)
         return output + op.output_view(op.bias - before)
@@ -142,6 +143,14 @@ class Learner:
         weights, moments = least_squares(inputs, outputs, rows, held_out)
         integers = least_error_integers(weights, steps, moments, largest_integer(op.weight_bits))
         return from_rows(op, integers.flatten(0, 1)).to(op.weight.dtype)
+
+    def range_behind(self, entry):
+        """The values that pass the activation behind a layer, `least, largest`; all of them if it has none."""
+        name = self.qnet.only_reader(entry.out)
+        op = None if name is None else self.qnet.ops[name].op
+        if not isinstance(op, SpikeReLU):
+            return -float("inf"), float("inf")
+        return 0.0, op.ceiling or float("inf")
 
     @staticmethod
     def positions(op):
@@ -238,11 +247,16 @@ class Grid:
 
 def sample_outputs(target, channels, most, generator):
     """`(images, places), outputs` of evenly drawn positions: indices [N] each, outputs [N, C_out]."""
-    flat = target.flatten(2) if target.dim() > 2 else target[..., None]  # [B, C, L]
+    flat = positions_of(target)
     size = flat.shape[2]
     drawn = torch.randperm(len(flat) * size, generator=generator)[:most].to(target.device)
     images, places = drawn // size, drawn % size
     return (images, places), flat[images, :, places]
+
+
+def positions_of(output):
+    """An output [B, C, ...] as [B, C, L]."""
+    return output.flatten(2) if output.dim() > 2 else output[..., None]
 
 
 def sample_inputs(op, x, drawn):
@@ -381,6 +395,26 @@ def round_block(left, steps, upper, start, largest):
         errors[:, :, k] = (left[:, :, k] - integers[:, :, k] * steps[:, :, k]) / row[:, :1]
         left[:, :, k:] -= errors[:, :, k, None] * row[:, None]
     return integers, errors
+
+
+def mean_shift(values, wanted, least, largest):
+    """The shift per channel, [C], under which the mean of the values behind the activation is the wanted one.
+
+    values, wanted: [N, C] before the activation, which clips them to `least` and `largest`. Behind a ReLU only what
+    passes it counts: the error of values far below 0 would otherwise move the bias. The mean grows with the shift, so
+    bisection finds it. Channels whose means already agree keep their bias.
+    """
+    if least == -float("inf"):
+        return (wanted - values).mean(0)
+    aim = wanted.clamp(least, largest).mean(0)
+    reach = (wanted - values).abs().amax(0)
+    low, high = -reach, reach
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        is_less = (values + middle).clamp(least, largest).mean(0) < aim
+        low, high = torch.where(is_less, middle, low), torch.where(is_less, high, middle)
+    agrees = values.clamp(least, largest).mean(0) == aim
+    return torch.where(agrees, 0.0, (low + high) / 2)
 
 
 def least_error_lambda(values, wanted, levels, ceiling):
