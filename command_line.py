@@ -100,8 +100,10 @@ def fill_in_preset(args, given, speaks):
     """Set the options of `args.preset` that the command line did not give."""
     chosen = preset_options(args.preset, args.timesteps)
     chosen = {name: value for name, value in chosen.items() if name not in given}
-    if "finetune_epochs" in given and not args.finetune_epochs:
-        chosen.pop("activation_levels", None)  # the levels learn lambda during finetuning, so they need epochs
+    if "finetune_epochs" in given and not args.finetune_epochs and args.rounding != "learnt":
+        chosen.pop(
+            "activation_levels", None
+        )  # the levels learn lambda during finetuning, so they need epochs or --rounding learnt
     for name, value in chosen.items():
         setattr(args, name, value)
     if chosen and speaks:
@@ -121,6 +123,8 @@ def without_effect(args, given):
         note("--finetune_epochs is 0", *WITH_EPOCHS)
         if not args.spike_epochs:
             note("nothing is trained on labels", "val_share")
+    elif args.rounding == "learnt":
+        note("it needs --finetune_epochs 0", "rounding")
     if args.finetune_optimizer == "adam":
         note("--finetune_optimizer adam does not use it", *WITH_SGD_ALONE)
     if args.correction == "none":

@@ -232,6 +232,14 @@ class QuantizeOptions(WeightOptions):
         word="activation function",
         default_help="such a network is refused",
     )
+    rounding: str = option(
+        "nearest",
+        "how weights become integers without finetuning: each to the nearest one (nearest), or layer by layer so that "
+        "the layer's output on calibration images stays that of the float network, with biases and the lambdas of "
+        "--activation_levels (learnt; no labels, minutes). Needs --finetune_epochs 0",
+        "weights",
+        choices=("nearest", "learnt"),
+    )
     equalize: bool = option(
         False,
         "rescale the channels, without changing the output, so that one weight scale suits the whole layer; helps "

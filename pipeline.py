@@ -32,6 +32,7 @@ from datasets import DATASETS, DETECTION_DATASETS, check_dataset_name
 from detection.boxes import DetectionLoss, check_detects, evaluate_detector
 from finetuning.levels import quantize_activations
 from finetuning.on_spikes import finetune_on_spikes
+from finetuning.rounding import learn_rounding
 from hw_constraints import (
     HARDWARE,
     bitwidths_by_name,
@@ -246,6 +247,10 @@ def quantize(args, made, loaders, criterion, device):
         made.ann = equalize_channels(made.ann)
     leveled = with_levels(made.ann, calibration_loader, device, args)
     made.qnet = quantize_finetune(leveled, train_loader, criterion, device, args)
+    options = QuantizeOptions.of(args)
+    if options.rounding == "learnt" and not options.finetune_epochs:
+        samples, per_channel = args.calibration_samples, options.weights_per_channel
+        learn_rounding(made.qnet, made.ann, calibration_loader, device, samples, per_channel)
 
 
 def with_levels(net, loader, device, args):
@@ -285,8 +290,11 @@ def check_command_line(args):
         raise ValueError(f"--listen {args.listen} is over --timesteps {args.timesteps}, use 0 to {args.timesteps}")
     if args.listen == "auto":
         ConversionOptions.of(args).check_windows()
-    if args.activation_levels is not None and not args.finetune_epochs:
-        raise ValueError("--activation_levels learns with finetuning, give it --finetune_epochs or leave it out")
+    if args.activation_levels is not None and not args.finetune_epochs and args.rounding != "learnt":
+        raise ValueError(
+            "--activation_levels learns with finetuning, give it --finetune_epochs or --rounding learnt, or leave it "
+            "out"
+        )
 
 
 def load_network(args, images):
