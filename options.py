@@ -14,6 +14,7 @@ from runtime.ranges import Real, Whole, check_number
 FLOAT_BITS = 32
 TIMESTEPS = Whole(1, 65536)
 SHARE = Real(0, 1)
+SHARE_OR_AUTO = Real(0, 1, word="auto")
 EPOCHS = Whole(0)
 SIDE = Whole(1, 65536)  # pixels
 CHIPS = ("v1.0",)  # names of `hw_constraints.HARDWARE`
@@ -271,12 +272,13 @@ class ConversionOptions(WeightOptions):
         "conversion",
         choices=("potential", "bias", "none"),
     )
-    hold_back: float = option(
+    hold_back: object = option(
         0.25,
         "start each neuron this share of Vthr lower and return it through the bias over T steps, which prevents "
-        "premature spikes. Needs --correction and reset by subtraction. Use 0 if the network will run with another T",
+        "premature spikes; auto chooses the share of least squared error for each channel, on the spikes that arrive. "
+        "Needs --correction and reset by subtraction. Use 0 if the network will run with another T",
         "conversion",
-        span=SHARE,
+        span=SHARE_OR_AUTO,
         hint=", a share of Vthr",
         metavar="SHARE",
     )
