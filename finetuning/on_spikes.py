@@ -14,7 +14,8 @@ two gradients:
   lambda) (Wu et al., A Tandem Learning Rule for Effective Training and Rapid Inference of Deep Spiking Neural Networks,
   TNNLS 2021). It costs one simulation and one backward pass of the ANN.
 
-Weights stay integers in the unit of their neuron, and thresholds do not change.
+Weights stay integers in the unit of their neuron, and thresholds do not change. Initial potentials are learnt through
+time. (A rate does not tell them from a bias, so "tandem" leaves them as they are.)
 """
 
 import copy
@@ -65,6 +66,8 @@ def finetune_spikes(
 ):
     """A copy of a converted network with weights and biases finetuned for `epochs` passes over `loader`.
 
+    Through time, initial potentials are finetuned, too.
+
     loader: batches that `batches.split_batch` accepts. Frozen parameters do not change.
     criterion: loss between the outputs and the labels of `loader`, or None to train without labels.
     teacher: the ANN whose outputs and (with weight `features`) activations are targets, or None.
@@ -89,6 +92,8 @@ def finetune_spikes(
     parameters = [p for layer in layers for p in layer.trained_parameters()]
     if not parameters:
         raise ValueError("every layer of the network is frozen (requires_grad=False), unfreeze what is to be finetuned")
+    if gradient == "time":
+        parameters += [neuron.learn_start() for neuron in snn.neurons().values()]
     if teacher is not None:
         teacher = copy.deepcopy(teacher).to(device, torch.float32).eval()
     loader = reusable(loader_for(snn, loader))
@@ -98,16 +103,20 @@ def finetune_spikes(
     run_epochs(snn, layers, loader, device, epochs, lr, part_size, how)
     if not all(torch.isfinite(p).all() for p in parameters):
         raise ValueError(f"finetuning on spikes diverged in epoch {epochs}, lower its learning rate")
+    for neuron in snn.neurons().values():
+        neuron.start_share = None
     bound_currents(snn)
     return snn
 
 
 def run_epochs(snn, layers, loader, device, epochs, lr, part_size, how):
-    """Train the shadow weights of `layers`, and set the integers after every step.
+    """Train the shadow weights of `layers`, and the initial potentials if they learn. Integers are set after every step.
 
     part_size: images per backward pass; a batch has one optimizer step. how: keywords of `total_loss`.
     """
-    optimizer = QuantAdam(groups_of(layers, lr))
+    starts = [neuron.start_share for neuron in snn.neurons().values() if neuron.start_share is not None]
+    of_starts = [{"params": starts, "lr": lr}] if starts else []  # a share of Vthr, as a weight's is one of the RMS
+    optimizer = QuantAdam([*groups_of(layers, lr), *of_starts])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * count_batches(loader)))
     for epoch in range(1, epochs + 1):
         samples = 0
@@ -123,6 +132,8 @@ def run_epochs(snn, layers, loader, device, epochs, lr, part_size, how):
             optimizer.step()
             schedule.step()
             set_integers(layers)
+            for neuron in snn.neurons().values():
+                neuron.set_start()
         if not samples:
             raise ValueError("no samples to finetune on, the data loader is empty, or runs only once")
 

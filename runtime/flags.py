@@ -40,7 +40,7 @@ def number_in(span):
 
     def convert(text):
         try:
-            is_word = text == getattr(span, "word", None)
+            is_word = text == (getattr(span, "word", "") or None)
             number = text if is_word else span.accepts(int(text) if isinstance(span, Whole) else float(text))
         except (ValueError, OverflowError):
             number = None
