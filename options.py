@@ -463,14 +463,17 @@ FIELDS = {
 # Presets
 
 MAX_FEW_STEPS = 32  # timesteps; above it, per-channel scales and epochs on spikes gain almost nothing at 8 bits
+MAX_EPOCH_STEPS = 80  # epochs times timesteps: a pass through time costs T of the ANN, so this bounds the minutes
+MAX_EPOCHS = 20  # more passes over the same few images teach these images
 
 
 def calibrated(timesteps):
     """Options that need a few images, no labels and minutes of computing."""
-    few_steps = {"per_channel": "both", "spike_epochs_unlabelled": 10}
+    epochs = max(1, min(MAX_EPOCHS, MAX_EPOCH_STEPS // timesteps))
+    few_steps = {"per_channel": "both", "spike_epochs_unlabelled": epochs, "spike_gradient": "time"}
     return {
-        **{"weight_bitwidth": 8, "finetune_epochs": 0, "threshold": "mse"},
-        **(few_steps if timesteps <= MAX_FEW_STEPS else {"hold_back": 0.0}),
+        **{"weight_bitwidth": 8, "finetune_epochs": 0, "threshold": "mse", "hold_back": "auto"},
+        **({**few_steps, "calibration_samples": 2500} if timesteps <= MAX_FEW_STEPS else {}),
     }
 
 

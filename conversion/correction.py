@@ -6,12 +6,13 @@ The correction shifts initial membrane potentials and biases. Both are integers 
 hold the corrected values. Each layer takes two steps:
 
 1. Neurons with a bias are held back: the membrane potential starts lower by a share of Vthr, and the bias returns this
-   share over the T steps. The share is fixed, or the one with the least squared error. The total input stays the same, but fewer spikes are premature. A premature spike, sent
-   before the inhibitory input arrives, cannot be taken back.
+   share over the T steps. The share is fixed, or the one of least squared error. The total input stays the same, but
+   fewer spikes are premature. A premature spike, sent before the inhibitory input arrives, cannot be taken back.
 2. The mean decoded activations of the channels are matched to those of the ANN.
 """
 
 import copy
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -25,6 +26,7 @@ from spike_tensor import Memory, SpikeTensor
 MOST_IMAGES = 256  # a channel's mean activation needs few images
 MOST_BYTES = 2**28  # limit for the spikes of the largest layer, over all images of a correction
 CHUNK_BYTES = 2**25  # limit for the float32 currents of the largest layer, over the images of one thread
+TRIAL_IMAGES = 64  # images on which `SHARES` are tried: a channel has hundreds of neurons in most layers
 SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)  # candidates of hold_back "auto"; above 1/2 the error changes slowly
 
 
@@ -73,15 +75,15 @@ class CorrectionImages:
         carrier = carrier_of(self.snn, name) if with_bias else None
         targets = each(lambda known: self.activation_of(name, before, known), self.activations)
 
-        def each_current(function):
-            """Apply `function(current, target)` to every chunk."""
+        def each_current(function, chunks=None):
+            """Apply `function(current, target)` to every chunk, or to the first ones."""
 
             def work(known, target):
                 return function(self.current_into(name, before, known), target)
 
-            return each(work, self.values, targets)
+            return each(work, self.values[:chunks], targets[:chunks])
 
-        share = self.best_shares(name, each_current, carrier) if hold_back == "auto" else hold_back
+        share = self.best_shares(name, each_current, targets, carrier) if hold_back == "auto" else hold_back
         hold_back_neuron(self.snn, self.qnet, name, share)
         correct_means(neuron, each_current, carrier, self.timesteps)
         spikes = each(lambda known: self.spikes_of(name, before, known), self.values)
@@ -89,11 +91,11 @@ class CorrectionImages:
             activations[entry.out], values[entry.out] = target, sent
         self.forget_read(name)
 
-    def best_shares(self, name, each_current, carrier):
+    def best_shares(self, name, each_current, targets, carrier):
         """The share of `SHARES` with the least squared error after the correction, for every channel of op `name`.
 
-        [C, 1, 1] or [N]; 0 where nothing can be held back. carrier: the layer whose bias takes a part of the shift, or
-        None. The first of equal shares wins.
+        [C, 1, 1] or [N]; 0 where nothing can be held back. The first of equal shares wins. targets: the ANN's
+        activations, a list of chunks. carrier: the layer whose bias takes a part of the shift, or None.
         """
         trials, neuron = [], self.snn.ops[name].op.neuron
         for share in SHARES:
@@ -103,7 +105,9 @@ class CorrectionImages:
             trials.append(ShiftSearch(trial, carrier, self.timesteps, held=current))
         if not any(trial.held.any() for trial in trials):
             return 0.0
-        search_shifts(trials, each_current)
+        chunks = -(-TRIAL_IMAGES // len(targets[0]))
+        few = functools.partial(each_current, chunks=chunks)
+        search_shifts(trials, few, rounds=2)  # enough to rank the shares; the chosen one gets all rounds
         errors = torch.stack([trial.error for trial in trials])  # [shares, C, 1, 1]
         return torch.tensor(SHARES, device=errors.device)[errors.argmin(0)]
 
@@ -289,7 +293,7 @@ class ShiftSearch:
     total shift. Each channel keeps the shift with the smallest difference.
 
     neuron: its initial potential is set by every `shift`. carrier: the layer whose bias takes a part of the shift, or
-    None. held: a current per step that the layer's bias does not have yet, for a trial (`CorrectionImages.best_shares`);
+    None. held: a current per step that the bias does not have yet, for a trial (`CorrectionImages.best_shares`);
     a trial also measures the squared error.
     total, best: the shift to measure next, and the best one so far. error: the mean squared error at `best`.
     """

@@ -110,7 +110,7 @@ def finetune_spikes(
 
 
 def run_epochs(snn, layers, loader, device, epochs, lr, part_size, how):
-    """Train the shadow weights of `layers`, and the initial potentials if they learn. Integers are set after every step.
+    """Train the shadow weights of `layers`, and the initial potentials if they learn, and set integers at every step.
 
     part_size: images per backward pass; a batch has one optimizer step. how: keywords of `total_loss`.
     """
