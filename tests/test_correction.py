@@ -83,8 +83,9 @@ def test_auto_holds_back_the_share_of_least_error_in_each_channel(granularity, c
         return (decoded_rates(snn, (images,))["relu2"] - known["relu2"]).square().mean([0, 2, 3])  # [8]
 
     of_shares = torch.stack([errors(share) for share in spike_correction.SHARES])
-    assert torch.allclose(errors("auto"), of_shares.amin(0), rtol=1e-4)
-    assert of_shares.argmin(0).unique().numel() > 1  # no single share suits all channels
+    chosen = errors("auto")
+    assert (chosen <= 1.1 * of_shares.amin(0)).all()  # the trials have fewer rounds, so a near share may win
+    assert chosen.sum() < of_shares.sum(1).min()  # no single share suits all channels
 
 
 def test_auto_holds_nothing_back_where_nothing_can_be():
