@@ -470,10 +470,13 @@ MAX_EPOCHS = 20  # more passes over the same few images teach these images
 def calibrated(timesteps):
     """Options that need a few images, no labels and minutes of computing."""
     epochs = max(1, min(MAX_EPOCHS, MAX_EPOCH_STEPS // timesteps))
-    few_steps = {"per_channel": "both", "spike_epochs_unlabelled": epochs, "spike_gradient": "time"}
+    few_steps = {
+        **{"per_channel": "both", "hold_back": "auto", "calibration_samples": 2500},
+        **{"spike_epochs_unlabelled": epochs, "spike_gradient": "time"},
+    }
     return {
-        **{"weight_bitwidth": 8, "finetune_epochs": 0, "threshold": "mse", "hold_back": "auto"},
-        **({**few_steps, "calibration_samples": 2500} if timesteps <= MAX_FEW_STEPS else {}),
+        **{"weight_bitwidth": 8, "finetune_epochs": 0, "threshold": "mse"},
+        **(few_steps if timesteps <= MAX_FEW_STEPS else {"hold_back": 0.0}),
     }
 
 
