@@ -66,13 +66,11 @@ def finetune_spikes(
 ):
     """A copy of a converted network with weights and biases finetuned for `epochs` passes over `loader`.
 
-    Through time, initial potentials are finetuned, too.
-
     loader: batches that `batches.split_batch` accepts. Frozen parameters do not change.
     criterion: loss between the outputs and the labels of `loader`, or None to train without labels.
     teacher: the ANN whose outputs and (with weight `features`) activations are targets, or None.
     lr: learning rate, relative to the RMS of a layer's weights; it falls to 0 along a cosine.
-    gradient: "time" or "tandem" (see above); by default "time" up to `MOST_THROUGH_TIME` timesteps.
+    gradient: "time", which learns initial potentials too, or "tandem"; by default "time" up to `MOST_THROUGH_TIME`.
     qnet: the quantized network that was converted. Training starts from its full-precision weights (`weight_back`), so
     weights near the edge of their rounding interval change their integer first (as in AdaRound; Nagel et al., ICML
     2020). Without qnet, weights start in the middle of their intervals. The returned copy has full-precision weights
@@ -82,20 +80,15 @@ def finetune_spikes(
     converted or entirely frozen, for a qnet with other layers, and for a loss that is not finite.
     """
     epochs, lr = check_option("spike_epochs", epochs), check_option("spike_lr", lr)
-    if not snn.neurons():
-        raise ValueError("the network has no spikes to finetune on, convert it first (trans_ann2snn_weight)")
-    if criterion is None and teacher is None:
-        raise ValueError("finetuning on spikes needs a criterion, for labels, or a teacher")
+    check_trains(snn, criterion, teacher)
     gradient = check_option("spike_gradient", gradient) or ("time" if snn.timesteps <= MOST_THROUGH_TIME else "tandem")
     snn = copy.deepcopy(snn).to(device).eval()
     layers = shadow_weights(snn, qnet)
     parameters = [p for layer in layers for p in layer.trained_parameters()]
     if not parameters:
         raise ValueError("every layer of the network is frozen (requires_grad=False), unfreeze what is to be finetuned")
-    if gradient == "time":
-        parameters += [neuron.learn_start() for neuron in snn.neurons().values()]
-    if teacher is not None:
-        teacher = copy.deepcopy(teacher).to(device, torch.float32).eval()
+    parameters += [neuron.learn_start() for neuron in snn.neurons().values() if gradient == "time"]
+    teacher = None if teacher is None else copy.deepcopy(teacher).to(device, torch.float32).eval()
     loader = reusable(loader_for(snn, loader))
     lr = default_lr(snn.timesteps, criterion is not None) if lr is None else lr
     part_size = max(1, MOST_UNROLLED[torch.device(device).type] // snn.timesteps) if gradient == "time" else sys.maxsize
@@ -103,6 +96,19 @@ def finetune_spikes(
     run_epochs(snn, layers, loader, device, epochs, lr, part_size, how)
     if not all(torch.isfinite(p).all() for p in parameters):
         raise ValueError(f"finetuning on spikes diverged in epoch {epochs}, lower its learning rate")
+    return finished(snn)
+
+
+def check_trains(snn, criterion, teacher):
+    """Raise ValueError for a network without spikes, or without anything to learn from."""
+    if not snn.neurons():
+        raise ValueError("the network has no spikes to finetune on, convert it first (trans_ann2snn_weight)")
+    if criterion is None and teacher is None:
+        raise ValueError("finetuning on spikes needs a criterion, for labels, or a teacher")
+
+
+def finished(snn):
+    """The network after training: the initial potentials are integers alone, and the bounds of the currents fit."""
     for neuron in snn.neurons().values():
         neuron.start_share = None
     bound_currents(snn)
