@@ -14,6 +14,7 @@ from runtime.ranges import Real, Whole, check_number
 FLOAT_BITS = 32
 TIMESTEPS = Whole(1, 65536)
 SHARE = Real(0, 1)
+SHARE_OR_AUTO = Real(0, 1, word="auto")
 EPOCHS = Whole(0)
 SIDE = Whole(1, 65536)  # pixels
 CHIPS = ("v1.0",)  # names of `hw_constraints.HARDWARE`
@@ -290,12 +291,13 @@ class ConversionOptions(WeightOptions):
         "conversion",
         choices=("potential", "bias", "none"),
     )
-    hold_back: float = option(
+    hold_back: object = option(
         0.25,
         "start each neuron this share of Vthr lower and return it through the bias over T steps, which prevents "
-        "premature spikes. Needs --correction and reset by subtraction. Use 0 if the network will run with another T",
+        "premature spikes; auto chooses the share of least squared error for each channel, on the spikes that arrive. "
+        "Needs --correction and reset by subtraction. Use 0 if the network will run with another T",
         "conversion",
-        span=SHARE,
+        span=SHARE_OR_AUTO,
         hint=", a share of Vthr",
         metavar="SHARE",
     )
@@ -494,11 +496,17 @@ FIELDS = {
 # Presets
 
 MAX_FEW_STEPS = 32  # timesteps; above it, per-channel scales and epochs on spikes gain almost nothing at 8 bits
+MAX_EPOCH_STEPS = 80  # epochs times timesteps: a pass through time costs T of the ANN, so this bounds the minutes
+MAX_EPOCHS = 20  # more passes over the same few images teach these images
 
 
 def calibrated(timesteps):
     """Options that need a few images, no labels and minutes of computing."""
-    few_steps = {"per_channel": "both", "spike_epochs_unlabelled": 10}
+    epochs = max(1, min(MAX_EPOCHS, MAX_EPOCH_STEPS // timesteps))
+    few_steps = {
+        **{"per_channel": "both", "hold_back": "auto", "calibration_samples": 2500},
+        **{"spike_epochs_unlabelled": epochs, "spike_gradient": "time"},
+    }
     return {
         **{"weight_bitwidth": 8, "finetune_epochs": 0, "threshold": "mse"},
         **(few_steps if timesteps <= MAX_FEW_STEPS else {"hold_back": 0.0}),

@@ -33,7 +33,7 @@ class SpikesThroughTime(torch.autograd.Function):
     steps: currents of T steps, [T, B, ...]; the first spike comes after `listen` of them. The gradient of a
     spike is a triangle of area 1 over the membrane potential, from u = 0 over Vthr to 2 Vthr (piecewise linear; Bellec
     et al., Long Short-Term Memory and Learning-to-Learn in Networks of Spiking Neurons, NeurIPS 2018); it passes
-    through the reset too.
+    through the reset too. The initial potential has the gradient of the first step's current.
     """
 
     @staticmethod
@@ -41,7 +41,7 @@ class SpikesThroughTime(torch.autograd.Function):
         run = learning_steps if learns_compiled(steps) else learning_steps_in_turn
         potentials, spikes = run(steps, Vthr, initial_potential, listen, reset_mode == "subtraction")
         ctx.save_for_backward(potentials, Vthr)
-        ctx.reset_mode, ctx.listen = reset_mode, listen
+        ctx.reset_mode, ctx.listen, ctx.start_shape = reset_mode, listen, initial_potential.shape
         return spikes
 
     @staticmethod
@@ -49,7 +49,8 @@ class SpikesThroughTime(torch.autograd.Function):
         potentials, Vthr = ctx.saved_tensors
         run = learning_steps_back if learns_compiled(potentials) else learning_steps_back_in_turn
         of_steps = run(gradient, potentials, Vthr, ctx.listen, ctx.reset_mode == "subtraction")
-        return of_steps, None, None, None, None
+        of_start = of_steps[0].sum(0).sum_to_size(ctx.start_shape) if ctx.needs_input_grad[2] else None
+        return of_steps, None, of_start, None, None
 
 
 def learns_compiled(steps):
@@ -96,6 +97,7 @@ class IFNeuron(nn.Module):
     listen = T the whole input is known before the first spike, and the neuron sends floor(u / Vthr) spikes, 0 to T.
     window: number of steps in which it may fire, from its first on; afterwards it stays silent. None for all T.
     learns: autograd follows the spikes (`finetuning.on_spikes.learning`).
+    start_share: the initial potential in Vthr while it is learnt, with a gradient; else None.
     spike_type: uint8, so that the layers behind compute float32 currents, or float64 for the reference engine.
     """
 
@@ -122,6 +124,7 @@ class IFNeuron(nn.Module):
         self.listen = listen
         self.window = window
         self.learns = False
+        self.start_share = None
         self.state = None
 
     def config(self):
@@ -236,11 +239,31 @@ class IFNeuron(nn.Module):
 
     def unroll(self, current, dtype):
         """The spikes of all steps, float32 [T*B, ...], computed so that autograd can follow them through time."""
-        steps, Vthr, initial = (x.to(dtype) for x in (current.per_step(), self.Vthr, self.initial_potential))
+        steps, Vthr, initial = (x.to(dtype) for x in (current.per_step(), self.Vthr, self.learnt_potential()))
         spikes = SpikesThroughTime.apply(steps, Vthr, initial, self.reset_mode, self.listen)  # [T, B, ...]
         if self.window is not None:
             spikes = torch.cat([spikes[: self.window], torch.zeros_like(spikes[self.window :])])
         return spikes.flatten(0, 1).to(torch.float32)
+
+    def learn_start(self):
+        """Let training change the initial potential from now on. Returns `start_share`, the parameter to train."""
+        self.start_share = (self.initial_potential / self.Vthr).float().detach().requires_grad_()
+        return self.start_share
+
+    @torch.no_grad()
+    def set_start(self):
+        """Set the initial potential that `start_share` stands for, an integer if it was one."""
+        if self.start_share is not None:
+            self.initial_potential = self.learnt_potential().to(self.initial_potential.dtype)
+
+    def learnt_potential(self):
+        """The initial potential; while it is learnt, the nearest allowed one to `start_share`, with its gradient."""
+        if self.start_share is None:
+            return self.initial_potential
+        potential = self.start_share * self.Vthr
+        if self.initial_potential.is_floating_point():
+            return potential
+        return potential + (potential.round() - potential).detach()
 
     def run(self, current, membrane):
         """Spikes [T*B, ...] and the final membrane potentials [B, ...], step by step in plain PyTorch."""

@@ -190,7 +190,7 @@ def random_options(rng):
         "threshold": rng.choice(["quantile", "max", "mse"]),
         "granularity": rng.choice(["layer", "channel"]),
         "correction": rng.choice(["potential", "bias", "none"]),
-        "hold_back": rng.choice([0.25, 0.0, 1.0]),
+        "hold_back": rng.choice([0.25, 0.0, 1.0, "auto"]),
         "per_channel": per_channel,
         "maxpool": rng.choice(["gate", "or"]),
         "signed": "pair",

@@ -6,12 +6,14 @@ The correction shifts initial membrane potentials and biases. Both are integers 
 hold the corrected values. Each layer takes two steps:
 
 1. Neurons with a bias are held back: the membrane potential starts lower by a share of Vthr, and the bias returns this
-   share over the T steps. The total input stays the same, but fewer spikes are premature. A premature spike, sent
-   before the inhibitory input arrives, cannot be taken back.
+   share over the T steps. The share is fixed, or the one of least squared error. The total input stays the same, but
+   fewer spikes are premature. A premature spike, sent before the inhibitory input arrives, cannot be taken back.
 2. The mean decoded activations of the channels are matched to those of the ANN.
 """
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,6 +27,8 @@ MOST_IMAGES = 256  # a channel's mean activation needs few images
 MOST_BYTES = 2**28  # limit for the spikes of the largest layer, over all images of a correction
 MOST_IN_A_BYTE = 255
 CHUNK_BYTES = 2**25  # limit for the float32 currents of the largest layer, over the images of one thread
+TRIAL_IMAGES = 64  # images on which `SHARES` are tried: a channel has hundreds of neurons in most layers
+SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)  # candidates of hold_back "auto"; above 1/2 the error changes slowly
 
 
 @torch.no_grad()
@@ -37,7 +41,7 @@ def correct_spikes(snn, qnet, loader, device, samples, with_bias=False, hold_bac
     snn: the converted network. qnet: its ANN, with the same ops. samples: number of images taken from `loader`, at most
     `MOST_IMAGES`, and fewer if T steps of the largest layer exceed `MOST_BYTES`. with_bias: put the integer part of a
     shift into the biases, where there are any. hold_back: the share of Vthr by which neurons start lower; the biases
-    return it over the T steps (`current_held_back`).
+    return it over the T steps (`current_held_back`). "auto" chooses a share for every channel (`best_shares`).
     """
     (first, *_) = calibration_images(loader, device, 1, qnet, 1)
     counting = counting_of(snn, Stages(snn), first, snn.timesteps)
@@ -80,8 +84,6 @@ class CorrectionImages:
             """Apply `function` to the entries of the lists, one call per chunk, on all threads."""
             return list(pool.map(torch.no_grad()(function), *lists))
 
-        hold_back_neuron(self.snn, self.qnet, name, hold_back)
-        at_rest = self.note_rest(name, before)
         carrier = carrier_of(self.snn, name) if with_bias else None
         targets = each(lambda known: self.activation_of(name, before, known), self.activations)
 
@@ -90,21 +92,45 @@ class CorrectionImages:
 
         kept = each(current_of, self.values) if self.counts else None  # T currents would take too much memory
 
-        def each_current(function):
-            """Apply `function(current, target)` to every chunk."""
+        def each_current(function, chunks=None):
+            """Apply `function(current, target)` to every chunk, or to the first ones."""
             if kept is not None:
-                return each(function, kept, targets)
-            return each(lambda known, target: function(current_of(known), target), self.values, targets)
+                return each(function, kept[:chunks], targets[:chunks])
 
-        def decoded(current, added):
-            return self.decoded(neuron, current, added, at_rest)
+            def work(known, target):
+                return function(current_of(known), target)
 
-        correct_means(neuron, each_current, carrier, self.timesteps, decoded)
+            return each(work, self.values[:chunks], targets[:chunks])
+
+        share = self.best_shares(name, each_current, targets, carrier) if hold_back == "auto" else hold_back
+        hold_back_neuron(self.snn, self.qnet, name, share)
+        decode = partial(self.decoded_counts, at_rest=self.note_rest(name, before)) if self.counts else decoded_steps
+        correct_means(neuron, each_current, carrier, self.timesteps, decode)
         self.note_rest(name, before)
         spikes = each(lambda known: self.spikes_of(name, before, known), self.values)
         for activations, values, target, sent in zip(self.activations, self.values, targets, spikes):
             activations[entry.out], values[entry.out] = target, sent
         self.forget_read(name)
+
+    def best_shares(self, name, each_current, targets, carrier):
+        """The share of `SHARES` with the least squared error after the correction, for every channel of op `name`.
+
+        [C, 1, 1] or [N]; 0 where nothing can be held back. The first of equal shares wins. targets: the ANN's
+        activations, a list of chunks. carrier: the layer whose bias takes a part of the shift, or None.
+        """
+        trials, neuron = [], self.snn.ops[name].op.neuron
+        for share in SHARES:
+            lower, current = held_back(self.snn, self.qnet, name, share)
+            trial = copy.deepcopy(neuron)
+            trial.initial_potential = neuron.initial_potential - lower
+            trials.append(ShiftSearch(trial, carrier, self.timesteps, decoded_steps, held=current))
+        if not any(trial.held.any() for trial in trials):
+            return 0.0
+        chunks = -(-TRIAL_IMAGES // len(targets[0]))
+        few = partial(each_current, chunks=chunks)
+        search_shifts(trials, few, rounds=2)  # enough to rank the shares; the chosen one gets all rounds
+        errors = torch.stack([trial.error for trial in trials])  # [shares, C, 1, 1]
+        return torch.tensor(SHARES, device=errors.device)[errors.argmin(0)]
 
     def trace_back(self, nodes):
         """`names, nodes`: the ops between the known nodes and `nodes`, in order, and every node that is read there."""
@@ -132,11 +158,9 @@ class CorrectionImages:
         self.counting.at_rest[self.snn.ops[name].op.neuron] = current
         return current
 
-    def decoded(self, neuron, current, added, at_rest):
-        """The activation [B, ...] that a neuron decodes to, for its current plus a constant `added` at every step."""
+    def decoded_counts(self, neuron, current, added, at_rest):
+        """As `decoded_steps`, for a current of counts; at_rest: the current of a step without spikes."""
         current = shifted(current, added) if added.any() else current
-        if not self.counts:
-            return neuron(current).to_float()
         counting = Counting(self.counting.dtype)
         counting.measures, counting.at_rest = False, {neuron: at_rest + added}
         spikes = neuron(current, Memory(self.timesteps, counting))
@@ -171,6 +195,11 @@ class CorrectionImages:
         for store in (*self.values, *self.activations):
             for node in set(store) - wanted:
                 del store[node]
+
+
+def decoded_steps(neuron, current, added):
+    """The activation [B, ...] that a neuron decodes to, for its current plus a constant `added` at every step."""
+    return neuron(shifted(current, added) if added.any() else current).to_float()
 
 
 def at_rest(value):
@@ -252,19 +281,27 @@ def bias_beyond(snn, qnet, name):
 
 def hold_back_neuron(snn, qnet, name, share):
     """Start the neuron of op `name` lower; its bias returns the difference over T steps (`current_held_back`)."""
-    current, rounded = current_held_back(snn, qnet, name, share)
-    neuron, lower = snn.ops[name].op.neuron, (current - rounded) * snn.timesteps
+    lower, current = held_back(snn, qnet, name, share)
+    neuron = snn.ops[name].op.neuron
     if lower.any():
-        lower = lower if neuron.initial_potential.is_floating_point() else lower.round().to(torch.int32)
         neuron.initial_potential = neuron.initial_potential - lower
     if current.any():
         add_bias(carrier_of(snn, name), neuron, current)
+
+
+def held_back(snn, qnet, name, share):
+    """`lower, current`: how much lower the neuron of op `name` starts, and the current per step that returns it."""
+    current, rounded = current_held_back(snn, qnet, name, share)
+    lower = (current - rounded) * snn.timesteps
+    is_float = snn.ops[name].op.neuron.initial_potential.is_floating_point()
+    return lower if is_float else lower.round().to(torch.int32), current
 
 
 @torch.no_grad()
 def current_held_back(snn, qnet, name, share):
     """`extra, missing`: the bias per step that compensates a start `share` * Vthr lower, and the bias's rounding error.
 
+    share: a number, or one per channel in the shape of a sample ([C, 1, 1] or [N]).
     The neuron starts T * (extra - missing) lower, and after T steps its sum is the same as without. A bias is a whole
     number, so share * Vthr / T is rounded. At few bits it can be below 1; then the rounding error of the bias itself
     matters as much (`bias_beyond`), and both are rounded together. Nothing is held back with reset to zero, or where no
@@ -284,51 +321,88 @@ def current_held_back(snn, qnet, name, share):
     return (current + rounded).round().to(torch.int32), rounded
 
 
-def correct_means(neuron, each_current, carrier, timesteps, decoded, rounds=4):
+def correct_means(neuron, each_current, carrier, timesteps, decode):
     """Shift the initial potential and the bias until each channel's mean decoded activation is that of the ANN.
 
-    One round measures the mean difference per channel, converts it to units of membrane potential and adds it to the
-    total shift. Shifts act through thresholds and rounding, so there are `rounds` rounds, and each channel keeps the
-    shift with the smallest difference. Without a `carrier` the whole shift goes into the initial potential. With a
-    `carrier`, a layer with a bias, the integer part of shift / T is added to that bias at every step, and only the rest
-    goes into the initial potential (bias shift of Li et al., A Free Lunch From ANN, ICML 2021).
+    Without a `carrier` the whole shift goes into the initial potential. With a `carrier`, a layer with a bias, the
+    integer part of shift / T is added to that bias at every step, and only the rest goes into the initial potential
+    (bias shift of Li et al., A Free Lunch From ANN, ICML 2021).
     """
-    is_integer = not neuron.initial_potential.is_floating_point()
-    per_activation = timesteps * neuron.Vthr / neuron.scale_factor  # total membrane potential per unit of activation
-    initial = neuron.initial_potential.float()
-
-    def shift(total):
-        """Set the initial potential for a shift of `total`, and return the current to add at every step."""
-        current = total / timesteps if carrier is not None else torch.zeros_like(total)
-        current = current if carrier is None or has_float_bias(carrier) else current.trunc()
-        potential = initial + total - current * timesteps
-        neuron.initial_potential = potential.round().to(torch.int32) if is_integer else potential.float()
-        return current
-
-    total = best = torch.zeros_like(initial)
-    nearest = torch.full_like(initial, torch.inf)
-    for _ in range(rounds + 1):
-        difference = mean_difference(each_current, decoded, shift(total))
-        is_nearer = difference.abs() < nearest
-        nearest = torch.where(is_nearer, difference.abs(), nearest)
-        best = torch.where(is_nearer, total, best)
-        total = total + difference * per_activation
-    current = shift(best)
+    search = ShiftSearch(neuron, carrier, timesteps, decode)
+    search_shifts([search], each_current)
+    current = search.shift(search.best)
     if carrier is not None:
         add_bias(carrier, neuron, current)
 
 
-def mean_difference(each_current, decoded, added):
-    """Mean ANN activation minus mean decoded rate of each channel, with a current `added`: [C, 1, 1] or [N]."""
+def search_shifts(searches, each_current, rounds=4):
+    """Run several searches at the same time; every current is computed once for all of them.
 
-    def sums(current, target):
-        difference = target - decoded(current, added)
-        if difference.dim() == 4:
-            difference = difference.mean([2, 3], keepdim=True)
-        return difference.sum(0), len(target)
+    Shifts act through thresholds and rounding, so there are `rounds` rounds behind the first measurement.
+    """
+    for _ in range(rounds + 1):
+        added = [search.shift(search.total) for search in searches]
 
-    differences, images = zip(*each_current(sums))
-    return sum(differences) / sum(images)
+        def sums(current, target, added=added):
+            return [search.sums(current, target, each) for search, each in zip(searches, added)], len(target)
+
+        of_chunks, images = zip(*each_current(sums))
+        for search, parts in zip(searches, zip(*of_chunks)):
+            search.update(*(sum(part) / sum(images) for part in zip(*parts)))
+
+
+class ShiftSearch:
+    """The search for the shift of a neuron at which its mean decoded activations are those of the ANN.
+
+    A round measures the mean difference per channel, converts it to units of membrane potential and adds it to the
+    total shift. Each channel keeps the shift with the smallest difference.
+
+    neuron: its initial potential is set by every `shift`. decode: `decoded_steps` or its like. carrier: the layer whose
+    bias takes a part of the shift, or None. held: a current per step that the bias does not have yet, for a trial
+    (`CorrectionImages.best_shares`); a trial also measures the squared error.
+    total, best: the shift to measure next, and the best one so far. error: the mean squared error at `best`.
+    """
+
+    def __init__(self, neuron, carrier, timesteps, decode, held=None):
+        self.neuron, self.carrier, self.timesteps = neuron, carrier, timesteps
+        self.decode, self.held = decode, held
+        self.initial = neuron.initial_potential.float()
+        self.per_activation = timesteps * neuron.Vthr / neuron.scale_factor  # total potential per unit of activation
+        self.total = self.best = self.error = torch.zeros_like(self.initial)
+        self.nearest = torch.full_like(self.initial, torch.inf)
+
+    def shift(self, total):
+        """Set the initial potential for a shift of `total`, and return the current to add at every step."""
+        current = total / self.timesteps if self.carrier is not None else torch.zeros_like(total)
+        current = current if self.carrier is None or has_float_bias(self.carrier) else current.trunc()
+        potential = self.initial + total - current * self.timesteps
+        is_integer = not self.neuron.initial_potential.is_floating_point()
+        self.neuron.initial_potential = potential.round().to(torch.int32) if is_integer else potential.float()
+        return current
+
+    def sums(self, current, target, added):
+        """Over the images of a chunk: the sum of ANN activation minus decoded rate, and of its square.
+
+        [C, 1, 1] or [N]; means over the places of a channel. The square is 0 if this is no trial. added: the current of
+        the shift.
+        """
+        added = added if self.held is None else added + self.held
+        difference = target - self.decode(self.neuron, current, added)
+        square = torch.zeros_like(difference) if self.held is None else difference.square()
+        return over_places(difference).sum(0), over_places(square).sum(0)
+
+    def update(self, difference, error):
+        """Note the mean difference and squared error that were measured at `total`, and move on."""
+        is_nearer = difference.abs() < self.nearest
+        self.nearest = torch.where(is_nearer, difference.abs(), self.nearest)
+        self.best = torch.where(is_nearer, self.total, self.best)
+        self.error = torch.where(is_nearer, error, self.error)
+        self.total = self.total + difference * self.per_activation
+
+
+def over_places(values):
+    """The mean over height and width, [B, C, 1, 1]; values [B, N] are unchanged."""
+    return values.mean([2, 3], keepdim=True) if values.dim() == 4 else values
 
 
 def carrier_of(snn, name):

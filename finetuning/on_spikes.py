@@ -14,7 +14,8 @@ two gradients:
   lambda) (Wu et al., A Tandem Learning Rule for Effective Training and Rapid Inference of Deep Spiking Neural Networks,
   TNNLS 2021). It costs one simulation and one backward pass of the ANN.
 
-Weights stay integers in the unit of their neuron, and thresholds do not change.
+Weights stay integers in the unit of their neuron, and thresholds do not change. Initial potentials are learnt through
+time. (A rate does not tell them from a bias, so "tandem" leaves them as they are.)
 """
 
 import copy
@@ -69,7 +70,7 @@ def finetune_spikes(
     criterion: loss between the outputs and the labels of `loader`, or None to train without labels.
     teacher: the ANN whose outputs and (with weight `features`) activations are targets, or None.
     lr: learning rate, relative to the RMS of a layer's weights; it falls to 0 along a cosine.
-    gradient: "time" or "tandem" (see above); by default "time" up to `MOST_THROUGH_TIME` timesteps.
+    gradient: "time", which learns initial potentials too, or "tandem"; by default "time" up to `MOST_THROUGH_TIME`.
     qnet: the quantized network that was converted. Training starts from its full-precision weights (`weight_back`), so
     weights near the edge of their rounding interval change their integer first (as in AdaRound; Nagel et al., ICML
     2020). Without qnet, weights start in the middle of their intervals. The returned copy has full-precision weights
@@ -79,18 +80,15 @@ def finetune_spikes(
     converted or entirely frozen, for a qnet with other layers, and for a loss that is not finite.
     """
     epochs, lr = check_option("spike_epochs", epochs), check_option("spike_lr", lr)
-    if not snn.neurons():
-        raise ValueError("the network has no spikes to finetune on, convert it first (trans_ann2snn_weight)")
-    if criterion is None and teacher is None:
-        raise ValueError("finetuning on spikes needs a criterion, for labels, or a teacher")
+    check_trains(snn, criterion, teacher)
     gradient = check_option("spike_gradient", gradient) or ("time" if snn.timesteps <= MOST_THROUGH_TIME else "tandem")
     snn = copy.deepcopy(snn).to(device).eval()
     layers = shadow_weights(snn, qnet)
     parameters = [p for layer in layers for p in layer.trained_parameters()]
     if not parameters:
         raise ValueError("every layer of the network is frozen (requires_grad=False), unfreeze what is to be finetuned")
-    if teacher is not None:
-        teacher = copy.deepcopy(teacher).to(device, torch.float32).eval()
+    parameters += [neuron.learn_start() for neuron in snn.neurons().values() if gradient == "time"]
+    teacher = None if teacher is None else copy.deepcopy(teacher).to(device, torch.float32).eval()
     loader = reusable(loader_for(snn, loader))
     lr = default_lr(snn.timesteps, criterion is not None) if lr is None else lr
     part_size = max(1, MOST_UNROLLED[torch.device(device).type] // snn.timesteps) if gradient == "time" else sys.maxsize
@@ -98,16 +96,33 @@ def finetune_spikes(
     run_epochs(snn, layers, loader, device, epochs, lr, part_size, how)
     if not all(torch.isfinite(p).all() for p in parameters):
         raise ValueError(f"finetuning on spikes diverged in epoch {epochs}, lower its learning rate")
+    return finished(snn)
+
+
+def check_trains(snn, criterion, teacher):
+    """Raise ValueError for a network without spikes, or without anything to learn from."""
+    if not snn.neurons():
+        raise ValueError("the network has no spikes to finetune on, convert it first (trans_ann2snn_weight)")
+    if criterion is None and teacher is None:
+        raise ValueError("finetuning on spikes needs a criterion, for labels, or a teacher")
+
+
+def finished(snn):
+    """The network after training: the initial potentials are integers alone, and the bounds of the currents fit."""
+    for neuron in snn.neurons().values():
+        neuron.start_share = None
     bound_currents(snn)
     return snn
 
 
 def run_epochs(snn, layers, loader, device, epochs, lr, part_size, how):
-    """Train the shadow weights of `layers`, and set the integers after every step.
+    """Train the shadow weights of `layers`, and the initial potentials if they learn, and set integers at every step.
 
     part_size: images per backward pass; a batch has one optimizer step. how: keywords of `total_loss`.
     """
-    optimizer = QuantAdam(groups_of(layers, lr))
+    starts = [neuron.start_share for neuron in snn.neurons().values() if neuron.start_share is not None]
+    of_starts = [{"params": starts, "lr": lr}] if starts else []  # a share of Vthr, as a weight's is one of the RMS
+    optimizer = QuantAdam([*groups_of(layers, lr), *of_starts])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * count_batches(loader)))
     for epoch in range(1, epochs + 1):
         samples = 0
@@ -123,6 +138,8 @@ def run_epochs(snn, layers, loader, device, epochs, lr, part_size, how):
             optimizer.step()
             schedule.step()
             set_integers(layers)
+            for neuron in snn.neurons().values():
+                neuron.set_start()
         if not samples:
             raise ValueError("no samples to finetune on, the data loader is empty, or runs only once")
 

@@ -40,7 +40,8 @@ def number_in(span):
 
     def convert(text):
         try:
-            number = span.accepts(int(text) if isinstance(span, Whole) else float(text))
+            is_word = text == (getattr(span, "word", "") or None)
+            number = text if is_word else span.accepts(int(text) if isinstance(span, Whole) else float(text))
         except (ValueError, OverflowError):
             number = None
         if number is None and isinstance(span, Whole) and span.most == LARGEST and is_over(text, LARGEST):

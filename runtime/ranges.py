@@ -28,23 +28,26 @@ class Whole:
 
 @dataclass(frozen=True)
 class Real:
-    """Finite numbers from `least` to `most`; if `open`, without `least` itself."""
+    """Finite numbers from `least` to `most`; if `open`, without `least` itself. word: a word that is allowed, too."""
 
     least: float
     most: float = math.inf
     open: bool = False
+    word: str = ""
 
     def accepts(self, value):
-        """The value as a plain number, or None where it is none of these."""
+        """The value as a plain number, or the word; None where it is none of these."""
+        if self.word and isinstance(value, str) and value == self.word:
+            return value
         if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
             return None
         inside = self.least <= value <= self.most and not (self.open and value == self.least)
         return float(value) if inside else None
 
     def __str__(self):
-        if self.most == math.inf:
-            return f"a number {'above' if self.open else 'of at least'} {self.least:g}"
-        return f"a number {'above' if self.open else 'from'} {self.least:g} to {self.most:g}"
+        bound = "above" if self.open else "of at least" if self.most == math.inf else "from"
+        upper = "" if self.most == math.inf else f" to {self.most:g}"
+        return f"a number {bound} {self.least:g}{upper}{f' or {self.word}' if self.word else ''}"
 
 
 def check_number(name, value, span, hint=""):

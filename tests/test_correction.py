@@ -32,6 +32,7 @@ from conversion.correction import (
     hold_back_neuron,
 )
 from dag_rewrites import prepare_conversion
+from finetuning.on_spikes import ann_forward, decoded_rates
 from networks.checkpoint import load_weights
 from reports.analysis import look_into_layers
 from snn_weight_setter import trans_ann2snn_weight
@@ -65,6 +66,34 @@ def test_what_a_neuron_lacks_at_first_it_gets_over_the_steps(timesteps, granular
         assert added.dtype == torch.int32 and potential.dtype == torch.int32 and added.min() > 0
         assert torch.equal(added, (neuron.Vthr * 0.25 / timesteps).round().int().flatten().expand_as(added))
         assert torch.equal((added * timesteps + potential.flatten()).unique(), torch.zeros(1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("correction", ["potential", "bias"])
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_auto_holds_back_the_share_of_least_error_in_each_channel(granularity, correction):
+    """In the first layer that spikes reach, where the error of a channel depends on its own share alone."""
+    torch.manual_seed(0)
+    net = nn.Sequential(conv(2, 6), nn.ReLU(), conv(6, 8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 49, 5))
+    images = torch.rand(8, 2, 7, 7)
+    known = ann_forward(ann_of(net, images), (images,))[1]
+
+    def errors(hold_back):
+        snn = convert(net, images, 8, 8, granularity=granularity, correction=correction, hold_back=hold_back)
+        assert_every_spike_is_reproduced(snn, images[:2], 8)
+        return (decoded_rates(snn, (images,))["relu2"] - known["relu2"]).square().mean([0, 2, 3])  # [8]
+
+    of_shares = torch.stack([errors(share) for share in spike_correction.SHARES])
+    chosen = errors("auto")
+    assert (chosen <= 1.1 * of_shares.amin(0)).all()  # the trials have fewer rounds, so a near share may win
+    assert chosen.sum() < of_shares.sum(1).min()  # no single share suits all channels
+
+
+def test_auto_holds_nothing_back_where_nothing_can_be():
+    """With reset to zero, and with as many steps of listening as of firing."""
+    net, images = small_model("shortcuts")
+    for options in ({"reset_mode": "zero"}, {"listen": 8}):
+        snn, without = (convert(net, images, 8, 8, hold_back=share, **options) for share in ("auto", 0))
+        assert torch.equal(snn(images), without(images))
 
 
 def test_what_is_added_to_the_image_s_current_stays_a_real_number():
@@ -165,7 +194,7 @@ def test_what_is_held_back_is_no_part_of_an_error():
 
 def test_a_share_out_of_range_is_refused(capsys):
     net, images = small_model("shortcuts")
-    with pytest.raises(ValueError, match="hold_back 2: use a number from 0 to 1, a share of Vthr"):
+    with pytest.raises(ValueError, match="hold_back 2: use a number from 0 to 1 or auto, a share of Vthr"):
         convert(net, images, 8, 8, hold_back=2)
     with pytest.raises(SystemExit) as stopped:
         parse_args(["example_net", "--hold_back", "-1"])

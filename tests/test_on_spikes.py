@@ -88,15 +88,36 @@ def test_gradients_through_time_are_those_of_the_steps_in_turn(per_channel, rese
     neuron.learns, steps = True, steps.requires_grad_()
     spikes = neuron.unroll(Current(steps.flatten(0, 1), 5), torch.float64).unflatten(0, (5, 3))
     (found,) = torch.autograd.grad((spikes * weights).sum(), steps)
-    membrane, expected = 0.5 * Vthr + steps[:listen].sum(0), []
+    start = (0.5 * Vthr).double().requires_grad_()
+    membrane, expected = start + steps[:listen].sum(0), []
     for t in range(5):
         membrane = membrane + steps[t + listen] if t + listen < 5 else membrane
         spike = Triangle.apply(membrane, Vthr.double())
         membrane = membrane - Vthr * spike if reset_mode == "subtraction" else membrane * (1 - spike)
         expected.append(spike)
     assert torch.equal(spikes.detach(), torch.stack(expected).float()) and 0 < spikes.mean() < 1
-    (wanted,) = torch.autograd.grad((torch.stack(expected) * weights).sum(), steps)
+    wanted, of_start = torch.autograd.grad((torch.stack(expected) * weights).sum(), [steps, start])
     assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-9) and wanted.abs().max() > 0.1
+    share = neuron.learn_start()
+    learnt = neuron.unroll(Current(steps.flatten(0, 1).detach(), 5), torch.float64).unflatten(0, (5, 3))
+    (found,) = torch.autograd.grad((learnt * weights).sum(), share)
+    assert torch.equal(learnt, spikes)
+    assert torch.allclose(found, (of_start * Vthr).float(), rtol=1e-5) and found.abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_initial_potentials_are_learnt_through_time(gradient):
+    """Integers behind the first layer, a real number in the first; the tandem gradient leaves them as they are."""
+    net, images = small_model("shortcuts")
+    snn = convert(net, images, 4, 8, **CHOICES)
+    tuned = finetune_spikes(snn, [(images, None)], "cpu", 4, lr=0.05, teacher=prepared(net, images), gradient=gradient)
+    for name, neuron in tuned.neurons().items():
+        before = snn.neurons()[name].initial_potential
+        assert neuron.initial_potential.dtype == before.dtype and neuron.start_share is None
+        moved = (neuron.initial_potential - before).abs() / neuron.Vthr
+        assert moved.max() <= 4 * 0.05 + 1e-6 + 0.5 / neuron.Vthr.min()  # 4 steps of Adam, and the rounding
+        assert moved.any() == (gradient == "time")
+    assert_every_spike_is_reproduced(tuned, images[:3], 4)
 
 
 @pytest.mark.parametrize("forward", GRADIENTS.values(), ids=GRADIENTS)

@@ -82,6 +82,13 @@ def test_a_number_may_be_at_its_limits_and_not_beyond(name):
             made(cls, **{name: value})
 
 
+def test_a_share_may_be_chosen_by_error(capsys):
+    assert ConversionOptions(hold_back="auto").hold_back == "auto" == parsed("--hold_back", "auto").hold_back
+    with pytest.raises(ValueError, match="hold_back 'best': use a number from 0 to 1 or auto, a share of Vthr"):
+        ConversionOptions(hold_back="best")
+    assert "best: use a number from 0 to 1 or auto" in refused(capsys, "--hold_back", "best")
+
+
 @pytest.mark.parametrize("name", RANGES)
 def test_the_flag_has_the_range_of_the_field(name, capsys):
     span = RANGES[name][0]

@@ -12,7 +12,9 @@ FEW_STEPS = {
     "finetune_epochs": 0,
     "threshold": "mse",
     "per_channel": "both",
-    "spike_epochs_unlabelled": 10,
+    "hold_back": "auto",
+    "spike_gradient": "time",
+    "calibration_samples": 2500,
 }
 MANY_STEPS = {"weight_bitwidth": 8, "finetune_epochs": 0, "threshold": "mse", "hold_back": 0.0}
 FINETUNED = {
@@ -27,7 +29,10 @@ FINETUNED = {
 EXACT = {"weight_bitwidth": 8, "finetune_epochs": 0, "threshold": "mse", "per_channel": "both"}
 CASES = [
     *(("specification", timesteps, {}) for timesteps in (1, 16, 256)),
-    *(("calibrated", timesteps, FEW_STEPS) for timesteps in (1, 4, 32)),
+    *(
+        ("calibrated", timesteps, {**FEW_STEPS, "spike_epochs_unlabelled": epochs})
+        for timesteps, epochs in ((1, 20), (4, 20), (8, 10), (16, 5), (32, 2))
+    ),
     *(("calibrated", timesteps, MANY_STEPS) for timesteps in (33, 64, 256)),
     *(("finetuned", timesteps, {**FINETUNED, "activation_levels": min(timesteps, 8)}) for timesteps in (4, 8, 9, 16)),
     *(("exact", timesteps, {**EXACT, "listen": timesteps}) for timesteps in (1, 16, 65536)),
