@@ -57,6 +57,8 @@ LR_TIMES_T = 0.03  # learning rate without labels, times T; relative to the RMS 
 LR_WITH_LABELS = 0.02  # learning rate with labels, times sqrt(T): 0.01 at T = 4, 0.005 at T = 16
 MOST_THROUGH_TIME = 4  # timesteps; at T = 8 the tandem gradient gave resnet20 the same accuracy in half the time
 MOST_UNROLLED = {"cpu": 128, "cuda": 512}  # images times timesteps in one backward pass, which bounds its memory
+WIDE = 288  # inputs of a neuron, those of 32 channels at 3x3, up to which a layer learns at the full rate
+HELD_OUT = 10  # every tenth batch of the calibration images tells whether epochs without labels helped
 INTERVAL = 0.49  # distance from an integer, in integer steps; just below 1/2, so that it surely rounds to the integer
 SPIKES_TEMPERATURE = 2.0  # divides the class scores of teacher and student, which softens their distributions
 
@@ -122,7 +124,8 @@ def run_epochs(snn, layers, loader, device, epochs, lr, part_size, how):
     """
     starts = [neuron.start_share for neuron in snn.neurons().values() if neuron.start_share is not None]
     of_starts = [{"params": starts, "lr": lr}] if starts else []  # a share of Vthr, as a weight's is one of the RMS
-    optimizer = QuantAdam([*groups_of(layers, lr), *of_starts])
+    groups = groups_of(layers, lr) if how["criterion"] is not None else groups_by_width(layers, lr)
+    optimizer = QuantAdam([*groups, *of_starts])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * count_batches(loader)))
     for epoch in range(1, epochs + 1):
         samples = 0
@@ -142,6 +145,16 @@ def run_epochs(snn, layers, loader, device, epochs, lr, part_size, how):
                 neuron.set_start()
         if not samples:
             raise ValueError("no samples to finetune on, the data loader is empty, or runs only once")
+
+
+def groups_by_width(layers, lr):
+    """As `groups_of`, with a lower rate for layers with many inputs.
+
+    Adam moves every weight by about the same, so that the sum of N weighted inputs moves by sqrt(N) times as much as a
+    weight, relative to its size. On a few images without labels the wide layers of a VGG then forget what they knew.
+    """
+    shares = [min(1.0, (WIDE / layer.rows(layer.weight).shape[1]) ** 0.5) for layer in layers]
+    return [group for layer, share in zip(layers, shares) for group in groups_of([layer], lr * share)]
 
 
 def batch_of(batch, device, with_labels):
@@ -174,10 +187,43 @@ def finetune_on_spikes(snn, qnet, ann, train_loader, calibration_loader, criteri
     how = {"lr": options.spike_lr, "teacher": ann, "gradient": options.spike_gradient}
     if options.spike_epochs_unlabelled:
         few = first_images(loader_for(snn, calibration_loader), args.calibration_samples)
-        snn = qnet = finetune_spikes(snn, few, device, options.spike_epochs_unlabelled, qnet=qnet, **how)
+        kept_out, learnt_from = few[HELD_OUT - 1 :: HELD_OUT], [b for i, b in enumerate(few, 1) if i % HELD_OUT]
+        trained = finetune_spikes(snn, learnt_from, device, options.spike_epochs_unlabelled, qnet=qnet, **how)
+        if is_nearer(trained, snn, ann, kept_out, device):
+            snn = qnet = trained
     if options.spike_epochs:
         snn = finetune_spikes(snn, train_loader, device, options.spike_epochs, criterion=criterion, qnet=qnet, **how)
     return snn
+
+
+def is_nearer(trained, snn, ann, batches, device):
+    """Whether training brought the outputs nearer to the ANN's on images held out; if not, says so on stderr.
+
+    batches: as of `first_images`; without any there is nothing to compare, and the trained network counts as nearer.
+    """
+    if not batches:
+        return True
+    before, after = (distance(each, ann, batches, device) for each in (snn, trained))
+    if after <= before:
+        return True
+    print(
+        "epochs without labels: the outputs for images held out moved away from the float network's "
+        f"({before:.3g} to {after:.3g}), the network stays as it was converted",
+        file=sys.stderr,
+    )
+    return False
+
+
+@torch.no_grad()
+def distance(snn, ann, batches, device):
+    """The mean distillation loss of a converted network's outputs against the ANN's."""
+    total = samples = 0
+    ann = copy.deepcopy(ann).to(device, torch.float32).eval()
+    for batch in batches:
+        inputs, _ = batch_of(batch, device, False)
+        pair = first_output(snn(*inputs)), first_output(ann(*inputs))
+        total, samples = total + len(inputs[0]) * distillation_loss(*pair, SPIKES_TEMPERATURE), samples + len(inputs[0])
+    return (total / samples).item()
 
 
 def first_images(loader, samples):
