@@ -90,15 +90,21 @@ def settle_granularity(args, given):
     """
     chosen = args.per_channel
     if "per_channel" not in given:
-        chosen = preset_options(args.preset, args.timesteps).get("per_channel", chosen)
+        chosen = of_preset(args, given).get("per_channel", chosen)
     halves = {"weights": args.weight_granularity, "spikes": args.granularity}
     said = [halves[half] or ("channel" if chosen in (half, "both") else "layer") for half in halves]
     return joined_per_channel(*said)
 
 
+def of_preset(args, given):
+    """Option -> value of the preset, for the weight bits that were given."""
+    bits = {"bits": args.weight_bitwidth} if "weight_bitwidth" in given else {}
+    return preset_options(args.preset, args.timesteps, **bits)
+
+
 def fill_in_preset(args, given, speaks):
     """Set the options of `args.preset` that the command line did not give."""
-    chosen = preset_options(args.preset, args.timesteps)
+    chosen = of_preset(args, given)
     chosen = {name: value for name, value in chosen.items() if name not in given}
     if "finetune_epochs" in given and not args.finetune_epochs and args.rounding != "learnt":
         chosen.pop(

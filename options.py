@@ -497,10 +497,14 @@ FIELDS = {
 
 MAX_FEW_STEPS = 32  # timesteps; above it, per-channel scales and epochs on spikes gain almost nothing at 8 bits
 MAX_EPOCH_STEPS = 80  # epochs times timesteps: a pass through time costs T of the ANN, so this bounds the minutes
+FEW_BITS = 4  # weights of as many bits or fewer lose much by rounding to the nearest
+# Levels of activations from which their maximum is the best lambda: what clipping takes away is missing in the sum of
+# many inputs, while the errors of rounding are of both signs and average out.
+MANY_LEVELS = 16
 MAX_EPOCHS = 20  # more passes over the same few images teach these images
 
 
-def calibrated(timesteps):
+def calibrated(timesteps, bits):
     """Options that need a few images, no labels and minutes of computing."""
     epochs = max(1, min(MAX_EPOCHS, MAX_EPOCH_STEPS // timesteps))
     few_steps = {
@@ -513,7 +517,7 @@ def calibrated(timesteps):
     }
 
 
-def finetuned(timesteps):
+def finetuned(timesteps, bits):
     """Options that need labels, and minutes on a GPU or hours on one CPU core.
 
     The activations have at most 8 levels, because more cost accuracy at 4 bits, even at T = 16.
@@ -524,30 +528,38 @@ def finetuned(timesteps):
     }
 
 
-def exact(timesteps):
+def exact(timesteps, bits):
     """Options without labels under which no spike is early or late, at the price of T more steps per image.
 
-    The activations of the quantized ANN are still rounded to T levels.
+    The activations of the quantized ANN are still rounded to T levels. Few bits have to be rounded with care, and a
+    scale per channel of the spikes would round them a second time.
     """
+    is_coarse = isinstance(bits, int) and bits <= FEW_BITS
+    scales = {"threshold": "max" if timesteps >= MANY_LEVELS else "mse", "per_channel": "both"}
     return {
-        **{"weight_bitwidth": 8, "finetune_epochs": 0, "threshold": "mse", "per_channel": "both"},
+        **{"weight_bitwidth": 8, "finetune_epochs": 0},
+        **({"rounding": "learnt", "threshold": "mse", "per_channel": "weights"} if is_coarse else scales),
         **{"listen": timesteps},
     }
 
 
 PRESETS = {
-    "specification": lambda timesteps: {},
+    "specification": lambda timesteps, bits: {},
     "calibrated": calibrated,
     "finetuned": finetuned,
     "exact": exact,
 }
 
 
-def preset_options(name, timesteps):
-    """Option -> value of a preset for T timesteps. Raises ValueError for an unknown preset or number of timesteps."""
+def preset_options(name, timesteps, bits=8):
+    """Option -> value of a preset for T timesteps and weight bits.
+
+    bits: the weight bits that are asked for; the presets choose others only where it is one number. Raises ValueError
+    for an unknown preset or number of timesteps.
+    """
     if name not in PRESETS:
         raise ValueError(f"unknown preset '{name}', use one of {', '.join(PRESETS)}")
-    return PRESETS[name](check_option("timesteps", timesteps))
+    return PRESETS[name](check_option("timesteps", timesteps), bits)
 
 
 def defaults(*classes):

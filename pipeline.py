@@ -167,7 +167,8 @@ def options_by_name(preset, options):
         close = did_you_mean(unknown[0], known)
         raise TypeError(f"convert_network has no option {unknown[0]}{close or ', it has ' + ', '.join(known)}")
     timesteps = options.get("timesteps", known["timesteps"])
-    args = SimpleNamespace(**{**known, **preset_options(preset, timesteps), **options})
+    bits = {"bits": options["weight_bitwidth"]} if "weight_bitwidth" in options else {}
+    args = SimpleNamespace(**{**known, **preset_options(preset, timesteps, **bits), **options})
     for cls in classes:
         cls.of(args)  # raises ValueError for values out of range
     return args

@@ -189,6 +189,12 @@ GPU_THEN_CPU = (
     Line(RESNET20, 4, levels(22, 16, WEIGHTS, SPIKES, "2", LR, "0.005"), (16,)),
 )
 EXAMPLE_SPIKES = f"-e 20 --finetune_lr 0.02 {LABELS} {WEIGHTS} {FOLD} --activation_levels 16 {SPIKES} 3 {LR} 0.001875"
+FROM_4, FROM_8 = (4, 8, 16, 32, 64), (8, 16, 32)
+CALIBRATED = (
+    Line(RESNET20, 8, "--preset calibrated", FROM_4),
+    Line(PUBLIC_RESNET, 8, "--preset calibrated", FROM_4),
+    Line(VGG9, 8, f"--preset calibrated {FOLD}", FROM_4),
+)
 LITE = (
     Line(LITE0, 8, CHANNEL, (64,)),  # 50 layers: few steps are not enough
     Line(LITE0, 8, f"{CHANNEL} --listen T", (8, 16, 32)),
@@ -200,6 +206,7 @@ TABLES = {
         Table("digits", (Line(DIGITS_NET, 4, "-e 30", (16,)),)),
         Table("example_net", (Line(EXAMPLE_NET, 4, "-e 30 --val_share 0.1", (16, 64)),)),
         Table("example_net_spikes", (Line(EXAMPLE_NET, 4, EXAMPLE_SPIKES, (16,), seeds=(0, 1, 2)),)),
+        Table("calibrated", CALIBRATED),
         Table("without_labels", WITHOUT_LABELS),
         Table("hold_back", HOLD_BACK, common=CHANNEL, test_images=2000),
         Table("with_labels_gpu", ON_GPU, common=GPU),

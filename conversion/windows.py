@@ -17,13 +17,14 @@ from tqdm import tqdm
 from conversion.lambdas import mixed_channels
 from conversion.plan import plan_conversion
 from conversion.statistics import LEAST_SHARE, MOST_SAMPLES, least_error_scales, pool_activations
+from options import MANY_LEVELS
 from runtime.batches import batches_of, on_device, split_batch
 from spike_neurons import ClipFloorShift
 from spike_simulator import IMAGE, CountedPart, Stages, bound_currents, last_of, last_steps
 from spike_tensor import Counting
 
-KEPT = 0.95  # share of the classes that the network keeps of those that it has with windows of T steps
-SEARCH_IMAGES = 64  # calibration images on which classes are compared
+KEPT = 0.97  # share of the classes that the network keeps of those that it has with windows of T steps
+SEARCH_IMAGES = 256  # calibration images on which classes are compared
 ERROR_IMAGES = 16  # calibration images on which the error of a single layer is measured
 SEARCH_SAMPLES = 50_000  # activations of a layer from which lambdas are chosen during the search
 COARSE = 4  # a layer's error is measured with T / 4 levels, at which it stands out from rounding
@@ -50,7 +51,7 @@ class Search:
 
     def __init__(self, net, loader, device, options):
         self.net, self.timesteps, samples = net, options.timesteps, options.calibration_samples
-        self.per_channel = options.spikes_per_channel
+        self.per_channel, self.threshold = options.spikes_per_channel, options.threshold
         self.pools, shapes = pool_activations(net, loader, device, samples, self.per_channel)
         plan = plan_conversion(net, options.ann_layers)
         self.mixed = mixed_channels(net, plan, shapes)
@@ -106,17 +107,24 @@ class Search:
         return torch.cat(found)
 
     def set_levels(self, windows, samples):
-        """Give each op as many levels as its window has steps, with the lambdas of least error over `samples` values.
+        """Give each op as many levels as its window has steps, with lambdas chosen from `samples` of its activations.
 
-        A channel's lambda has the bounds that `calibrate` gives it.
+        With threshold "max" and `MANY_LEVELS` or more, lambda is the largest activation, else that of least error. A
+        channel's lambda has the bounds that `calibrate` gives it.
         """
         for name, levels in windows.items():
             op, pool = self.net.ops[name].op, self.pools[name]
             values = pool.values()
-            scale = least_error_scales(values, torch.zeros_like(values, dtype=torch.long), 1, levels, samples)[0]
+
+            def scales(channels, count, largest, levels=levels, values=values):
+                if self.threshold == "max" and levels >= MANY_LEVELS:
+                    return largest
+                return least_error_scales(values, channels, count, levels, samples)
+
+            scale = scales(torch.zeros_like(values, dtype=torch.long), 1, pool.largest.max().reshape(1))[0]
             if self.per_channel:
                 of_layer = scale
-                scale = least_error_scales(values, pool.channels(), pool.count, levels, samples)
+                scale = scales(pool.channels(), pool.count, pool.largest)
                 scale = torch.where(scale > 0, scale, of_layer).clamp_min(LEAST_SHARE * of_layer)
                 scale = scale.max() if self.net.ops[name].out in self.mixed else scale.view(-1, *[1] * (pool.dim - 2))
             op.levels = ClipFloorShift(levels, scale.clamp_max(op.ceiling or float("inf")))

@@ -26,7 +26,7 @@ FINETUNED = {
     "per_channel": "both",
     "spike_epochs": 10,
 }
-EXACT = {"weight_bitwidth": 8, "finetune_epochs": 0, "threshold": "mse", "per_channel": "both"}
+EXACT = {"weight_bitwidth": 8, "finetune_epochs": 0, "per_channel": "both"}
 CASES = [
     *(("specification", timesteps, {}) for timesteps in (1, 16, 256)),
     *(
@@ -35,7 +35,8 @@ CASES = [
     ),
     *(("calibrated", timesteps, MANY_STEPS) for timesteps in (33, 64, 256)),
     *(("finetuned", timesteps, {**FINETUNED, "activation_levels": min(timesteps, 8)}) for timesteps in (4, 8, 9, 16)),
-    *(("exact", timesteps, {**EXACT, "listen": timesteps}) for timesteps in (1, 16, 65536)),
+    *(("exact", timesteps, {**EXACT, "threshold": "mse", "listen": timesteps}) for timesteps in (1, 15)),
+    *(("exact", timesteps, {**EXACT, "threshold": "max", "listen": timesteps}) for timesteps in (16, 65536)),
 ]
 
 
@@ -73,6 +74,12 @@ def test_without_a_preset_it_is_the_specification():
         ("--preset finetuned --val_share 0.1", "val_share", 0.1),
         ("--preset exact --listen 3", "listen", 3),
         ("--preset exact --timesteps 5", "listen", 5),
+        ("--preset exact --listen auto", "listen", "auto"),
+        ("--preset exact --weight_bitwidth 4", "rounding", "learnt"),
+        ("--preset exact --weight_bitwidth 4", "per_channel", "weights"),
+        ("--preset exact --weight_bitwidth 4 --rounding nearest", "rounding", "nearest"),
+        ("--preset exact --weight_bitwidth 5", "rounding", "nearest"),
+        ("--preset exact --weight_bitwidth 4,8", "rounding", "nearest"),
     ],
 )
 def test_a_flag_that_is_given_overrides_the_preset(flags, name, value):
