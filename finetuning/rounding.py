@@ -231,7 +231,8 @@ class Grid:
                 scale = torch.where(is_cut_off, (scale / unit).floor(), (scale / unit).round()).clamp_min(1) * unit
         levels.scale.copy_(scale)
         use_learnt_scales(self.floats, self.statistics)
-        targets = spike_targets(self.floats, self.plan, self.statistics, self.shapes, self.units.mixed)
+        known = self.floats, self.plan, self.statistics, self.shapes, self.units.timesteps
+        targets = spike_targets(*known, self.units.mixed)
         self.units.targets = {each: target / self.units.peaks[each] for each, target in targets.items()}
         return scale.to(device)
 
