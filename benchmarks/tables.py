@@ -189,15 +189,15 @@ GPU_THEN_CPU = (
     Line(RESNET20, 4, levels(22, 16, WEIGHTS, SPIKES, "2", LR, "0.005"), (16,)),
 )
 EXAMPLE_SPIKES = f"-e 20 --finetune_lr 0.02 {LABELS} {WEIGHTS} {FOLD} --activation_levels 16 {SPIKES} 3 {LR} 0.001875"
-FROM_4, FROM_8 = (4, 8, 16, 32, 64), (8, 16, 32)
 CALIBRATED = (
-    Line(RESNET20, 8, "--preset calibrated", FROM_4),
-    Line(PUBLIC_RESNET, 8, "--preset calibrated", FROM_4),
-    Line(VGG9, 8, f"--preset calibrated {FOLD}", FROM_4),
+    Line(RESNET20, 8, "--preset calibrated", (4, 8, 16, 32, 64)),
+    Line(PUBLIC_RESNET, 8, "--preset calibrated", (4, 8, 16, 32, 64)),
+    Line(VGG9, 8, f"{CHANNEL} {FOLD} --hold_back auto", (4, 8, 16)),
 )
 LITE = (
-    Line(LITE0, 8, CHANNEL, (64,)),  # 50 layers: few steps are not enough
-    Line(LITE0, 8, f"{CHANNEL} --listen T", (8, 16, 32)),
+    Line(LITE0, 8, "--preset exact", (8, 16, 32)),
+    Line(LITE0, 8, "--preset exact --listen auto", (32,)),
+    Line(LITE0, 4, "--preset exact", (16, 32)),
 )
 
 TABLES = {
