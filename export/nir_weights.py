@@ -79,7 +79,7 @@ def signed_pairs(heard):
 
 
 def pairs_to_values(weight, signs, block):
-    """The matrix [C / 2, C] of first + sign * second for every pair of blocks; weight: [C], signs: one for each pair."""
+    """The matrix [C / 2, C] of first + sign * second for every pair of blocks; weight: [C], signs: one per pair."""
     matrix = np.zeros((len(weight) // 2, len(weight)))
     for pair, start in enumerate(range(0, len(weight), 2 * block)):
         for i in range(block):
