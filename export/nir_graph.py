@@ -259,7 +259,7 @@ class GraphWriter:
         of the bias is added at each step.
         """
         op, node = entry.op, entry.inputs[0]
-        if op.spiking and isinstance(self.values[node], SpikeTensor):
+        if op.spiking and not isinstance(self.values[node], torch.Tensor):
             return array(op.weight_q), array(op.bias_q)
         weight, bias = op.weight.detach(), None if op.bias is None else op.bias.detach()
         if op.spiking:
