@@ -24,7 +24,7 @@ from spike_simulator import Stages, simulate
 from spike_tensor import SpikeTensor
 
 FORMAT = "ann2snn-nir-1"
-LEAST_VERSION = (1, 0, 8)  # 1.0.7 and earlier lose the metadata of nodes
+LEAST_VERSION = (1, 0, 8)  # the one that importers were compared with; IF has no v_reset in 1.0.4
 WORDS = {  # what NIR has no node for, in words
     "SpikeMaxPool2d": "max pooling",
     "SpikeConvTranspose2d": "transposed convolutions",
@@ -62,7 +62,7 @@ def write_nir(snn, path, images=None):
 
 
 def check_nir():
-    """Raise ValueError unless a version of nir is installed that keeps the metadata."""
+    """Raise ValueError unless nir is installed in a version that importers were compared with."""
     check_packages("--nir", "nir", "h5py")
     found = version("nir")
     if tuple(int(part) for part in found.split(".")[:3] if part.isdigit()) < LEAST_VERSION:
