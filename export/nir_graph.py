@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from export.nir_weights import Unwritable, dense, embedding, pairs_to_values, per_channel, signed_pairs, square
-from runtime.files import write_atomically
+from runtime.files import check_writable, write_atomically
 from runtime.packages import check_packages
 from spike_simulator import Stages, simulate
 from spike_tensor import SpikeTensor
@@ -50,6 +50,7 @@ def write_nir(snn, path, images=None):
     OSError if the file cannot be written. The file is written whole or not at all.
     """
     check_nir()
+    check_writable(path)
     import nir
 
     graph = nir_graph(snn, images)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import Function, conv, convert, small_model
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -106,6 +106,7 @@ def test_a_layer_fires_one_step_after_the_last_that_it_reads():
     assert rows[-1] == ("relu1 in step 1", 256, 256, layers[0].bits)  # its spikes wait for those of relu2
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(-300, 300), min_size=1, max_size=5), st.sampled_from([1, 2, 4, 8]))
 def test_rows_have_the_bits_of_the_layer_and_the_right_sum(values, bits):
     values = [abs(value) for value in values] if bits == 1 else values
