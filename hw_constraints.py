@@ -4,6 +4,7 @@ python3 hw_constraints.py example_net --weight_bitwidth 4
 """
 
 import argparse
+import math
 import sys
 from dataclasses import dataclass, fields
 
@@ -31,6 +32,43 @@ class Hardware:
 
 
 HARDWARE = {"v1.0": Hardware("v1.0", fan_in_bits=1024)}  # its names stand in `options.CHIPS`, too
+
+
+@dataclass(frozen=True)
+class CoreChip:
+    """A chip of cores. axons: inputs of a core. dendrites: neurons of 1-bit weights in a core. cores: of the chip.
+
+    widths: of weights, in bits. A neuron with more inputs joins 2, 4, 8, ... dendrites, and one with b-bit weights b
+    times as many. Convolutions are unrolled: a layer reads all of its input in every core.
+    """
+
+    name: str
+    axons: int
+    dendrites: int
+    cores: int
+    widths: tuple
+
+    def width_of(self, bits):
+        """The narrowest weight width of the chip that holds `bits`."""
+        return next(width for width in self.widths if width >= bits)
+
+    def cores_of(self, neurons, inputs, bits):
+        """The number of cores of a layer of `neurons` neurons that reads `inputs` spikes per step."""
+        joined = 2 ** max(0, math.ceil(math.log2(inputs / self.axons)))
+        return math.ceil(neurons * joined * self.width_of(bits) / self.dendrites)
+
+
+PAICORE = CoreChip("paicore", axons=1152, dendrites=512, cores=1008, widths=(1, 2, 4, 8))
+
+
+def core_table(rows, chip=PAICORE):
+    """`table, needed`: table rows, head first, and the number of cores. rows: (layer, neurons, inputs, bits)."""
+    table, needed = [("layer", "neurons", "inputs", "bits", "cores")], 0
+    for layer, neurons, inputs, bits in rows:
+        cores = chip.cores_of(neurons, inputs, bits)
+        table.append((layer, neurons, inputs, chip.width_of(bits), cores))
+        needed += cores
+    return [*table, ("all", "", "", "", f"{needed} of {chip.cores}")], needed
 
 
 @dataclass(frozen=True)
@@ -230,8 +268,50 @@ def parse_args(argv=None):
     parser.add_argument(
         "--debug", action=argparse.BooleanOptionalAction, default=False, help="show the traceback of an error"
     )
+    offer_core_chips(parser)
     parser.main_actions.clear()
     return parser.parse_args(argv)
+
+
+def offer_core_chips(parser):
+    """Let --hardware name chips of cores, too; only this script knows the sizes of maps that they need."""
+    (action,) = (action for action in parser._actions if action.dest == "hardware")
+    action.choices = (*action.choices, PAICORE.name)
+
+
+def check_cores(dag, layers, bits, shapes):
+    """Print the table of cores. Raises ValueError for a network that needs more than a PAICORE has.
+
+    layers: `Layer`s. bits: op name -> weight bits. shapes: node -> shape of a sample. The first layer and those that
+    stay ANN are left to the host.
+    """
+    from spike_dag import format_table
+
+    if find_folded(dag, ()):
+        raise ValueError(f"Hardware {PAICORE.name}: cores take spikes and no sums of them: leave out --avgpool fold")
+    rows = []
+    for layer in layers:
+        if layer.role not in ("hidden", "pool"):
+            continue
+        entry, width = dag.ops[layer.name], layer_bits(layer, bits)
+        if width > PAICORE.widths[-1]:
+            raise ValueError(f"Hardware {PAICORE.name}: {layer.where} has float weights, cores take 1 to 8 bits")
+        sizes = [math.prod(shapes[node]) for node in (entry.out, entry.inputs[0])]
+        rows.append((layer.where, *sizes, width))
+    table, needed = core_table(rows)
+    print(format_table(table))
+    sys.stdout.flush()
+    refuse_cores(rows, needed)
+
+
+def refuse_cores(rows, needed, chip=PAICORE):
+    """Raise ValueError if `needed` cores are more than the chip has. rows: as those of `core_table`."""
+    if needed > chip.cores:
+        most = max(rows, key=lambda row: chip.cores_of(*row[1:]))[0]
+        raise ValueError(
+            f"Hardware {chip.name}: the network needs {needed} cores, over {chip.cores}, most of them for {most}: make "
+            "its maps smaller or its weights narrower"
+        )
 
 
 def main(args):
@@ -242,6 +322,7 @@ def main(args):
     from dag_rewrites import prepare_conversion, replace_activations
     from hw_constraints import bitwidths_by_name, choose_bitwidths, hardware_layers
     from spike_dag import format_table
+    from spike_simulator import node_shapes
 
     choose_input(args)
     if args.image_size is None:
@@ -254,7 +335,14 @@ def main(args):
     dag = parse_ann_model(net, (torch.zeros(1, channels, *size),))
     dag, _ = replace_activations(dag, args.replace_activations)
     dag = prepare_conversion(dag, args.maxpool, args.signed, args.avgpool)
-    hardware, layers = HARDWARE[args.hardware], hardware_layers(dag, args.ann_layers)
+    layers = hardware_layers(dag, args.ann_layers)
+    if args.hardware == PAICORE.name:
+        if args.weight_bitwidth == "auto":
+            raise ValueError(f"Hardware {PAICORE.name} takes 1 to 8 bits in every layer, give --weight_bitwidth BITS")
+        bits = bitwidths_by_name(dag, args.weight_bitwidth)
+        check_cores(dag, layers, bits, node_shapes(dag, torch.zeros(1, channels, *size)))
+        return
+    hardware = HARDWARE[args.hardware]
     bits = bitwidths_by_name(dag, choose_bitwidths(dag, args.weight_bitwidth, hardware, args.ann_layers))
     print(format_table(hardware_table(layers, bits, hardware)))
     sys.stdout.flush()
