@@ -444,10 +444,12 @@ class LoopPerLayer(Spiking):
         spikes, label = b.fresh(f"spikes_{entry.name}"), f"u_{entry.name}"
         inputs = [trips, true, start]
         b.nodes.append(helper.make_node("Loop", inputs, [f"{label}_end", spikes], name=f"time_{entry.name}", body=body))
-        if neuron.listen:
-            begin, finish = b.node("Reshape", heard, b.indices(1)), b.node("Reshape", trips, b.indices(1))
-            spikes = b.node("Slice", spikes, begin, finish, b.indices(0))
-        return self.flat(spikes, current.shape)
+        flat = self.flat(spikes, current.shape)  # onnx's reference evaluator stacks the steps in this shape, too
+        if not neuron.listen:
+            return flat
+        begin, finish = b.node("Reshape", heard, b.indices(1)), b.node("Reshape", trips, b.indices(1))
+        steps = b.node("Reshape", flat, b.node("Concat", finish, b.indices(-1, *current.shape), axis=0))
+        return self.flat(b.node("Slice", steps, begin, finish, b.indices(0)), current.shape)
 
     def neurons_body(self, entry, current, source, Vthr, kind, heard):
         """The GraphProto of one step of the neurons: it hears its current in the first T steps, then nothing."""
