@@ -7,6 +7,7 @@ The integers are those of the network: weights of INT4 or INT8, whole thresholds
 """
 
 import json
+import shlex
 
 import torch
 
@@ -31,12 +32,7 @@ def write_onnx(snn, path, images=None):
     written = (LoopPerLayer if is_timed(snn) else LoopOverTime)(snn, inputs)
     written.write()
     size = write_graph(path, written.graph(), facts_of(snn))
-    shapes = feeds_in_words(written)
-    return (
-        f"Save the ONNX file in {path} ({size:,} bytes): "
-        f"python3 -c \"import onnxruntime as ort, numpy as np; s = ort.InferenceSession('{path}'); "
-        f"print(s.run(['{written.output_names()[0]}'], {{{shapes}}}))\""
-    )
+    return f"Save the ONNX file in {path} ({size:,} bytes): {command_for(written, path)}"
 
 
 def write_onnx_step(snn, path, images=None):
@@ -65,11 +61,13 @@ def sample_inputs(snn, images):
     return (torch.zeros(1, *known["input_shape"]),)
 
 
-def feeds_in_words(written):
-    """The inputs of one call, as Python: 'image': np.zeros((1, 3, 32, 32), np.float32)."""
+def command_for(written, path):
+    """A command that runs the file on an empty image."""
     pairs = zip(written.image_names(), written.snn.inputs_nodes)
     shapes = {name: (1, *written.probe.shapes[node]) for name, node in pairs}
-    return ", ".join(f"'{name}': np.zeros({shape}, np.float32)" for name, shape in shapes.items())
+    feeds = ", ".join(f"'{name}': np.zeros({shape}, np.float32)" for name, shape in shapes.items())
+    run = f"ort.InferenceSession({path!r}).run(['{written.output_names()[0]}'], {{{feeds}}})"
+    return f"python3 -c {shlex.quote(f'import numpy as np, onnxruntime as ort; print({run})')}"
 
 
 def facts_of(snn):
