@@ -70,18 +70,18 @@ class QuantizedAnn(Spiking):
         shift = alike(start - Vthr / 2 + half)
         shifted = b.node("Add", total, b.constant(shift))
         axis = {"axis": 1} if Vthr.numel() > 1 else {}
-        scale, kind = b.constant(Vthr.flatten() if axis else Vthr.reshape(())), self.code_kind(entry)
+        scale, kind = b.constant(Vthr.flatten() if axis else Vthr.reshape(())), self.code_kind()
         zero = b.constant(np.zeros(Vthr.numel() if axis else (), int), kind)
         below = b.node("Min", shifted, b.constant(T * Vthr))  # of floats, as few runtimes have one of uint16
         codes = b.node("QuantizeLinear", below, scale, zero, **axis)
         return b.node("DequantizeLinear", codes, b.constant(1.0))
 
-    def code_kind(self, entry):
-        """The type of a layer's counts: uint8, or uint16 where the layers behind need it."""
-        readers = (self.snn.ops[name].op for name in self.snn.readers(entry.out))
-        weights = [int(op.weight_q.abs().max()) for op in readers if hasattr(op, "weight_q")]
-        fits = self.snn.timesteps <= MOST_IN_UINT8
-        return np.uint8 if fits and 2 * self.snn.timesteps * max(weights, default=0) < MOST_IN_PAIR else np.uint16
+    def code_kind(self):
+        """The type of counts: uint8, or uint16 where products of uint8 and int8 could saturate."""
+        layers = (entry.op for entry in self.snn.ops.values() if entry.op.has_weights and hasattr(entry.op, "weight_q"))
+        most = max((int(op.weight_q.abs().max()) for op in layers), default=0)
+        T = self.snn.timesteps
+        return np.uint8 if T <= MOST_IN_UINT8 and 2 * T * most < MOST_IN_PAIR else np.uint16
 
     def check(self, entry, current):
         """Raise ValueError, with the layer's name, for neurons whose counts the form cannot hold."""
