@@ -179,10 +179,11 @@ class Export:
         return option(None, self.help, "output", metavar=self.metavar, default_help="none")
 
 
+WITH_ONNX = ("onnx",)
 EXPORTS = (
-    Export("onnx", "FILE.onnx", "export.onnx_file:write_onnx", "ONNX file of all timesteps, for onnxruntime", ("onnx",)),
-    Export("onnx_step", "FILE.onnx", "export.onnx_file:write_onnx_step", "ONNX file of one timestep", ("onnx",)),
-    Export("onnx_ann", "FILE.onnx", "export.onnx_ann:write_onnx_ann", "ONNX file of the quantized ANN", ("onnx",)),
+    Export("onnx", "FILE", "export.onnx_file:write_onnx", "ONNX file of all timesteps, for onnxruntime", WITH_ONNX),
+    Export("onnx_step", "FILE", "export.onnx_file:write_onnx_step", "ONNX file of one timestep", WITH_ONNX),
+    Export("onnx_ann", "FILE", "export.onnx_ann:write_onnx_ann", "ONNX file of the quantized ANN", WITH_ONNX),
 )
 ExportOptions = make_dataclass(
     "ExportOptions", [(each.flag, str, each.option()) for each in EXPORTS], bases=(Options,), frozen=True

@@ -1,8 +1,8 @@
 """A converted network as a quantized ANN without timesteps, in the QuantizeLinear form of ONNX.
 
-A neuron that hears all T steps before it fires sends clip(floor((sum of its currents + u[0]) / Vthr), 0, T) spikes. That
-is a quantized ReLU of T + 1 levels: the codes of the activations are the spike counts of the network with --listen T,
-and the weights and thresholds are the same integers.
+A neuron that hears all T steps before it fires sends clip(floor((sum of its currents + u[0]) / Vthr), 0, T) spikes.
+That is a quantized ReLU of T + 1 levels: the codes of the activations are the spike counts of the network with
+--listen T, and the weights and thresholds are the same integers.
 """
 
 import numpy as np
@@ -87,7 +87,7 @@ class QuantizedAnn(Spiking):
         """Raise ValueError, with the layer's name, for neurons whose counts the form cannot hold."""
         neuron, T = entry.op.neuron, self.snn.timesteps
         if neuron.reset_mode != "subtraction":
-            raise ValueError(f"{entry.where}: reset to zero depends on time, an ANN holds --reset_mode subtraction alone")
+            raise ValueError(f"{entry.where}: reset to zero needs time, an ANN holds --reset_mode subtraction alone")
         if T > MOST_IN_UINT16:
             raise ValueError(f"{entry.where}: its counts go up to {T}, a quantized ANN holds {MOST_IN_UINT16}")
         if neuron.largest_current is None and not current.constant:

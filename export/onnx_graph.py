@@ -82,10 +82,10 @@ class Builder:
         if max(-least, most) > EXACT_IN_FLOAT32:
             raise ValueError(f"integers up to {max(-least, most)}, over 2^24, are rounded in float32")
         name = self.fresh("integers")
-        if -8 <= least and most <= 7:
+        if least >= -8 and most <= 7:
             self.initializers.append(int4(integers, name))
         else:
-            kind = np.int8 if -128 <= least and most <= 127 else np.int32
+            kind = np.int8 if least >= -128 and most <= 127 else np.int32
             self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(integers, kind), name))
         one = self.constant(1.0)
         with self.into(self.weights):

@@ -104,9 +104,7 @@ def convolve(b, op, x, weight, bias):
 def convolve_transposed(b, op, x, weight, bias):
     inputs = [x, weight] if bias is None else [x, weight, bias]
     added = list(op.output_padding)
-    return b.node(
-        "ConvTranspose", *inputs, pads=pads_of(op), group=op.groups, output_padding=added, **windows(op)
-    )
+    return b.node("ConvTranspose", *inputs, pads=pads_of(op), group=op.groups, output_padding=added, **windows(op))
 
 
 def multiply(b, op, x, weight, bias):
