@@ -51,14 +51,15 @@ def write_onnx_step(snn, path, images=None):
 
 
 def sample_inputs(snn, images):
-    """One sample of every input of the network, [1, ...] each. Raises ValueError if its shape is not known."""
+    """One sample of every input, [1, ...] each, on the network's device. ValueError if its shape is not known."""
+    device = next(iter(snn.neurons().values())).Vthr.device
     if images is not None:
         images = images if isinstance(images, tuple) else (images,)
-        return tuple(x[:1].cpu().float() for x in images)
+        return tuple(x[:1].to(device).float() for x in images)
     known = snn.preprocessing
     if known is None or len(snn.inputs_nodes) != 1:
         raise ValueError("the network's file does not hold the shape of its images, give --input_shape C,H,W")
-    return (torch.zeros(1, *known["input_shape"]),)
+    return (torch.zeros(1, *known["input_shape"], device=device),)
 
 
 def command_for(written, path):
