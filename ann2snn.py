@@ -54,19 +54,21 @@ def main(args):
     # save hours of work before printing, because stdout may be closed by now
     save(args, made)
     print_results(args, made)
+    export(args, made, test_loader)
     if args.report:
         report(args, made, (test_loader, train_loader, train_val_loader), device)
 
 
 def check_outputs(args):
     """Raise OSError if a result cannot be written, and ValueError if two results have the same file."""
+    from export.formats import check_exports
     from runtime.files import check_different, check_folder, check_writable
 
     check_writable(args.save_file)
     check_writable(args.results)
     check_folder(args.report)
     pages = [os.path.join(args.report, page) for page in ("report.html", "report.json")] if args.report else []
-    check_different(args.save_file, args.results, args.report, *pages)
+    check_different(args.save_file, args.results, args.report, *pages, *check_exports(args))
 
 
 def weight_bytes(net):
@@ -121,6 +123,18 @@ def next_commands(args, made):
         yield f"python3 {os.path.join(here, 'predict.py')} {file} IMAGE{normalisation}", "the classes of an image"
     if not args.report:
         yield "the same command with --report DIR", "where it loses accuracy, and what regains it"
+
+
+def export(args, made, loader):
+    """Write the spiking network in the other formats that flags ask for. loader: gives images for test vectors."""
+    from export.formats import asked_for, write_exports
+    from runtime.batches import loader_for, split_batch
+    from runtime.files import after_writing
+
+    if asked_for(args):
+        inputs, _ = split_batch(next(iter(loader_for(made.snn, loader))))
+        with after_writing(args.save_file, args.results):
+            write_exports(args, made.snn, inputs)
 
 
 def report(args, made, loaders, device):

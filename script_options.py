@@ -3,7 +3,7 @@
 add_options(parser, *CONVERSION, OutputOptions)     # the flags of a conversion
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 
 from options import (
     CHIPS,
@@ -161,7 +161,37 @@ class AnalysisOptions(Options):
 
 
 @dataclass(frozen=True)
-class OutputOptions(AnalysisOptions):
+class Export:
+    """A format that a spiking network can be written in: one flag of ann2snn.py and export.py.
+
+    metavar: FILE... for a file, DIR for a folder. writer: "module:function", a function (snn, path, images) that
+    returns a line for the user. packages: modules that it needs, which not every installation has.
+    """
+
+    flag: str
+    metavar: str
+    writer: str
+    help: str
+    packages: tuple = ()
+
+    def option(self):
+        """The field of the flag."""
+        return option(None, self.help, "output", metavar=self.metavar, default_help="none")
+
+
+WITH_ONNX = ("onnx",)
+EXPORTS = (
+    Export("onnx", "FILE", "export.onnx_file:write_onnx", "ONNX file of all timesteps, for onnxruntime", WITH_ONNX),
+    Export("onnx_step", "FILE", "export.onnx_file:write_onnx_step", "ONNX file of one timestep", WITH_ONNX),
+    Export("onnx_ann", "FILE", "export.onnx_ann:write_onnx_ann", "ONNX file of the quantized ANN", WITH_ONNX),
+)
+ExportOptions = make_dataclass(
+    "ExportOptions", [(each.flag, str, each.option()) for each in EXPORTS], bases=(Options,), frozen=True
+)
+
+
+@dataclass(frozen=True)
+class OutputOptions(ExportOptions, AnalysisOptions):
     """Files that ann2snn.py writes."""
 
     save_file: str = option("out_snn.pth", "file for the spiking network", "output", metavar="FILE", main=True)

@@ -27,10 +27,10 @@ FORMER = {  # flags that became values of other flags; renamed flags are in the 
 HEAD = """# All flags
 
 `tools/write_flags.py` writes this page from `options.py` and `script_options.py`. The flags are those of
-`ann2snn.py`; `analyse_error.py` has all of them but `--save_file`, `--results`, `--report`; it adds `--load FILE` (as
-`--ann_weight`) and `--out DIR` (the folder of the report, `analysis/<network>`). Without `--` the names are the
-keyword arguments of `pipeline.convert_network` (but those of network, data and files), `quantize_finetune` and
-`trans_ann2snn_weight`, with the same ranges.
+`ann2snn.py`; `analyse_error.py` has all of them but `--save_file`, `--results`, `--report` and the formats of
+[export.py](export.md); it adds `--load FILE` (as `--ann_weight`) and `--out DIR` (the folder of the report,
+`analysis/<network>`). Without `--` the names are the keyword arguments of `pipeline.convert_network` (but those of
+network, data and files), `quantize_finetune` and `trans_ann2snn_weight`, with the same ranges.
 """
 
 
