@@ -184,6 +184,8 @@ EXPORTS = (
     Export("onnx", "FILE", "export.onnx_file:write_onnx", "ONNX file of all timesteps, for onnxruntime", WITH_ONNX),
     Export("onnx_step", "FILE", "export.onnx_file:write_onnx_step", "ONNX file of one timestep", WITH_ONNX),
     Export("onnx_ann", "FILE", "export.onnx_ann:write_onnx_ann", "ONNX file of the quantized ANN", WITH_ONNX),
+    Export("nir", "FILE", "export.nir_graph:write_nir", "NIR graph, for nirtorch, sinabs and others", ("nir",)),
+    Export("paibox", "DIR", "export.paicore:write_paicore", "configuration of a PAICORE chip", ("paibox",)),
 )
 ExportOptions = make_dataclass(
     "ExportOptions", [(each.flag, str, each.option()) for each in EXPORTS], bases=(Options,), frozen=True
