@@ -38,7 +38,8 @@ def write_c(snn, path, images=None):
     inputs = check(snn, images)
     snn = copy.deepcopy(snn).cpu()
     values = simulate_nodes(snn, dict(zip(snn.inputs_nodes, inputs)))
-    program = Program(snn.timesteps, {node: tuple(value.data.shape[1:]) for node, value in values.items()})
+    shapes = {node: tuple(value.data.shape[1:]) for node, value in values.items()}
+    program = Program(snn.timesteps, shapes, any(neuron.listen for neuron in snn.neurons().values()))
     nodes = write_network(program, snn, values)
     source = source_of(program, snn, nodes)
     write_folder(path, {SOURCE: source.encode("ascii"), VECTORS: vectors_of(snn, nodes, values)})

@@ -53,7 +53,7 @@ def write_neurons(program, entry, current):
     start = current.start + listen
     spikes = program.value(f"{name}_spikes", "u8", current.shape, current.order, start)
     window, end = neuron.most_spikes(T), current.start + T
-    timed = listen or window < T or start > 0
+    timed = program.listens or window < T
     hears = f"t < {end}" if timed else 1
     may_fire = f"t >= {start} && t < {start + window}" if timed else 1
     function = f"fire_{neuron.reset_mode}_{kind}"

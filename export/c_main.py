@@ -114,6 +114,9 @@ int main(int count, char **words)
         spikes += replay(file, counts, expected, reals, neurons);
     printf("identical: %ld spikes of %d layers (%d images, T=%d); %d counts differ with currents of this program\\n",
            spikes, number, (int)sizes[0], SNN_TIMESTEPS, first_differs);
+    free(counts);
+    free(expected);
+    free(reals);
     fclose(file);
     return 0;
 }

@@ -60,12 +60,13 @@ def in_comment(text):
 class Program:
     """The C program of a network.
 
-    timesteps: T. shapes: node -> shape of a sample. parts: the statements of `current` (once an image: real values),
+    timesteps: T. shapes: node -> shape of a sample. listens: whether any layer listens before it fires, so that the
+    layers do not all work in the same steps. parts: the statements of `current` (once an image: real values),
     `reset`, `step` and `readout`; `part` is the one that grows.
     """
 
-    def __init__(self, timesteps, shapes):
-        self.timesteps, self.shapes = timesteps, shapes
+    def __init__(self, timesteps, shapes, listens):
+        self.timesteps, self.shapes, self.listens = timesteps, shapes, listens
         self.functions, self.constants, self.buffers, self.names = set(), [], [], set()
         self.parts, self.part = {"current": [], "reset": [], "step": [], "readout": []}, "current"
         self.known, self.currents, self.row, self.end = {}, {}, 0, timesteps
