@@ -79,13 +79,15 @@ def write_network(program, snn, values):
     for entry in stages.before:
         nodes[entry.out] = write_layer(program, entry, [nodes[node] for node in entry.inputs])
     later = count_readers(stages.behind, snn.outputs_nodes)
-    counted = {}
+    counted, readers = {}, count_readers(snn.ops.values(), snn.outputs_nodes)
     for entry in stages.between:
         if not entry.op.spiking:
             raise ValueError(f"{entry.where} stays ANN between spiking layers, which C code in integers cannot compute")
         inputs = [nodes[node] for node in entry.inputs]
         program.part = "current" if all(x.kind == "f32" for x in inputs) else "step"
         y = nodes[entry.out] = write_layer(program, entry, inputs)
+        shares = [x.read_once for x in inputs if x.name == y.name]
+        y.read_once = all(shares) and readers[entry.out] == 1
         if later[entry.out] and y.kind == "u8":
             counted[entry.out] = decoded(program, entry.name, y, values[entry.out])
     program.part = "readout"

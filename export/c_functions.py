@@ -35,11 +35,22 @@ FUNCTIONS = {
 static void unpack(const struct packed *weights, size_t first, int n, int32_t *row)
 {
     const unsigned mask = (1u << weights->bits) - 1u;
+    const int32_t lowest = weights->lowest, step = weights->step;
     size_t bit = first * (size_t)weights->bits;
-    for (int k = 0; k < n; k++, bit += (size_t)weights->bits) {
-        const uint8_t *at = weights->codes + bit / 8; /* one byte more than the codes take is there to be read */
-        const unsigned both = at[0] | (unsigned)at[1] << 8;
-        row[k] = weights->lowest + weights->step * (int32_t)((both >> (bit % 8)) & mask);
+    const uint8_t *at = weights->codes + bit / 8;
+    if (weights->bits == 8) {
+        for (int k = 0; k < n; k++)
+            row[k] = lowest + step * at[k];
+    } else if (weights->bits == 4 && bit % 8 == 0 && n % 2 == 0) {
+        for (int k = 0; k < n; k += 2, at++) {
+            row[k] = lowest + step * (*at & 15);
+            row[k + 1] = lowest + step * (*at >> 4);
+        }
+    } else {
+        for (int k = 0; k < n; k++, bit += (size_t)weights->bits) {
+            at = weights->codes + bit / 8; /* one byte more than the codes take is there to be read */
+            row[k] = lowest + step * (int32_t)(((at[0] | (unsigned)at[1] << 8) >> (bit % 8)) & mask);
+        }
     }
 }
 """,
@@ -74,34 +85,51 @@ static int reached(int place, int stride, int outputs)
     return place < outputs ? place : -1;
 }
 """,
+    "spread": """\
+/* What the spikes of one neuron, in row y and column x, add to the neurons of one group of channels. */
+static void spread(int y, int x, int32_t spikes, const struct window *w, int n, int32_t *group)
+{
+    const int is_run = w->stride_columns == 1 && w->dilation_columns == 1 && w->groups == 1;
+    const int first = x + w->pad_columns - (w->kernel_columns - 1) * w->dilation_columns;
+    for (int i = 0; i < w->kernel_rows; i++) {
+        const int out_y = reached(y + w->pad_rows - i * w->dilation_rows, w->stride_rows, w->out_rows);
+        const int32_t *weights = row + i * w->kernel_columns * n;
+        if (out_y < 0)
+            continue;
+        int32_t *there = group + out_y * w->out_columns * w->out_channels;
+        if (is_run) { /* the neurons of all kernel columns are adjacent, as their weights are */
+            const int low = first < 0 ? -first : 0, past = w->out_columns - first;
+            const int high = past < w->kernel_columns ? past : w->kernel_columns;
+            if (low < high)
+                add_row(there + (first + low) * n, weights + low * n, (high - low) * n, spikes);
+            continue;
+        }
+        for (int j = 0; j < w->kernel_columns; j++) {
+            const int out_x = reached(first + j * w->dilation_columns, w->stride_columns, w->out_columns);
+            if (out_x >= 0)
+                add_row(there + out_x * w->out_channels, weights + j * n, n, spikes);
+        }
+    }
+}
+""",
     "convolve": """\
-/* Convolution: every spike adds its weights to the neurons that it reaches. Weights: [C_in][kernel][C_out / groups]. */
+/* Convolution: every spike adds its weights to the neurons that it reaches.
+   Weights: [C_in][kernel rows][kernel columns, the last first][C_out / groups]. */
 static void convolve(const uint8_t *spikes, const struct window *w, const struct packed *weights, int32_t *current)
 {
     const int n = w->out_channels / w->groups, size = w->kernel_rows * w->kernel_columns * n;
     for (int c = 0; c < w->channels; c++) {
         int32_t *group = current + c / (w->channels / w->groups) * n;
+        const uint8_t *from = spikes + c;
         int is_unpacked = 0;
-        for (int place = 0; place < w->rows * w->columns; place++) {
-            const uint8_t count = spikes[place * w->channels + c];
-            if (!count)
-                continue;
-            if (!is_unpacked)
-                unpack(weights, (size_t)c * (size_t)size, size, row);
-            is_unpacked = 1;
-            const int y = place / w->columns + w->pad_rows, x = place % w->columns + w->pad_columns;
-            for (int i = 0; i < w->kernel_rows; i++) {
-                const int out_y = reached(y - i * w->dilation_rows, w->stride_rows, w->out_rows);
-                if (out_y < 0)
-                    continue;
-                for (int j = 0; j < w->kernel_columns; j++) {
-                    const int out_x = reached(x - j * w->dilation_columns, w->stride_columns, w->out_columns);
-                    if (out_x >= 0)
-                        add_row(group + (out_y * w->out_columns + out_x) * w->out_channels,
-                                row + (i * w->kernel_columns + j) * n, n, count);
+        for (int y = 0; y < w->rows; y++)
+            for (int x = 0; x < w->columns; x++, from += w->channels)
+                if (*from) {
+                    if (!is_unpacked)
+                        unpack(weights, (size_t)c * (size_t)size, size, row);
+                    is_unpacked = 1;
+                    spread(y, x, *from, w, n, group);
                 }
-            }
-        }
     }
 }
 """,
@@ -345,29 +373,43 @@ static void delay_IN(const IN *x, int n, IN *kept, int depth, int t, IN *out)
 """,
     "fire_subtraction": """\
 /* Integrate-and-fire neurons, reset by subtraction. hears: whether a current flows; may_fire: whether they may fire. */
-static void fire_subtraction_IN(const IN *current, int n, const IN *Vthr, int period, int hears, int may_fire, IN *u,
-                                uint8_t *spikes)
+static void fire_subtraction_IN(const IN *restrict current, int n, const IN *restrict Vthr, int period, int hears,
+                                int may_fire, IN *restrict u, uint8_t *restrict spikes)
 {
+    if (hears)
+        for (int k = 0; k < n; k++)
+            u[k] += current[k];
+    if (!may_fire) {
+        memset(spikes, 0, (size_t)n);
+        return;
+    }
     for (int start = 0; start < n; start += period)
         for (int k = 0; k < period; k++) {
-            const IN potential = hears ? u[start + k] + current[start + k] : u[start + k];
-            const int fires = may_fire && potential >= Vthr[k];
+            const IN potential = u[start + k], threshold = Vthr[k];
+            const int fires = potential >= threshold;
             spikes[start + k] = (uint8_t)fires;
-            u[start + k] = fires ? potential - Vthr[k] : potential;
+            u[start + k] = potential - threshold * (IN)fires; /* without a branch, which would be guessed wrong */
         }
 }
 """,
     "fire_zero": """\
 /* Integrate-and-fire neurons, reset to zero. hears: whether a current flows; may_fire: whether they may fire. */
-static void fire_zero_IN(const IN *current, int n, const IN *Vthr, int period, int hears, int may_fire, IN *u,
-                         uint8_t *spikes)
+static void fire_zero_IN(const IN *restrict current, int n, const IN *restrict Vthr, int period, int hears,
+                         int may_fire, IN *restrict u, uint8_t *restrict spikes)
 {
+    if (hears)
+        for (int k = 0; k < n; k++)
+            u[k] += current[k];
+    if (!may_fire) {
+        memset(spikes, 0, (size_t)n);
+        return;
+    }
     for (int start = 0; start < n; start += period)
         for (int k = 0; k < period; k++) {
-            const IN potential = hears ? u[start + k] + current[start + k] : u[start + k];
-            const int fires = may_fire && potential >= Vthr[k];
+            const IN potential = u[start + k], threshold = Vthr[k];
+            const int fires = potential >= threshold;
             spikes[start + k] = (uint8_t)fires;
-            u[start + k] = fires ? 0 : potential;
+            u[start + k] = potential * (IN)!fires; /* without a branch, which would be guessed wrong */
         }
 }
 """,
@@ -390,7 +432,7 @@ static void decode(const uint32_t *counts, int n, const float *share, int period
 """,
 }
 NEEDED = {
-    "convolve": ("unpack", "add_row", "reached"),
+    "convolve": ("unpack", "add_row", "reached", "spread"),
     "convolve_transposed": ("unpack", "add_row"),
     "connect": ("unpack", "add_row"),
     "gate": ("largest_i32",),
@@ -422,4 +464,4 @@ def typed(text, types):
         return text
     first, last = types[0], types[-1]
     text = text.replace("_IN_OUT(", f"_{first}_{last}(").replace("_IN(", f"_{first}(")
-    return text.replace("IN ", f"{TYPES[first]} ").replace("OUT ", f"{TYPES[last]} ").replace("(OUT)", f"({TYPES[last]})")
+    return text.replace("IN ", f"{TYPES[first]} ").replace("OUT ", f"{TYPES[last]} ").replace("(OUT)", f"({TYPES[last]})").replace("(IN)", f"({TYPES[first]})")

@@ -127,7 +127,7 @@ def write_convolution(program, entry, inputs):
         program.call("convolve_f32", x, window, array, y)
         return in_unit(program, entry, y)
     program.row = max(program.row, int(np.prod(op.kernel_size)) * weight.shape[-1])
-    packed, _ = program.packed(entry.name, weight)
+    packed, _ = program.packed(entry.name, weight if is_transposed else weight.flip(-2))
     function = "convolve_transposed" if is_transposed else "convolve"
     program.call(function, x, window, f"&{packed}", y, start=x.start)
     return y
@@ -195,12 +195,22 @@ def weighed(program, entry, inputs, weights, bias):
     """The sum of weight * x over inputs, and a bias; weights and bias broadcastable to a sample."""
     kind, shape = "f32" if inputs[0].kind == "f32" else "i32", program.shapes[entry.out]
     inputs = [inputs[0], *(program.in_order_of(x, inputs[0]) for x in inputs[1:])]
+    if kind == "i32" and not torch.as_tensor(bias).any():
+        for x, weight in zip(inputs, weights):
+            if x.kind == "i32" and x.read_once and (weight == 1).all():
+                rest = [(y, w) for y, w in zip(inputs, weights) if y is not x]
+                return add_to(program, entry, x, rest)
     y = program.value(f"{entry.name}_sum", kind, shape, inputs[0].order, inputs[0].start)
     array, period = program.per_element(f"{entry.name}_bias", bias, y)
     program.call(f"fill_{kind}", y, y.size, array, period, start=y.start)
-    for x, weight in zip(inputs, weights):
+    return add_to(program, entry, y, zip(inputs, weights))
+
+
+def add_to(program, entry, y, terms):
+    """Add weight * x to y, for all terms (x, weight)."""
+    for x, weight in terms:
         array, period = program.per_element(f"{entry.name}_weight", weight, y)
-        program.call(f"add_{x.kind}_{kind}", x, y.size, array, period, y, start=y.start)
+        program.call(f"add_{x.kind}_{y.kind}", x, y.size, array, period, y, start=y.start)
     return y
 
 
@@ -281,7 +291,7 @@ def write_rearrangement(program, entry, inputs):
     if len(read) == x.size and torch.equal(read.sort().values, torch.arange(x.size)):
         back = torch.empty_like(read)
         back[read] = torch.arange(len(read))
-        return type(x)(x.name, x.kind, tuple(shape), back[x.order], x.start)
+        return type(x)(x.name, x.kind, tuple(shape), back[x.order], x.start, x.read_once)
     table = torch.where(read >= 0, x.places[read.clamp_min(0)], -1)
     return program.moved(x, table[canonical_order(shape)], shape)
 

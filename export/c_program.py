@@ -27,6 +27,7 @@ class Value:
     shape: tuple
     order: torch.Tensor
     start: int = 0
+    read_once: bool = False
 
     @property
     def size(self):
