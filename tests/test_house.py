@@ -35,7 +35,7 @@ FLOORS = (
     ("build_network", "detection", "finetuning", "transformer"),
     ("datasets",),
     ("pipeline", "snn_transformer"),
-    ("reports",),
+    ("reports", "export"),
     ("ann2snn", "analyse_error", "train_ann", "predict", "show"),
     ("benchmarks", "tools"),
 )
