@@ -13,7 +13,6 @@ import copy
 import os
 
 import numpy as np
-import torch
 
 from export.c_functions import STRUCTS, functions
 from export.c_layers import write_layer
@@ -255,7 +254,9 @@ def tables(snn, nodes, inputs, outputs):
         rows.append(f"{table}[] = {{\n{text}    {{NULL, NULL, 0}},\n}}")
     given, read = (", ".join(x.name for x in values) for values in (images, results))
     start = f"#define START() snn_start({given})\n#define READ() snn_read({read})\n"
-    return "#include <stdio.h>\n#include <stdlib.h>\n\n" + "\n".join(lines) + " " + ", ".join(rows) + ";\n" + start + "\n"
+    return (
+        "#include <stdio.h>\n#include <stdlib.h>\n\n" + "\n".join(lines) + " " + ", ".join(rows) + ";\n" + start + "\n"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

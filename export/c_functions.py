@@ -464,4 +464,9 @@ def typed(text, types):
         return text
     first, last = types[0], types[-1]
     text = text.replace("_IN_OUT(", f"_{first}_{last}(").replace("_IN(", f"_{first}(")
-    return text.replace("IN ", f"{TYPES[first]} ").replace("OUT ", f"{TYPES[last]} ").replace("(OUT)", f"({TYPES[last]})").replace("(IN)", f"({TYPES[first]})")
+    return (
+        text.replace("IN ", f"{TYPES[first]} ")
+        .replace("OUT ", f"{TYPES[last]} ")
+        .replace("(OUT)", f"({TYPES[last]})")
+        .replace("(IN)", f"({TYPES[first]})")
+    )

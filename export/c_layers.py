@@ -23,7 +23,9 @@ def write_layer(program, entry, inputs):
     if op.levels is not None and not op.spiking:
         raise ValueError(f"{entry.where} rounds its activations to levels, which cannot be written as C")
     if len({x.kind == "f32" for x in inputs}) > 1:
-        raise ValueError(f"{entry.where} adds the image's real-valued current to spikes, which C code in integers cannot")
+        raise ValueError(
+            f"{entry.where} adds the image's real-valued current to spikes, which C code in integers cannot"
+        )
     inputs = program.aligned(inputs)
     size = " -> ".join(f"{list(shape)}" for shape in (inputs[0].shape, program.shapes[entry.out]))
     program.say(f"{entry.where}: {name} {size}{weights_in_words(op)}")
@@ -68,9 +70,13 @@ def check_potentials(entry, timesteps):
     neuron = entry.op.neuron
     if neuron.largest_current is None:
         return
-    largest = neuron.largest_current * timesteps + neuron.Vthr.max().item() + neuron.initial_potential.abs().max().item()
+    largest = (
+        neuron.largest_current * timesteps + neuron.Vthr.max().item() + neuron.initial_potential.abs().max().item()
+    )
     if largest > LARGEST_INTEGER:
-        raise ValueError(f"{entry.where}: its potentials may reach {largest:.3g}, more than 32 bits hold: take fewer steps")
+        raise ValueError(
+            f"{entry.where}: its potentials may reach {largest:.3g}, more than 32 bits hold: take fewer steps"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,10 +120,7 @@ def write_convolution(program, entry, inputs):
     x, (weight, bias) = program.settled(x), integers_of(entry, x)
     y, groups = start_sum(program, entry, x, bias), op.groups
     is_transposed = type(op).__name__ == "SpikeConvTranspose2d"
-    if is_transposed:
-        weight = weight.permute(0, 2, 3, 1)  # [C_in, kh, kw, C_out / groups]
-    else:
-        weight = weight.unflatten(0, (groups, -1)).permute(0, 2, 3, 4, 1)  # [groups, C_in / groups, kh, kw, C_out / groups]
+    weight = weight.permute(0, 2, 3, 1) if is_transposed else inputs_first(weight, groups)
     sizes = {"kernel": op.kernel_size, "stride": op.stride, "dilation": op.dilation, "groups": groups}
     window = f"&{program.window(entry.name, x, y.shape, pad=padding_of(op), **sizes)}"
     if x.kind == "f32":
@@ -131,6 +134,11 @@ def write_convolution(program, entry, inputs):
     function = "convolve_transposed" if is_transposed else "convolve"
     program.call(function, x, window, f"&{packed}", y, start=x.start)
     return y
+
+
+def inputs_first(weight, groups):
+    """The weights of a convolution, [C_out, C_group, kh, kw], as [groups, C_group, kh, kw, C_out / groups]."""
+    return weight.unflatten(0, (groups, -1)).permute(0, 2, 3, 4, 1)
 
 
 def padding_of(op):

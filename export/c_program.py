@@ -238,7 +238,7 @@ def repeats(full, period):
 
 def separate(table, read, written):
     """`rows, columns, channels` if places of a map [C, H, W] are chosen along each axis alone, else None."""
-    (channels, rows, columns), (out_channels, out_rows, out_columns) = read, written
+    (channels, _, columns), (out_channels, out_rows, out_columns) = read, written
     if max(*read, *written) > np.iinfo(np.int16).max:
         return None
     table = table.view(out_rows, out_columns, out_channels)

@@ -78,7 +78,8 @@ def read_tensor_file(path):
         raise OtherFile(f"it is a safetensors file, truncated or damaged ({type(error).__name__}: {error})") from error
     if "data" not in metadata:
         raise OtherFile("it is a safetensors file of weights, without a network")
-    if metadata.get("sha256") != hash_of(metadata["data"], tensors):
+    expected = {"format": "pt", "data": metadata["data"], "sha256": hash_of(metadata["data"], tensors)}
+    if metadata != expected:
         raise OtherFile("it is damaged, its sha256 is another")
     try:
         return with_tensors(json.loads(metadata["data"]), tensors)

@@ -128,8 +128,8 @@ def write_saved_snn(folder, snn, inputs, details, table=None):
     """Write the whole `folder`, or leave it as it was; an earlier result in it is replaced.
 
     inputs: a tuple of tensors [B, ...], one for each input of the stretch. details: further entries of the manifest, as
-    plain data. table: the text of layers.csv, or None. Raises OSError where the folder cannot be written, or holds other
-    files.
+    plain data. table: the text of layers.csv, or None. Raises OSError where the folder cannot be written, or holds
+    other files.
     """
     check_target(folder)
     folder = os.path.realpath(folder)  # replaces the folder behind a link, not the link
@@ -408,10 +408,22 @@ def replay(folder):
     Raises Mismatch where a spike or an output differs, OSError or ValueError where the folder is damaged.
     """
     manifest = read_manifest(folder)
+    check_table(folder, manifest)
     with damage_named(folder):
         snn, vectors = load_saved_snn(folder, manifest), read_vectors(folder, manifest)
         check_vectors(snn, vectors)
         return replay_vectors(snn, vectors)
+
+
+def check_table(folder, manifest):
+    """Raise OSError or Damaged if the table that the manifest names is missing or another."""
+    if "table" not in manifest:
+        return
+    path = os.path.join(folder, TABLE)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} is missing, save the network again")
+    if manifest["table"] != {"file": TABLE, "sha256": file_hash(path)}:
+        raise Damaged(f"{path} is damaged, its sha256 is another, save the network again")
 
 
 def read_vectors(folder, manifest):
