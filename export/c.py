@@ -14,12 +14,11 @@ import os
 
 import numpy as np
 
-from export.c_functions import STRUCTS, functions
+from export.c_file import firing, source_of
 from export.c_layers import write_layer
-from export.c_main import MAIN
-from export.c_program import Program, Value, canonical_order, in_comment
+from export.c_program import Program, canonical_order
 from runtime.files import write_folder
-from spike_simulator import Stages, count_readers
+from spike_simulator import Stages, count_readers, current_into
 from spike_tensor import Current, SpikeTensor
 from transformer.saved import simulate_nodes
 
@@ -41,10 +40,10 @@ def write_c(snn, path, images=None):
     program = Program(snn.timesteps, shapes, any(neuron.listen for neuron in snn.neurons().values()))
     nodes = write_network(program, snn, values)
     source = source_of(program, snn, nodes)
-    write_folder(path, {SOURCE: source.encode("ascii"), VECTORS: vectors_of(snn, nodes, values)})
+    write_folder(path, {SOURCE: source.encode("ascii"), VECTORS: vectors_of(program, snn, nodes, values)})
     place = os.path.join(path, SOURCE)
     return (
-        f"C code: {place} ({len(source):,} bytes; {program.weight_bytes:,} bytes of weights, {ram_of(program):,} of "
+        f"C code: {place} ({len(source):,} bytes; {program.weight_bytes:,} bytes of weights, {program.memory():,} of "
         f"memory); cc -std=c99 -O2 -o snn {place} && ./snn {os.path.join(path, VECTORS)}"
     )
 
@@ -59,11 +58,6 @@ def check(snn, images):
         raise ValueError("C code has fixed sizes, and test vectors: give the network's images, too")
     images = images if isinstance(images, (tuple, list)) else (images,)
     return tuple(x.detach().cpu().float() for x in images)
-
-
-def ram_of(program):
-    """Bytes of memory of the program: all buffers, the currents, and a row of weights."""
-    return program.ram + 4 * (program.layout()[0] + program.row)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,155 +113,16 @@ def decoded(program, name, spikes, train):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The file
-
-
-def source_of(program, snn, nodes):
-    """The text of snn.c."""
-    inputs = [nodes[node] for node in snn.inputs_nodes]
-    outputs = [nodes[f"output{place}"] for place in range(len(snn.outputs_nodes))]
-    length, places = program.layout()
-    if length:
-        program.buffers.append(f"static int32_t currents[{length}]; /* of all layers, each while it is read */\n")
-        program.buffers += [
-            f"#define {name} (currents + {start}) /* [{size}] */\n"
-            for (name, (size, *_)), start in zip(program.currents.items(), places)
-        ]
-    if program.row:
-        program.buffers.append(f"static int32_t row[{program.row}]; /* the weights of one input channel */\n")
-    parameters = ", ".join(f"const float *image{i}" for i in range(len(inputs)))
-    results = ", ".join(f"float *output{i}" for i in range(len(outputs)))
-    copies = [f"    memcpy({x.name}, image{i}, sizeof {x.name});" for i, x in enumerate(inputs)]
-    given = ", ".join(f"image{i}" for i in range(len(inputs))), ", ".join(f"output{i}" for i in range(len(outputs)))
-    return "\n".join(
-        [
-            head(program, inputs, outputs),
-            STRUCTS,
-            "".join(program.buffers),
-            "".join(program.constants),
-            functions(program.functions),
-            f"""\
-/* Take an image: compute the currents of the first layers, and set all neurons to their initial potentials. */
-void snn_start({parameters})
-{{
-{chr(10).join(copies)}
-{program.text_of("current")}
-{program.text_of("reset")}
-}}
-
-/* Timestep t, from 0 to SNN_STEPS - 1. */
-void snn_step(int t)
-{{
-    (void)t;
-{program.text_of("step")}
-}}
-
-/* The network's output, behind the last step. */
-void snn_read({results})
-{{
-{program.text_of("readout")}
-}}
-
-/* All steps of an image. */
-void snn_run({parameters}, {results})
-{{
-    snn_start({given[0]});
-    for (int t = 0; t < SNN_STEPS; t++)
-        snn_step(t);
-    snn_read({given[1]});
-}}
-""",
-            "#ifndef SNN_NO_MAIN\n" + tables(snn, nodes, inputs, outputs) + MAIN + "#endif\n",
-        ]
-    )
-
-
-def head(program, inputs, outputs):
-    """The beginning of the file: what it is, its sizes, its functions."""
-    sizes = "".join(
-        f"   {kind}{i}: float [{x.size}], {in_words(x)}\n"
-        for kind, values in (("image", inputs), ("output", outputs))
-        for i, x in enumerate(values)
-    )
-    first = ", ".join(["const float *image0", "..."][: 1 + (len(inputs) > 1)])
-    last = ", ".join(["float *output0", "..."][: 1 + (len(outputs) > 1)])
-    return f"""\
-/* A spiking network of integrate-and-fire neurons. C99, no dependencies, no allocation.
-
-   snn_run({first}, {last}) is all that a program needs. Or, step by step:
-   snn_start(image), snn_step(t) for t = 0 .. SNN_STEPS - 1, snn_read(output).
-
-{sizes}
-   Weights: {program.weight_bytes} bytes. Memory: {ram_of(program)} bytes. Timesteps: {program.timesteps}; with those in
-   which layers only listen: {program.end}.
-   Maps are [rows][columns][channels]. With -DSNN_NO_MAIN there is no main, and no stdio.
-*/
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
-
-#define SNN_STEPS {program.end}
-#define SNN_TIMESTEPS {program.timesteps}
-
-void snn_start({", ".join(f"const float *image{i}" for i in range(len(inputs)))});
-void snn_step(int t);
-void snn_read({", ".join(f"float *output{i}" for i in range(len(outputs)))});
-void snn_run({", ".join(f"const float *image{i}" for i in range(len(inputs)))}, \
-{", ".join(f"float *output{i}" for i in range(len(outputs)))});
-"""
-
-
-def in_words(x):
-    """The extents of a Value in memory."""
-    shape = (*x.shape[1:], x.shape[0]) if len(x.shape) == 3 else x.shape
-    return "".join(f"[{extent}]" for extent in shape)
-
-
-def first_currents(snn, nodes):
-    """The nodes of real-valued currents that flow into neurons."""
-    read = [(node, entry) for entry in snn.ops.values() if entry.op.spiking for node in entry.inputs]
-    into = [node for node, entry in read if nodes[node].kind == "f32" and entry.op.neuron is not None]
-    return list(dict.fromkeys(node for node in into if node not in snn.inputs_nodes))
-
-
-def firing(snn):
-    """Op name -> node, of every layer that fires."""
-    return {name: entry.out for name, entry in snn.ops.items() if entry.op.neuron is not None}
-
-
-def tables(snn, nodes, inputs, outputs):
-    """What main knows of the network: its inputs, first currents, layers and outputs."""
-    firsts = first_currents(snn, nodes)
-    results = [Value(f"results{i}", "f32", x.shape, x.order) for i, x in enumerate(outputs)]
-    images = [Value(f"images{i}", "f32", x.shape, x.order) for i, x in enumerate(inputs)]
-    lines = [f"static float {x.name}[{x.size}];" for x in (*images, *results)]
-    lines += ["static struct part { const char *name; void *data; int size; }"]
-    tables = {
-        "images": [(x.name, x) for x in images],
-        "firsts": [(node, nodes[node]) for node in firsts],
-        "layers": [(name, nodes[node]) for name, node in firing(snn).items()],
-        "results": [(x.name, x) for x in results],
-    }
-    rows = []
-    for table, parts in tables.items():
-        text = "".join(f'    {{"{in_comment(name)}", {x.name}, {x.size}}},\n' for name, x in parts)
-        rows.append(f"{table}[] = {{\n{text}    {{NULL, NULL, 0}},\n}}")
-    given, read = (", ".join(x.name for x in values) for values in (images, results))
-    start = f"#define START() snn_start({given})\n#define READ() snn_read({read})\n"
-    return (
-        "#include <stdio.h>\n#include <stdlib.h>\n\n" + "\n".join(lines) + " " + ", ".join(rows) + ";\n" + start + "\n"
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Test vectors
 
 
-def vectors_of(snn, nodes, values):
+def vectors_of(program, snn, nodes, values):
     """vectors.bin: the number of images, then for each image its floats, first currents, spike counts and output."""
     images = len(values[snn.inputs_nodes[0]])
     parts = [(values[node], canonical_order(values[node].shape[1:]), "<f4") for node in snn.inputs_nodes]
-    parts += [(values[node].data, nodes[node].order, "<f4") for node in first_currents(snn, nodes)]
+    for name, current in program.firsts.items():
+        op, read = snn.ops[name].op, [values[node] for node in snn.ops[name].inputs]
+        parts.append((current_into(op, read, snn.timesteps).data, current.order, "<f4"))
     parts += [(values[node].counts(), nodes[node].order, "<u2") for node in firing(snn).values()]
     for place, node in enumerate(snn.outputs_nodes):
         value = values[node]

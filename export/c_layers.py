@@ -46,6 +46,8 @@ def write_neurons(program, entry, current):
     neuron, T = entry.op.neuron, program.timesteps
     check_potentials(entry, T)
     kind, listen, name = current.kind, min(neuron.listen, T), entry.name
+    if kind == "f32":
+        program.firsts[name] = current
     Vthr, period = program.per_element(f"{name}_Vthr", neuron.Vthr, current)
     first, every = program.per_element(f"{name}_start", neuron.initial_potential, current)
     u = program.buffer(f"{name}_u", kind, current.size)
@@ -66,7 +68,7 @@ def write_neurons(program, entry, current):
 
 
 def check_potentials(entry, timesteps):
-    """Raise ValueError if a membrane potential may leave 32 bits, or if it has real-valued currents of spikes."""
+    """Raise ValueError if a membrane potential of integers may leave 32 bits."""
     neuron = entry.op.neuron
     if neuron.largest_current is None:
         return

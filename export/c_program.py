@@ -63,14 +63,14 @@ class Program:
 
     timesteps: T. shapes: node -> shape of a sample. listens: whether any layer listens before it fires, so that the
     layers do not all work in the same steps. parts: the statements of `current` (once an image: real values),
-    `reset`, `step` and `readout`; `part` is the one that grows.
+    `reset`, `step` and `readout`; `part` is the one that grows. firsts: op name -> the real-valued current into it.
     """
 
     def __init__(self, timesteps, shapes, listens):
         self.timesteps, self.shapes, self.listens = timesteps, shapes, listens
         self.functions, self.constants, self.buffers, self.names = set(), [], [], set()
         self.parts, self.part = {"current": [], "reset": [], "step": [], "readout": []}, "current"
-        self.known, self.currents, self.row, self.end = {}, {}, 0, timesteps
+        self.known, self.currents, self.firsts, self.row, self.end = {}, {}, {}, 0, timesteps
         self.weight_bytes = self.ram = 0
 
     # names and numbers
@@ -167,6 +167,10 @@ class Program:
                     start = high
             placed.append((start, start + size, first, last))
         return max((end for _, end, *_ in placed), default=0), [start for start, *_ in placed]
+
+    def memory(self):
+        """Bytes of memory that the program takes: all buffers, the currents, and a row of weights."""
+        return self.ram + 4 * (self.layout()[0] + self.row)
 
     # statements
 
