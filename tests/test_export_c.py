@@ -400,19 +400,17 @@ def test_every_function_has_its_types():
 
 @needs_compiler
 def test_the_replay_takes_the_first_currents_of_the_vectors(tmp_path):
-    """Sums of floats depend on their order: a current that is another by rounding may cost a spike, and is told apart."""
+    """Other currents by rounding are no error, as sums of floats depend on their order; other currents are."""
     images = torch.rand(2, 1, 5, 5)
-    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.LeakyReLU(0.5), nn.Flatten(), nn.Linear(50, 4), nn.ReLU(), nn.Linear(4, 2))
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.LeakyReLU(0.5), nn.Flatten(), nn.Linear(50, 4), nn.ReLU())
+    net = nn.Sequential(*net, nn.Linear(4, 2))
     write_c(convert(net.eval(), images, 8, 4, signed="pair"), tmp_path, images)
     vectors = np.fromfile(tmp_path / "vectors.bin", np.uint8, offset=12)
-    each = len(vectors) // 2
     currents = vectors[100:500].view(np.float32)  # behind the 25 pixels of the first image: 2 x 50 values
-    below = np.nextafter(currents, np.float32(-9))
-    vectors[100:500] = below.view(np.uint8)
+    vectors[100:500] = np.nextafter(currents, np.float32(-9)).view(np.uint8)
     head = (tmp_path / "vectors.bin").read_bytes()[:12]
     (tmp_path / "vectors.bin").write_bytes(head + vectors.tobytes())
-    done = replayed(tmp_path)
-    assert done.returncode in (0, 1) and "other currents" not in done.stderr and each > 500
+    assert "other currents" not in replayed(tmp_path).stderr
     vectors[100:104] = np.frombuffer(np.float32(7).tobytes(), np.uint8)
     (tmp_path / "vectors.bin").write_bytes(head + vectors.tobytes())
     done = replayed(tmp_path)
