@@ -87,10 +87,11 @@ class Program:
         return name
 
     def constant(self, name, array, kind):
-        """The name of a constant array; equal ones are stored once."""
+        """The name of a constant array. Equal ones are stored once; one of a single number is named after it."""
         array = np.ascontiguousarray(array, NUMPY_TYPES[kind]).reshape(-1)
         key = (kind, array.tobytes())
         if key not in self.known:
+            name = f"{kind}_{array[0]:.5g}".replace("-", "minus_") if len(array) == 1 else name
             self.known[key] = self.fresh(name)
             numbers = [f"{x:.9g}" for x in array] if kind == "f32" else [str(x) for x in array]
             if kind == "f32":
@@ -123,8 +124,8 @@ class Program:
         for size, (down, right) in pairs.items():
             fields |= {f"{size}_rows": down, f"{size}_columns": right}
         fields["groups"] = groups
-        text = ", ".join(f".{field} = {number}" for field, number in fields.items())
-        self.constants.append(f"static const struct window {name} = {{\n    {text}\n}};\n")
+        text = in_lines([f".{field} = {number}" for field, number in fields.items()])
+        self.constants.append(f"static const struct window {name} = {{\n{text}\n}};\n")
         return name
 
     def per_element(self, name, values, value, kind=None):
