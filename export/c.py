@@ -100,10 +100,7 @@ def decoded(program, name, spikes, train):
     counts = program.fresh(f"{name}_total")
     program.buffers.append(f"static uint32_t {counts}[{spikes.size}];\n")
     program.ram += 4 * spikes.size
-    last = spikes.start + program.timesteps
-    start = f"if (t >= {spikes.start} && t < {last}) " if spikes.start else ""
-    program.functions.add("count")
-    program.parts["step"].append((0, f"{start}count({spikes.name}, {spikes.size}, {counts});"))
+    program.call("count", spikes, spikes.size, counts, start=spikes.start)  # behind its last step it is silent
     program.zero(counts)
     program.part = "readout"
     y = program.value(f"{name}_decoded", "f32", spikes.shape, spikes.order)

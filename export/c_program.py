@@ -10,6 +10,7 @@ from export.c_functions import TYPES
 
 NUMPY_TYPES = {"u8": np.uint8, "i32": np.int32, "f32": np.float32, "i16": np.int16, "i8": np.int8}
 C_TYPES = TYPES | {"i16": "int16_t", "i8": "int8_t"}
+RESERVED = ("snn_start", "snn_step", "snn_read", "snn_run", "first_differs")
 LINE = 116  # letters of numbers in a line of a constant
 
 
@@ -68,7 +69,7 @@ class Program:
 
     def __init__(self, timesteps, shapes, listens):
         self.timesteps, self.shapes, self.listens = timesteps, shapes, listens
-        self.functions, self.constants, self.buffers, self.names = set(), [], [], set()
+        self.functions, self.constants, self.buffers, self.names = set(), [], [], set(RESERVED)
         self.parts, self.part = {"current": [], "reset": [], "step": [], "readout": []}, "current"
         self.known, self.currents, self.firsts, self.row, self.end = {}, {}, {}, 0, timesteps
         self.weight_bytes = self.ram = 0
@@ -193,13 +194,20 @@ class Program:
         """Set a buffer to zeros when an image begins."""
         self.parts[part].append((0, f"memset({name}, 0, sizeof {name});"))
 
-    def text_of(self, part, indent="    "):
+    def text_of(self, part):
         """The statements of a part as C. Where layers listen, each waits for its first input."""
-        lines = []
+        lines, waiting, comments = [], 0, []
         for start, text in self.parts[part]:
-            waits = part == "step" and start != "comment" and start
-            lines += [f"{indent}if (t >= {start})", f"{indent}    {text}"] if waits else [f"{indent}{text}"]
-        return "\n".join(lines)
+            if start == "comment":
+                comments.append(text)
+                continue
+            if part == "step" and start != waiting:
+                lines += ["    }"] * bool(waiting) + [f"    if (t >= {start}) {{"] * bool(start)
+                waiting = start
+            indent = "        " if waiting else "    "
+            lines += [f"{indent}{line}" for line in (*comments, text)]
+            comments = []
+        return "\n".join([*lines, *["    }"] * bool(waiting), *(f"    {line}" for line in comments)])
 
     # where values lie
 
