@@ -185,6 +185,15 @@ EXPORTS = (
     Export("onnx_step", "FILE", "export.onnx_file:write_onnx_step", "ONNX file of one timestep", WITH_ONNX),
     Export("onnx_ann", "FILE", "export.onnx_ann:write_onnx_ann", "ONNX file of the quantized ANN", WITH_ONNX),
     Export("nir", "FILE", "export.nir_graph:write_nir", "NIR graph, for nirtorch, sinabs and others", ("nir",)),
+    Export("c", "DIR", "export.c:write_c", "one C99 file, without floats behind the first layer, and its test"),
+    Export("integers", "DIR", "export.integers:write_integers", "all integers as .npy, a manifest and test vectors"),
+    Export(
+        "safetensors",
+        "FILE",
+        "export.safetensors:write_safetensors",
+        "the network as a file of safetensors, which load_dag reads",
+        ("safetensors",),
+    ),
     Export("paibox", "DIR", "export.paicore:write_paicore", "configuration of a PAICORE chip", ("paibox",)),
 )
 ExportOptions = make_dataclass(

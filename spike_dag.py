@@ -14,6 +14,7 @@ from torch import nn
 
 from dag_checks import DamagedData, check_integers, check_network_data, check_sample, check_spikes, check_tensors
 from options import check_option
+from runtime.tensor_files import is_tensor_file, read_tensor_file
 from runtime.torch_files import OtherFile, read_torch_file
 from spike_layers import OP_TYPES
 from spike_neurons import ClipFloorShift, IFNeuron
@@ -342,7 +343,7 @@ def rebuild_op(entry):
 
 
 def load_dag(path):
-    """The network saved in `path` by `torch.save`.
+    """The network saved in `path` by `torch.save`, or as a file of safetensors (`export.safetensors`).
 
     Raises OSError for a missing file, and ValueError for a damaged file or one of another kind.
     """
@@ -350,7 +351,8 @@ def load_dag(path):
     missing = [name for name in [from_dict] if name not in torch.serialization.get_safe_globals()]
     try:
         with torch.serialization.safe_globals(missing):
-            dag = read_torch_file(path, takes_legacy=False)
+            is_tensors = is_tensor_file(path)
+            dag = from_dict(read_tensor_file(path)) if is_tensors else read_torch_file(path, takes_legacy=False)
     except OtherFile as error:
         raise ValueError(
             f"{path} holds no network of this toolkit: {error.found}, convert one with ann2snn.py"

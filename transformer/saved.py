@@ -31,6 +31,7 @@ from spike_tensor import Current, Memory, SpikeTensor
 
 FORMAT = "ann2snn-stretch-1"
 MANIFEST = "manifest.json"
+TABLE = "layers.csv"  # of whole networks (`export.integers`)
 ARRAY_FOLDERS = ("weights", "vectors")
 # Of the largest value. Another machine adds the products of a convolution in another order; over a few thousand terms
 # float32 (epsilon 1.2e-7) then differs by a few 1e-6 at most.
@@ -123,11 +124,12 @@ def activation_of(value):
 # Writing
 
 
-def write_saved_snn(folder, snn, inputs, details):
+def write_saved_snn(folder, snn, inputs, details, table=None):
     """Write the whole `folder`, or leave it as it was; an earlier result in it is replaced.
 
     inputs: a tuple of tensors [B, ...], one for each input of the stretch. details: further entries of the manifest, as
-    plain data. Raises OSError where the folder cannot be written, or holds other files.
+    plain data. table: the text of layers.csv, or None. Raises OSError where the folder cannot be written, or holds
+    other files.
     """
     check_target(folder)
     folder = os.path.realpath(folder)  # replaces the folder behind a link, not the link
@@ -138,6 +140,9 @@ def write_saved_snn(folder, snn, inputs, details):
     os.makedirs(temporary)
     try:
         with naming(folder):
+            if table is not None:
+                write_table(temporary, table)
+                details = {**details, "table": {"file": TABLE, "sha256": file_hash(os.path.join(temporary, TABLE))}}
             write_contents(temporary, snn, inputs, details)
             put_in_place(temporary, folder)
     finally:
@@ -160,11 +165,11 @@ def check_target(folder):
 
 
 def is_earlier_result(folder):
-    """Whether a folder contains a manifest of this format and otherwise only .npy files in the folders of `FileWriter`.
+    """Whether a folder contains a manifest of this format and otherwise only layers.csv and `FileWriter`'s .npy files.
 
     The check is strict because the contents of an earlier result are deleted.
     """
-    if not set(os.listdir(folder)) <= {MANIFEST, *ARRAY_FOLDERS}:
+    if not set(os.listdir(folder)) <= {MANIFEST, TABLE, *ARRAY_FOLDERS}:
         return False
     try:
         with open(os.path.join(folder, MANIFEST), encoding="utf-8") as file:
@@ -189,6 +194,11 @@ def put_in_place(temporary, folder):
             os.rename(old, folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_table(folder, table):
+    with open(os.path.join(folder, TABLE), "w", encoding="utf-8") as file:
+        file.write(table)
 
 
 def write_contents(folder, snn, inputs, details):
@@ -398,10 +408,22 @@ def replay(folder):
     Raises Mismatch where a spike or an output differs, OSError or ValueError where the folder is damaged.
     """
     manifest = read_manifest(folder)
+    check_table(folder, manifest)
     with damage_named(folder):
         snn, vectors = load_saved_snn(folder, manifest), read_vectors(folder, manifest)
         check_vectors(snn, vectors)
         return replay_vectors(snn, vectors)
+
+
+def check_table(folder, manifest):
+    """Raise OSError or Damaged if the table that the manifest names is missing or another."""
+    if "table" not in manifest:
+        return
+    path = os.path.join(folder, TABLE)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} is missing, save the network again")
+    if manifest["table"] != {"file": TABLE, "sha256": file_hash(path)}:
+        raise Damaged(f"{path} is damaged, its sha256 is another, save the network again")
 
 
 def read_vectors(folder, manifest):
