@@ -32,7 +32,7 @@ struct window {
 FUNCTIONS = {
     "unpack": """\
 /* n weights from the one numbered `first` on. */
-static void unpack(const struct packed *weights, size_t first, int n, int32_t *row)
+static void unpack(const struct packed *weights, size_t first, int n, int32_t *values)
 {
     const unsigned mask = (1u << weights->bits) - 1u;
     const int32_t lowest = weights->lowest, step = weights->step;
@@ -40,16 +40,16 @@ static void unpack(const struct packed *weights, size_t first, int n, int32_t *r
     const uint8_t *at = weights->codes + bit / 8;
     if (weights->bits == 8) {
         for (int k = 0; k < n; k++)
-            row[k] = lowest + step * at[k];
+            values[k] = lowest + step * at[k];
     } else if (weights->bits == 4 && bit % 8 == 0 && n % 2 == 0) {
         for (int k = 0; k < n; k += 2, at++) {
-            row[k] = lowest + step * (*at & 15);
-            row[k + 1] = lowest + step * (*at >> 4);
+            values[k] = lowest + step * (*at & 15);
+            values[k + 1] = lowest + step * (*at >> 4);
         }
     } else {
         for (int k = 0; k < n; k++, bit += (size_t)weights->bits) {
             at = weights->codes + bit / 8; /* one byte more than the codes take is there to be read */
-            row[k] = lowest + step * (int32_t)(((at[0] | (unsigned)at[1] << 8) >> (bit % 8)) & mask);
+            values[k] = lowest + step * (int32_t)(((at[0] | (unsigned)at[1] << 8) >> (bit % 8)) & mask);
         }
     }
 }
@@ -212,8 +212,19 @@ static void connect_f32(const float *x, int inputs, int outputs, const float *we
             out[k] += x[i] * weights[i * outputs + k];
 }
 """,
+    "connect_packed_f32": """\
+/* Linear layer of real values with integer weights: [inputs][outputs]. */
+static void connect_packed_f32(const float *x, int inputs, int outputs, const struct packed *weights, float *out)
+{
+    for (int i = 0; i < inputs; i++) {
+        unpack(weights, (size_t)i * (size_t)outputs, outputs, row);
+        for (int k = 0; k < outputs; k++)
+            out[k] += x[i] * (float)row[k];
+    }
+}
+""",
     "divide_f32": """\
-/* Real-valued currents in units of the membrane potential. */
+/* Real values in another unit: that of the membrane potential, or, of sums of integer weights, that of the ANN. */
 static void divide_f32(float *x, int n, const float *unit, int period)
 {
     for (int start = 0; start < n; start += period)
@@ -435,6 +446,7 @@ NEEDED = {
     "convolve": ("unpack", "add_row", "reached", "spread"),
     "convolve_transposed": ("unpack", "add_row"),
     "connect": ("unpack", "add_row"),
+    "connect_packed_f32": ("unpack",),
     "gate": ("largest_i32",),
 }
 

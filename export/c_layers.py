@@ -155,6 +155,9 @@ def padding_of(op):
 def write_linear(program, entry, inputs):
     (x,) = inputs
     weight, bias = integers_of(entry, x)
+    codes = quantized(entry.op) if x.kind == "f32" and not entry.op.spiking else None
+    if codes is not None:
+        return write_quantized_linear(program, entry, x, codes)
     y = start_sum(program, entry, x, bias)
     weight = weight[:, x.order].T  # [inputs as they lie in memory, outputs]
     if x.kind == "f32":
@@ -164,6 +167,30 @@ def write_linear(program, entry, inputs):
     program.row = max(program.row, y.size)
     packed, _ = program.packed(entry.name, weight)
     program.call("connect", x, x.size, y.size, f"&{packed}", y, start=x.start)
+    return y
+
+
+def quantized(op):
+    """The integers of a quantized layer that stays ANN, W_q = W s_w, or None if its weights are no such multiples."""
+    if op.weight_scale is None:
+        return None
+    codes = (op.weight.detach() * op.weight_scale).round()
+    is_exact = torch.allclose(codes / op.weight_scale, op.weight, rtol=1e-6, atol=0)
+    return codes.to(torch.int8) if is_exact and codes.abs().max() <= 127 else None
+
+
+def write_quantized_linear(program, entry, x, codes):
+    """The last layer: real values times integer weights, divided by s_w, and its bias."""
+    op, name = entry.op, entry.name
+    y = start_sum(program, entry, x, None)
+    packed, _ = program.packed(name, codes[:, x.order].T)
+    program.row = max(program.row, y.size)
+    program.call("connect_packed_f32", x, x.size, y.size, f"&{packed}", y)
+    scale, period = program.per_element(f"{name}_scale", op.per_output(op.weight_scale), y)
+    program.call("divide_f32", y, y.size, scale, period)
+    if op.bias is not None:
+        bias, one = program.constant(f"{name}_bias", op.bias.detach().numpy(), "f32"), program.constant("", [1], "f32")
+        program.call("add_f32_f32", bias, y.size, one, 1, y)
     return y
 
 

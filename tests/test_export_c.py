@@ -415,3 +415,21 @@ def test_the_replay_takes_the_first_currents_of_the_vectors(tmp_path):
     (tmp_path / "vectors.bin").write_bytes(head + vectors.tobytes())
     done = replayed(tmp_path)
     assert done.returncode == 1 and re.match(r"error: the image causes other currents in \w+", done.stderr)
+
+
+@needs_compiler
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_quantized_last_layer_is_packed(tmp_path, per_channel):
+    """Its weights are integers over s_w, in the bits of the integers; otherwise they are floats."""
+    snn, images = small_snn()
+    last = next(op for op in reversed(snn.weighted_layers().values()) if not op.spiking)
+    write_c(snn, tmp_path, images[:2])
+    assert "connect_f32(" in (tmp_path / "snn.c").read_text()
+    scale = 7 / (last.weight.detach().abs().amax(1, keepdim=True) if per_channel else last.weight.detach().abs().max())
+    with torch.no_grad():
+        last.set_weight_scale(scale)
+        last.weight.copy_((last.weight * scale).round() / scale)
+    assert_replays(snn, images[:2], tmp_path)
+    text = (tmp_path / "snn.c").read_text()
+    assert "connect_packed_f32(" in text and "connect_f32(" not in text
+    assert re.search(r"linear1_codes, 4, -7, 1\}", text)
