@@ -66,8 +66,9 @@ def command_for(written, path):
     """A command that runs the file on an empty image."""
     pairs = zip(written.image_names(), written.snn.inputs_nodes)
     shapes = {name: (1, *written.probe.shapes[node]) for name, node in pairs}
-    feeds = ", ".join(f"'{name}': np.zeros({shape}, np.float32)" for name, shape in shapes.items())
-    run = f"ort.InferenceSession({path!r}).run(['{written.output_names()[0]}'], {{{feeds}}})"
+    feeds = ", ".join(f"{json.dumps(name)}: np.zeros({shape}, np.float32)" for name, shape in shapes.items())
+    session = f"ort.InferenceSession({json.dumps(str(path))})"
+    run = f"{session}.run([{json.dumps(written.output_names()[0])}], {{{feeds}}})"
     return f"python3 -c {shlex.quote(f'import numpy as np, onnxruntime as ort; print({run})')}"
 
 
