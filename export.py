@@ -47,9 +47,9 @@ def main(args):
 
 
 def images_for(snn, args):
-    """The inputs to write test vectors of, (images,): those of --images, or noise of --input_shape; else None.
+    """The inputs to write test vectors of, (images,): those of --images, else noise; None if no shape is known.
 
-    Raises OSError for a file that cannot be read, ValueError for a network that does not hold how images are read.
+    The shape is that of --input_shape or of the network's file. Raises OSError for a file that cannot be read, ValueError for a network that does not hold how images are read.
     """
     import torch
 
@@ -60,10 +60,11 @@ def images_for(snn, args):
             raise ValueError(f"{args.network} does not hold how its images are read, leave out --images")
         preprocessing = Preprocessing.from_dict(snn.preprocessing)
         return (torch.cat([preprocessing.read(file) for file in args.images]),)
-    if args.input_shape:
-        generator = torch.Generator().manual_seed(0)
-        return tuple(torch.rand(SAMPLES, *args.input_shape, generator=generator) for _ in snn.inputs_nodes)
-    return None
+    shape = args.input_shape or (snn.preprocessing or {}).get("input_shape")
+    if shape is None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.rand(SAMPLES, *shape, generator=generator) for _ in snn.inputs_nodes)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from spike_neurons import ClipFloorShift
 from spike_simulator import IMAGE, CountedPart, Stages, bound_currents, last_of, last_steps
 from spike_tensor import Counting
 
-KEPT = 0.97  # share of the classes that the network keeps of those that it has with windows of T steps
+KEPT = 0.95  # share of the classes that the network keeps of those that it has with windows of T steps
 SEARCH_IMAGES = 256  # calibration images on which classes are compared
 ERROR_IMAGES = 16  # calibration images on which the error of a single layer is measured
 SEARCH_SAMPLES = 50_000  # activations of a layer from which lambdas are chosen during the search

@@ -55,7 +55,7 @@ def check(snn, images):
     if snn.timesteps > MOST_STEPS:
         raise ValueError(f"the network runs for {snn.timesteps} timesteps, C code for {MOST_STEPS} at most")
     if images is None:
-        raise ValueError("C code has fixed sizes, and test vectors: give the network's images, too")
+        raise ValueError("C code has fixed sizes, and test vectors: give images, or --input_shape C,H,W")
     images = images if isinstance(images, (tuple, list)) else (images,)
     return tuple(x.detach().cpu().float() for x in images)
 

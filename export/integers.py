@@ -29,7 +29,7 @@ def write_integers(snn, path, images=None):
     if not snn.is_spiking():
         raise ValueError("the network is no converted one: it has no neurons to write")
     if images is None:
-        raise ValueError("a folder of integers holds test vectors: give the network's images, too")
+        raise ValueError("a folder of integers holds test vectors: give images, or --input_shape C,H,W")
     inputs = images if isinstance(images, (tuple, list)) else (images,)
     snn = copy.deepcopy(snn).cpu()
     inputs = tuple(x.detach().cpu().float() for x in inputs)

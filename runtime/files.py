@@ -158,6 +158,8 @@ def after_writing(*paths):
         yield
     except (OSError, ValueError) as error:
         written = " and ".join(path for path in paths if path)
+        if not written:
+            raise
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"{error}; written before: {written}") from error
 

@@ -284,7 +284,7 @@ def small_snn(**options):
 
 def test_other_refusals(tmp_path):
     snn, images = small_snn()
-    with pytest.raises(ValueError, match="give the network's images"):
+    with pytest.raises(ValueError, match="give images, or --input_shape"):
         write_c(snn, tmp_path)
     next(iter(snn.neurons().values())).largest_current = 2**30
     with pytest.raises(ValueError, match=r"^relu1.*its potentials may reach 8.59e\+09, more than 32 bits hold"):

@@ -102,7 +102,7 @@ def test_every_bit_width_is_in_the_manifest(tmp_path):
 
 def test_what_cannot_be_written_as_integers(tmp_path):
     snn, images = small_snn()
-    with pytest.raises(ValueError, match="give the network's images"):
+    with pytest.raises(ValueError, match="give images, or --input_shape"):
         write_integers(snn, tmp_path / "saved")
     dag = parse_ann_model(nn.Sequential(nn.Conv2d(2, 3, 3)), (images[:1],))
     with pytest.raises(ValueError, match="it has no neurons"):
