@@ -49,7 +49,8 @@ def main(args):
 def images_for(snn, args):
     """The inputs to write test vectors of, (images,): those of --images, else noise; None if no shape is known.
 
-    The shape is that of --input_shape or of the network's file. Raises OSError for a file that cannot be read, ValueError for a network that does not hold how images are read.
+    The shape is that of --input_shape or of the network's file. Raises OSError for a file that cannot be read,
+    ValueError for a network that does not hold how images are read.
     """
     import torch
 
