@@ -1,6 +1,7 @@
 """Per-channel thresholds, bit widths by layer, and finetuning on spikes: numbers, and every spike afterwards."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,9 @@ from finetuning.on_spikes import (
     GRADIENTS,
     MOST_THROUGH_TIME,
     decoded_rates,
+    finetune_on_spikes,
     finetune_spikes,
+    groups_by_width,
     set_integers,
     shadow_weights,
     tandem_forward,
@@ -278,6 +281,26 @@ def test_the_learning_rate_is_a_share_of_the_weights():
     layer.weight.weight_back.zero_()
     layer.set_weight_scale(torch.tensor(4.0))
     assert groups_of([layer], 0.01)[0]["lr"] == pytest.approx(0.01 / 4)  # all integers are 0: their step counts
+
+
+def test_wide_layers_learn_more_slowly_without_labels():
+    """288 inputs learn at the full rate, 4 * 288 at half of it, relative to the RMS of the weights."""
+    layers = [SpikeLinear(inputs, 2) for inputs in (3, 288, 1152)]
+    for layer in layers:
+        layer.weight.weight_back = torch.full_like(layer.weight, 2.0)
+    assert [group["lr"] for group in groups_by_width(layers, 0.01)] == pytest.approx([0.02, 0.02, 0.01])
+
+
+@pytest.mark.parametrize(("lr", "keeps"), [(1.0, False), (0.001, True)])
+def test_epochs_without_labels_are_kept_if_they_help_images_held_out(digits_images, lr, keeps, capsys):
+    """At a learning rate of 1 every step throws the weights over: the network stays as it was converted."""
+    ann, qnet, snn = example_of_digits(digits_images, 4, 4)
+    batches = [(part, None) for part in digits_images[:160].split(16)]
+    args = SimpleNamespace(spike_epochs_unlabelled=1, spike_lr=lr, spike_gradient="tandem", calibration_samples=320)
+    tuned = finetune_on_spikes(snn, qnet, ann, None, batches * 2, None, "cpu", args)
+    assert (tuned is snn) != keeps
+    line = "moved away from the float network's"
+    assert (line in capsys.readouterr().err) != keeps
 
 
 @pytest.mark.parametrize(("with_labels", "lr"), [(True, 0.01), (False, 0.0075)])
