@@ -58,6 +58,7 @@ LR_WITH_LABELS = 0.02  # learning rate with labels, times sqrt(T): 0.01 at T = 4
 MOST_THROUGH_TIME = 4  # timesteps; at T = 8 the tandem gradient gave resnet20 the same accuracy in half the time
 MOST_UNROLLED = {"cpu": 128, "cuda": 512}  # images times timesteps in one backward pass, which bounds its memory
 WIDE = 288  # inputs of a neuron, those of 32 channels at 3x3, up to which a layer learns at the full rate
+START_SHARE = 0.1  # of the rate of weights, for initial potentials: at the full rate they gained nothing
 HELD_OUT = 10  # every tenth batch of the calibration images tells whether epochs without labels helped
 INTERVAL = 0.49  # distance from an integer, in integer steps; just below 1/2, so that it surely rounds to the integer
 SPIKES_TEMPERATURE = 2.0  # divides the class scores of teacher and student, which softens their distributions
@@ -123,7 +124,7 @@ def run_epochs(snn, layers, loader, device, epochs, lr, part_size, how):
     part_size: images per backward pass; a batch has one optimizer step. how: keywords of `total_loss`.
     """
     starts = [neuron.start_share for neuron in snn.neurons().values() if neuron.start_share is not None]
-    of_starts = [{"params": starts, "lr": lr}] if starts else []  # a share of Vthr, as a weight's is one of the RMS
+    of_starts = [{"params": starts, "lr": START_SHARE * lr}] if starts else []  # a share of Vthr
     groups = groups_of(layers, lr) if how["criterion"] is not None else groups_by_width(layers, lr)
     optimizer = QuantAdam([*groups, *of_starts])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * count_batches(loader)))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import MODELS, convert, small_model, spikes_and_first_currents
+from helpers import MODELS, convert, prepared, small_model, spikes_and_first_currents
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import simulate
@@ -14,6 +14,7 @@ import spike_simulator
 from conversion.windows import SHARES, Search, windows_of, with_windows
 from options import ConversionOptions
 from runtime.cli import run_script
+from snn_weight_setter import trans_ann2snn_weight
 from spike_dag import load_dag
 from spike_neurons import IFNeuron
 from spike_simulator import IMAGE, Stages, counting_of, last_of, last_steps
@@ -131,10 +132,11 @@ def test_windows_cost_less_than_listening_to_everything():
 
 def test_as_many_levels_as_the_window_has_steps():
     net, images = small_model("shortcuts")
+    net = prepared(net, images)
     options = ConversionOptions(timesteps=12, weight_bitwidth=8, listen="auto")
     with_levels = with_windows(net, [(images, None)], "cpu", options)
     windows = windows_of(with_levels, 12)
-    snn = convert(with_levels, images, 12, 8, listen="auto")
+    snn = trans_ann2snn_weight(with_levels, [(images, None)], "cpu", 12, 8, listen="auto")
     assert {name: neuron.window for name, neuron in snn.neurons().items()} == windows
     assert windows == {name: entry.op.levels.levels for name, entry in with_levels.ops.items() if entry.op.levels}
     assert all(entry.op.levels is None for entry in net.ops.values())  # the network itself stays as it was
