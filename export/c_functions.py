@@ -29,6 +29,27 @@ struct window {
 };
 """
 
+FIRE = """\
+/* Integrate-and-fire neurons, reset RESET. hears: whether a current flows; may_fire: whether they may fire. */
+static void NAME_IN(const IN *restrict current, int n, const IN *restrict Vthr, int period, int hears, int may_fire,
+                    IN *restrict u, uint8_t *restrict spikes)
+{
+    if (hears)
+        for (int k = 0; k < n; k++)
+            u[k] += current[k];
+    if (!may_fire) {
+        memset(spikes, 0, (size_t)n);
+        return;
+    }
+    for (int start = 0; start < n; start += period)
+        for (int k = 0; k < period; k++) {
+            const IN potential = u[start + k], threshold = Vthr[k];
+            const int fires = potential >= threshold;
+            spikes[start + k] = (uint8_t)fires;
+            u[start + k] = AFTER; /* without a branch, which would be guessed wrong */
+        }
+}
+"""
 FUNCTIONS = {
     "unpack": """\
 /* n weights from the one numbered `first` on. */
@@ -382,48 +403,13 @@ static void delay_IN(const IN *x, int n, IN *kept, int depth, int t, IN *out)
     memcpy(slot, x, (size_t)n * sizeof *x);
 }
 """,
-    "fire_subtraction": """\
-/* Integrate-and-fire neurons, reset by subtraction. hears: whether a current flows; may_fire: whether they may fire. */
-static void fire_subtraction_IN(const IN *restrict current, int n, const IN *restrict Vthr, int period, int hears,
-                                int may_fire, IN *restrict u, uint8_t *restrict spikes)
-{
-    if (hears)
-        for (int k = 0; k < n; k++)
-            u[k] += current[k];
-    if (!may_fire) {
-        memset(spikes, 0, (size_t)n);
-        return;
-    }
-    for (int start = 0; start < n; start += period)
-        for (int k = 0; k < period; k++) {
-            const IN potential = u[start + k], threshold = Vthr[k];
-            const int fires = potential >= threshold;
-            spikes[start + k] = (uint8_t)fires;
-            u[start + k] = potential - threshold * (IN)fires; /* without a branch, which would be guessed wrong */
-        }
-}
-""",
-    "fire_zero": """\
-/* Integrate-and-fire neurons, reset to zero. hears: whether a current flows; may_fire: whether they may fire. */
-static void fire_zero_IN(const IN *restrict current, int n, const IN *restrict Vthr, int period, int hears,
-                         int may_fire, IN *restrict u, uint8_t *restrict spikes)
-{
-    if (hears)
-        for (int k = 0; k < n; k++)
-            u[k] += current[k];
-    if (!may_fire) {
-        memset(spikes, 0, (size_t)n);
-        return;
-    }
-    for (int start = 0; start < n; start += period)
-        for (int k = 0; k < period; k++) {
-            const IN potential = u[start + k], threshold = Vthr[k];
-            const int fires = potential >= threshold;
-            spikes[start + k] = (uint8_t)fires;
-            u[start + k] = potential * (IN)!fires; /* without a branch, which would be guessed wrong */
-        }
-}
-""",
+    **{
+        f"fire_{mode}": FIRE.replace("NAME", f"fire_{mode}").replace("RESET", words).replace("AFTER", after)
+        for mode, words, after in (
+            ("subtraction", "by subtraction", "potential - threshold * (IN)fires"),
+            ("zero", "to zero", "potential * (IN)!fires"),
+        )
+    },
     "count": """\
 /* Spike counts, for what reads all steps. */
 static void count(const uint8_t *spikes, int n, uint32_t *counts)

@@ -255,6 +255,19 @@ def conv(in_channels, out_channels, kernel_size=3, **options):
     return nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, **options)
 
 
+def reading(function, **layers):
+    """A network whose first layer sends spikes of 4 channels, [B, 4, 8, 8], to `function`; then a linear layer."""
+
+    def forward(self, x):
+        return self.fc(function(self, F.relu(self.first(x))).flatten(1))
+
+    net = Function(forward, first=conv(1, 4), **layers)
+    with torch.no_grad():
+        net.fc = nn.Identity()
+        net.fc = nn.Linear(net(torch.zeros(1, 1, 8, 8)).shape[1], 3)
+    return net
+
+
 def saved_bytes(value, **options):
     """What torch.save writes for a value."""
     file = io.BytesIO()

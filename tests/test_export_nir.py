@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Function, conv, convert, small_model
+from helpers import conv, convert, reading, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -68,19 +68,6 @@ def test_sums_groups_pairs_and_norms_send_the_same_spikes(tmp_path, name, reset_
     net, images = small_model(name)
     snn = convert(net, images, 4, signed="pair", reset_mode=reset_mode)
     assert_same_spikes(snn, images[:4], tmp_path / "net.nir")
-
-
-def reading(function, **layers):
-    """A network whose first layer sends spikes of 4 channels, [B, 4, 8, 8], to `function`; then a linear layer."""
-
-    def forward(self, x):
-        return self.fc(function(self, F.relu(self.first(x))).flatten(1))
-
-    net = Function(forward, first=conv(1, 4), **layers)
-    with torch.no_grad():
-        net.fc = nn.Identity()
-        net.fc = nn.Linear(net(torch.zeros(1, 1, 8, 8)).shape[1], 3)
-    return net
 
 
 PLACES = {

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Function, conv, convert, small_model
+from helpers import conv, convert, reading, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -19,19 +19,6 @@ from hw_constraints import PAICORE, core_table
 
 needs_paibox = pytest.mark.skipif(importlib.util.find_spec("paibox") is None, reason="needs paibox")
 TIMESTEPS = 6
-
-
-def reading(function, **layers):
-    """A network whose first layer sends spikes of 4 channels, [B, 4, 8, 8], to `function`; then a linear layer."""
-
-    def forward(self, x):
-        return self.fc(function(self, F.relu(self.first(x))).flatten(1))
-
-    net = Function(forward, first=conv(1, 4), **layers)
-    with torch.no_grad():
-        net.fc = nn.Identity()
-        net.fc = nn.Linear(net(torch.zeros(1, 1, 8, 8)).shape[1], 3)
-    return net
 
 
 NETWORKS = {
