@@ -157,7 +157,7 @@ def spike_counts(snn, images, timesteps):
 
 
 @pytest.mark.parametrize("per_channel", ["none", "both"])
-@pytest.mark.parametrize("name", ["bottlenecks", "upwards"])
+@pytest.mark.parametrize("name", ["upwards", pytest.param("bottlenecks", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_the_network_that_listens_is_the_learnt_one(name, per_channel):
     """The conversion keeps every integer, bias and lambda; each layer, on the spikes it reads, counts as many.

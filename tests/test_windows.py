@@ -98,7 +98,7 @@ def test_a_window_by_hand():
 
 
 @pytest.mark.parametrize("per_channel", ["none", "both"])
-@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("bits", [8, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_spike_of_windows(name, bits, per_channel, tmp_path, monkeypatch):
     """Step by step, in one pass and in integers of NumPy: the same spikes, none of them outside of a window."""
