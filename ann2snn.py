@@ -93,8 +93,9 @@ def print_results(args, made):
     print(accuracy_table(args, made.accuracies))
     print_layers(made.snn, made.accuracies["snn"]["firing_rate"])
     steps = made.snn.duration()
+    fires = "up to " if any(neuron.window is not None for neuron in made.snn.neurons().values()) else ""
     print(
-        f"timesteps per image: every layer fires for {steps['firing']}, the next image starts after "
+        f"timesteps per image: every layer fires for {fires}{steps['firing']}, the next image starts after "
         f"{steps['interval']}, the answer is ready after {steps['latency']}"
     )
     print(f"Save the SNN in {args.save_file}")

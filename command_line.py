@@ -107,9 +107,7 @@ def fill_in_preset(args, given, speaks):
     chosen = of_preset(args, given)
     chosen = {name: value for name, value in chosen.items() if name not in given}
     if "finetune_epochs" in given and not args.finetune_epochs and args.rounding != "learnt":
-        chosen.pop(
-            "activation_levels", None
-        )  # the levels learn lambda during finetuning, so they need epochs or --rounding learnt
+        chosen.pop("activation_levels", None)  # only finetuning and learnt rounding learn their lambdas
     for name, value in chosen.items():
         setattr(args, name, value)
     if chosen and speaks:

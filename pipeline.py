@@ -20,7 +20,6 @@ import torch
 from ann_parser import CANNOT_RUN, parse_ann_model
 from build_network import build_trained_net, check_net_name
 from conversion.plan import plan_conversion
-from conversion.windows import first_inputs
 from dag_rewrites import (
     DEFAULT_MAXPOOL,
     equalize_channels,
@@ -54,7 +53,7 @@ from options import (
     preset_options,
 )
 from quantization import as_dag, quantize_finetune, weights_in_words
-from runtime.batches import batches_of_dataset, loader_for, reusable
+from runtime.batches import batches_of_dataset, first_inputs, loader_for, reusable
 from runtime.cli import did_you_mean
 from runtime.device import choose_device, seed_everything
 from runtime.packages import REPORT_PACKAGES, check_packages
@@ -237,7 +236,8 @@ def where_they_part(of_qnet, of_snn, images, depth, args):
         )
     if 1 - of_qnet > PARTING and not args.finetune_epochs:
         weights = weights_in_words(args.weight_bitwidth)
-        return f"the quantized network {agrees.format(100 * of_qnet)}: {weights}; try finetuning, or more bits"
+        ways = ["finetuning", "more bits"] + ["--rounding learnt"] * (args.rounding != "learnt")
+        return f"the quantized network {agrees.format(100 * of_qnet)}: {weights}; try {' or '.join(ways)}"
     return None
 
 

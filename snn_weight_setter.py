@@ -19,11 +19,11 @@ from conversion.correction import correct_spikes
 from conversion.integers import SpikeSetter
 from conversion.plan import plan_conversion
 from conversion.statistics import calibrate, use_learnt_scales
-from conversion.windows import first_inputs, listen_to_windows, stretch_scales, windows_of, with_windows
+from conversion.windows import listen_to_windows, stretch_scales, windows_of, with_windows
 from dag_rewrites import prepare_conversion
 from options import ConversionOptions
 from quantization import as_dag, set_bitwidths
-from runtime.batches import loader_for, reusable
+from runtime.batches import first_inputs, loader_for, reusable
 
 
 def trans_ann2snn_weight(qnet, loader, device, timesteps, weight_bitwidth, **options):

@@ -149,7 +149,7 @@ class SpikeSetter(Units):
         Vthr = target / unit
         self.check_range(entry.name, Vthr)
         if largest is not None:
-            is_cut_off = target >= self.plan.most(entry, self.timesteps)
+            is_cut_off = target >= self.plan.largest_lambda(entry, self.timesteps)
             Vthr = torch.where(is_cut_off, Vthr.floor(), Vthr.round()).clamp_min(1).to(torch.int32)
         initial = Vthr * self.initial_potential
         if largest is not None:

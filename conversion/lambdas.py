@@ -34,7 +34,7 @@ def spike_targets(dag, plan, statistics, shapes, timesteps, mixed=frozenset()):
             targets[entry.out] = torch.tensor(statistics[name].max_o)
         else:
             groups.join(entry.out, *entry.inputs)
-        ceilings[entry.out] = plan.most(entry, timesteps)
+        ceilings[entry.out] = plan.largest_lambda(entry, timesteps)
     for members in groups.members():
         shared = torch.stack([targets[node] for node in members if node in targets] or [torch.zeros(())]).max()
         targets.update(dict.fromkeys(members, shared))
@@ -51,7 +51,7 @@ def channel_targets(dag, plan, statistics, shapes, timesteps, mixed=frozenset())
             scales = statistics[name].scales
             scales = larger_of_pairs(scales) if entry.out in merged else scales
             scales = scales.max() if entry.out in mixed else scales
-            targets[entry.out] = scales.clamp_max(plan.most(entry, timesteps))
+            targets[entry.out] = scales.clamp_max(plan.largest_lambda(entry, timesteps))
         else:
             known, samples = [targets[node] for node in entry.inputs], [shapes[node] for node in entry.inputs]
             targets[entry.out] = entry.op.targets(known, samples, shapes[entry.out])

@@ -23,7 +23,7 @@ class Plan:
     folded: list = field(default_factory=list)
     windows: dict = field(default_factory=dict)
 
-    def most(self, entry, timesteps):
+    def largest_lambda(self, entry, timesteps):
         """The lambda of T steps that an op's ceiling allows: its neuron reaches lambda only within its window."""
         ceiling = float("inf") if entry.op.ceiling is None else entry.op.ceiling
         return ceiling * timesteps / self.windows.get(entry.name, timesteps)

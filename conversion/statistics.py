@@ -9,6 +9,7 @@ from quantization import sampling_stride
 from runtime.batches import batches_of, on_device, split_batch
 
 MOST_SAMPLES = 1_000_000  # pooled activations per layer
+ERROR_SAMPLES = 200_000  # of them, on which the error of a lambda is measured
 LEAST_SHARE = 1 / 16  # smallest lambda of a channel, relative to its layer's: below, integer weights become too coarse
 
 
@@ -34,21 +35,30 @@ def calibrate(dag, loader, device, samples, threshold, timesteps, per_channel=Fa
     pools, shapes = pool_activations(dag, loader, device, samples, per_channel)
     statistics = {}
     for name, pool in pools.items():
-        outputs, largest = pool.values(), pool.largest
+        outputs = pool.values()
         if not torch.isfinite(outputs).all():
             raise ValueError(f"{dag.where(name)} has NaN or infinite activations, train the network again")
-        channels = torch.zeros_like(outputs, dtype=torch.long)
-        max_o = choose_lambdas(outputs, channels, 1, largest.max().reshape(1), threshold, timesteps).squeeze()
-        scales = max_o
-        if per_channel:
-            scales = choose_lambdas(outputs, pool.channels(), pool.count, largest, threshold, timesteps)
-            scales = torch.where(scales > 0, scales, max_o).clamp_min(LEAST_SHARE * max_o)
-            scales = scales.view(-1, *[1] * (pool.dim - 2))
+        max_o, scales = lambdas_of(pool, threshold, timesteps, per_channel)
         statistics[name] = LayerStatistics(max_o.item(), scales.cpu(), outputs.double().square().mean().item())
     return statistics, shapes
 
 
-def choose_lambdas(values, channels, count, largest, threshold, timesteps):
+def lambdas_of(pool, threshold, timesteps, per_channel, samples=ERROR_SAMPLES):
+    """`max_o, scales` of a Pool, as in LayerStatistics: the lambda of the layer, and those per channel if asked for.
+
+    samples: number of activations on which errors are measured. Arguments and methods: `choose_lambdas`.
+    """
+    outputs, largest = pool.values(), pool.largest
+    channels = torch.zeros_like(outputs, dtype=torch.long)
+    max_o = choose_lambdas(outputs, channels, 1, largest.max().reshape(1), threshold, timesteps, samples).squeeze()
+    if not per_channel:
+        return max_o, max_o
+    scales = choose_lambdas(outputs, pool.channels(), pool.count, largest, threshold, timesteps, samples)
+    scales = torch.where(scales > 0, scales, max_o).clamp_min(LEAST_SHARE * max_o)
+    return max_o, scales.view(-1, *[1] * (pool.dim - 2))
+
+
+def choose_lambdas(values, channels, count, largest, threshold, timesteps, samples):
     """The lambda of every channel, [C]: the "max" of its activations, a quantile, or that of least error ("mse").
 
     threshold: "max" for the largest activation, a number for that quantile of the activations, "mse" for the least mean
@@ -56,7 +66,7 @@ def choose_lambdas(values, channels, count, largest, threshold, timesteps):
     largest activation of each channel, [C], over all elements, not only the sampled ones.
     """
     if threshold == "mse":
-        return least_error_scales(values, channels, count, timesteps)
+        return least_error_scales(values, channels, count, timesteps, samples)
     return largest if threshold == "max" else positive_tops(values, channels, count, threshold)
 
 
@@ -171,7 +181,7 @@ def positive_tops(values, channels, count, quantile):
 SHARES = torch.logspace(-1.5, 0, 64).tolist()  # candidates relative to the maximum: 3 % to 100 %, in steps of 6 %
 
 
-def least_error_scales(values, channels, count, timesteps, most=200_000):
+def least_error_scales(values, channels, count, timesteps, most=ERROR_SAMPLES):
     """The lambda of every channel, [C], with the least mean squared error after T timesteps.
 
     The error is the difference between an activation a and clip(round(a T / lambda), 0, T) lambda / T. The latter is

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from conversion.lambdas import mixed_channels
 from conversion.plan import plan_conversion
-from conversion.statistics import LEAST_SHARE, MOST_SAMPLES, least_error_scales, pool_activations
+from conversion.statistics import MOST_SAMPLES, lambdas_of, pool_activations
 from options import MANY_LEVELS
-from runtime.batches import batches_of, on_device, split_batch
+from runtime.batches import first_inputs
 from spike_neurons import ClipFloorShift
 from spike_simulator import IMAGE, CountedPart, Stages, bound_currents, last_of, last_steps
 from spike_tensor import Counting
@@ -112,41 +112,19 @@ class Search:
     def set_levels(self, windows, samples):
         """Give each op as many levels as its window has steps, with lambdas chosen from `samples` of its activations.
 
-        With threshold "max" and `MANY_LEVELS` or more, lambda is the largest activation, else that of least error. A
-        channel's lambda has the bounds that `calibrate` gives it.
+        With threshold "max" and `MANY_LEVELS` or more, lambda is the largest activation, else that of least error.
         """
         for name, levels in windows.items():
-            op, pool = self.net.ops[name].op, self.pools[name]
-            values = pool.values()
-
-            def scales(channels, count, largest, levels=levels, values=values):
-                if self.threshold == "max" and levels >= MANY_LEVELS:
-                    return largest
-                return least_error_scales(values, channels, count, levels, samples)
-
-            scale = scales(torch.zeros_like(values, dtype=torch.long), 1, pool.largest.max().reshape(1))[0]
-            if self.per_channel:
-                of_layer = scale
-                scale = scales(pool.channels(), pool.count, pool.largest)
-                scale = torch.where(scale > 0, scale, of_layer).clamp_min(LEAST_SHARE * of_layer)
-                scale = scale.max() if self.net.ops[name].out in self.mixed else scale.view(-1, *[1] * (pool.dim - 2))
+            op = self.net.ops[name].op
+            threshold = "max" if self.threshold == "max" and levels >= MANY_LEVELS else "mse"
+            _, scale = lambdas_of(self.pools[name], threshold, levels, self.per_channel, samples)
+            scale = scale.max() if self.net.ops[name].out in self.mixed else scale
             op.levels = ClipFloorShift(levels, scale.clamp_max(op.ceiling or float("inf")))
 
 
 def agreement(classes, others):
     """The share of images for which two networks have the same class. classes, others: [B]."""
     return (classes == others).float().mean().item()
-
-
-def first_inputs(loader, device, most):
-    """The first `most` images of a loader: a tuple of inputs, [B, ...] each."""
-    parts, seen = [], 0
-    for batch in batches_of(loader):
-        parts.append(on_device(split_batch(batch)[0], device, most - seen))
-        seen += len(parts[-1][0])
-        if seen >= most:
-            break
-    return tuple(torch.cat(each) for each in zip(*parts))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from conversion.statistics import use_learnt_scales
 from conversion.units import Units
 from options import FLOAT_BITS
 from quantization import largest_integer, quantize_layers, round_layer
-from runtime.batches import batches_of, loader_for, on_device, split_batch
+from runtime.batches import first_inputs, loader_for, reusable
 from spike_layers import CURRENT, SPIKES, SpikeAdd, SpikeConvTranspose2d, SpikeLinear, SpikeReLU
 from spike_simulator import count_readers, forget_read, run_op
 
@@ -55,23 +55,15 @@ def learn_rounding(qnet, net, loader, device, samples, per_channel=False):
     """
     net.to(device).eval()
     qnet.eval()
-    inputs = calibration_images(net, loader_for(net, loader), device, samples)
+    inputs = calibration_images(net, reusable(loader_for(net, loader), samples), device, samples)
     Learner(net, qnet, inputs, per_channel).run()
     quantize_layers(qnet)
 
 
 def calibration_images(net, loader, device, samples):
     """The first `samples` images of a loader, a tuple of [N, ...], fewer if the largest layer is too large."""
-    parts, done = [], 0
-    for batch in batches_of(loader):
-        parts.append(on_device(split_batch(batch)[0], device, samples - done))
-        done += len(parts[-1][0])
-        samples = min(samples, max(1, MOST_BYTES // (4 * net.largest_sample(parts[0]))))
-        if done >= samples:
-            break
-    if not done:
-        raise ValueError("no images to calibrate on, the data loader is empty")
-    inputs = tuple(torch.cat(each)[:samples] for each in zip(*parts))
+    fits = MOST_BYTES // (4 * net.largest_sample(first_inputs(loader, device, 1)))  # float32
+    inputs = first_inputs(loader, device, min(samples, max(1, fits)))
     return tuple(x.to(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs)
 
 

@@ -142,7 +142,7 @@ def alternatives(args, net, qnet):
         found[f"--per_channel {per_channel}"] = again, {"per_channel": per_channel}, "rounded anew, not finetuned again"
     if 2 * T <= MOST_TIMESTEPS:
         found[f"--timesteps {2 * T}"] = qnet, {"timesteps": 2 * T}, ""
-    if args.listen < T:
+    if args.listen != T:
         found[f"--listen {T}"] = qnet, {"listen": T}, ""
     is_learnt = args.activation_levels is not None  # finetuning learnt lambda, so no flag chooses it
     if args.threshold != "mse" and not is_learnt:
@@ -205,7 +205,8 @@ def sweep(args, net, train_loader, loader, device, images, targets, bit_widths, 
         qnet = quantize_finetune(leveled, train_loader, criterion, device, with_bits)
         results[bits] = {}
         for T in timesteps:
-            options = {"timesteps": T, "listen": min(args.listen, T), "calibration_samples": args.analysis_images}
+            listen = args.listen if args.listen == "auto" else min(args.listen, T)
+            options = {"timesteps": T, "listen": listen, "calibration_samples": args.analysis_images}
             flags = f"--weight_bitwidth {bits} --timesteps {T}"
             snn = try_to_convert(flags, qnet, loader, device, with_bits, **options)
             results[bits][T] = None if snn is None else measure(snn, images, targets, expected)["top1"]

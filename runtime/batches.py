@@ -185,6 +185,19 @@ def batches_of(loader):
     return (batch for batch in loader if len(split_batch(batch)[0][0]))
 
 
+def first_inputs(loader, device, most):
+    """The first `most` images of a loader: a tuple of inputs, [B, ...] each. Raises ValueError if there are none."""
+    parts, seen = [], 0
+    for batch in batches_of(loader):
+        parts.append(on_device(split_batch(batch)[0], device, most - seen))
+        seen += len(parts[-1][0])
+        if seen >= most:
+            break
+    if not seen:
+        raise ValueError("no images to calibrate on, the data loader is empty")
+    return tuple(torch.cat(each) for each in zip(*parts))
+
+
 def reusable(loader, samples=None):
     """The loader itself if it can run again, otherwise a list of its batches.
 

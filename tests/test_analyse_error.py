@@ -484,6 +484,14 @@ def test_ann2snn_writes_the_same_report(tmp_path, monkeypatch):
     assert (tmp_path / "snn.pth").exists() and sorted(os.listdir(tmp_path / "new")) == ["report"]
 
 
+def test_a_network_that_listens_to_windows_has_a_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(reports.figures, "render", lambda figure, kind: kind.encode())
+    argv = f"debug_net1 --dataset debug0 -e 0 --listen auto --timesteps 4 --save_file {tmp_path}/snn.pth"
+    ann2snn.main(ann2snn.parse_args(f"{argv} --report {tmp_path}/report --analysis_images 8 --sweep".split()))
+    result = json.loads((tmp_path / "report/report.json").read_text())
+    assert "--listen 4" in json.dumps(result["alternatives"]) and list(result["sweep"]) == ["2", "3", "4", "6", "8"]
+
+
 def test_a_sweep_is_drawn_cell_by_cell():
     figure = reports.figures.draw_sweep({2: {4: 10.0, 8: 20.0}, 4: {4: 30.0, 8: 99.5}}, 12)
     axis = figure.axes[0]
