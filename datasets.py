@@ -279,6 +279,7 @@ def get_dataset(args):
     )
     for loader in loaders:
         loader.dataset.preprocessing = preprocessing
+    loaders[3].dataset.order = shuffled  # [N]: which of the training images each is
     return loaders
 
 

@@ -246,11 +246,11 @@ def measure(args, flags, loaders, finetuned, kept=None, test_images=None):
     flags: those of ann2snn.py. loaders, finetuned: caches of loaders and finetuned networks, to which this call adds.
     kept: a `results.Kept`, or None to keep nothing. test_images: their number, that of `args` if None.
     """
-    import torch
 
     from build_network import choose_input
     from finetuning.on_spikes import finetune_on_spikes
     from pipeline import choose_measure, convert_by_options
+    from reports.price import price_of
     from runtime.device import choose_device
 
     device = choose_device(flags.device)
@@ -269,7 +269,7 @@ def measure(args, flags, loaders, finetuned, kept=None, test_images=None):
         "seed": flags.seed,
         **accuracies(made, snn, flags.timesteps, top1),
         **{name: snn.duration()[name] for name in ("interval", "latency")},
-        **price(snn, observed(batches).to(device), torch),
+        **price_of(snn, observed(batches).to(device)),
         "conversion_seconds": seconds,
         "finetuned_on": state["machine"],
         **where_and_when(device),
@@ -386,22 +386,6 @@ def evenly_spaced(loader, most):
     images, targets = (torch.cat(parts) for parts in zip(*loader))
     kept = torch.linspace(0, len(images) - 1, min(most or len(images), len(images))).long()
     return images[kept], targets[kept]
-
-
-def price(snn, images, torch):
-    """Spikes and synaptic operations per image. images: [B, C, H, W]."""
-    from reports.energy import count_operations
-    from reports.observe import observe
-    from spike_simulator import node_shapes
-
-    seen = observe(snn, images)
-    ann = {"spikes": 0.0, "synops": 0.0}
-    counts = {node: count.mean(0) for node, count in seen.counts.items()}
-    fired = {entry.out for entry in snn.ops.values() if entry.op.neuron is not None}
-    ann["spikes"] = sum(count.sum().item() for node, count in counts.items() if node in fired)
-    operations = count_operations(snn, node_shapes(snn, images[:1]), counts, snn.timesteps)
-    ann["synops"] = sum(each["synops"] for each in operations.values())
-    return ann
 
 
 def summaries(rows, results):

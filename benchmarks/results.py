@@ -14,9 +14,9 @@ import sys
 from datetime import date
 from functools import cache
 
-from runtime.files import check_folder, check_regular, check_writable, write_json, write_torch
+from runtime.files import check_folder, check_writable, write_json, write_torch
+from runtime.hashes import contents
 
-CHUNK = 2**20  # bytes that are hashed at a time
 KEY_LETTERS = 16  # of a key in the name of a file, 64 bits
 # Flags that do not change a row: where it runs, what it prints, and a preset, whose options are filled in.
 WITHOUT_INFLUENCE = ("debug", "device", "preset", "expect_top1", "memory_budget")
@@ -36,41 +36,6 @@ def key_of(flags, defaults, **more):
     given = {name: value for name, value in given.items() if name not in defaults or value != defaults[name]}
     given |= {name: contents(given[name]) for name in ("net_name", "ann_weight", "dataset") if given.get(name)}
     return hashlib.sha256(json.dumps({**given, **more}, sort_keys=True, default=str).encode()).hexdigest()
-
-
-@cache
-def contents(text):
-    """A network, weights or a data set as its key has it: hashes stand for files, so that they may move.
-
-    A folder of images counts with the names and sizes of its files. Code counts with its file alone. A name, as of a
-    network of a package, stands for itself.
-    """
-    file, colon, name = text.rpartition(".py:")
-    if colon:
-        return f"{hash_file(file + '.py')}:{name}"
-    if os.path.isdir(text):
-        return hash_folder(text)
-    return hash_file(text) if os.path.exists(text) else text
-
-
-def hash_file(path):
-    """SHA-256 of a file, as hexadecimal text. Raises OSError for a missing file, a pipe or a device."""
-    check_regular(path)
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            found.update(chunk)
-    return found.hexdigest()
-
-
-def hash_folder(path):
-    """SHA-256 of the names and sizes of all files in a folder and below it, as hexadecimal text."""
-    sizes = {}
-    for folder, _, files in os.walk(path):
-        for name in files:
-            file = os.path.join(folder, name)
-            sizes[os.path.relpath(file, path)] = os.path.getsize(file)
-    return hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

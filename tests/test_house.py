@@ -36,7 +36,8 @@ FLOORS = (
     ("datasets",),
     ("pipeline", "snn_transformer"),
     ("reports", "export"),
-    ("ann2snn", "analyse_error", "train_ann", "predict", "show"),
+    ("searching",),
+    ("ann2snn", "analyse_error", "search", "train_ann", "predict", "show"),
     ("benchmarks", "tools"),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -1,0 +1,112 @@
+"""The order of the trials, stage by stage, and what the time limit leaves out.
+
+    left_out = search(runner, record, groups, limits, clock)
+
+A trial starts only if its estimate fits into the time that is left. Epochs without labels are halved until they fit.
+Average poolings are folded in later stages only where folding helped the conversions alone.
+"""
+
+import sys
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from searching.choice import gain
+from searching.trials import CONVERT, LABELS, LEARN, STAGES, stage_of, with_fewer_epochs
+
+TIME = "time"  # the reason of a trial that would not end in time
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A trial that was not started, and why; seconds: the estimate, or None where time is not the reason."""
+
+    trial: object
+    reason: str
+    seconds: float = None
+
+
+def search(runner, record, groups, limits, clock):
+    """Run the trials of all groups, and add each row to the record; returns a list of LeftOut.
+
+    groups: (T, bits) -> trials of `trials.plan`. A line on stderr follows every trial.
+    """
+    left_out = []
+    for stage in STAGES:
+        for trial in in_turn(groups, stage, runner):
+            if trial.key() in record.rows:
+                continue
+            reason = useless(trial, record, runner)
+            if reason:
+                left_out.append(LeftOut(trial, reason))
+                continue
+            fitting, seconds = fitted(trial, runner, record, clock)
+            if fitting is not trial:
+                left_out.append(LeftOut(trial, TIME, seconds))
+            if fitting is not None:
+                record.add(runner.run(fitting, rivals_in(record), limits, clock))
+                print(line_of(record.rows[fitting.key()], runner, clock), file=sys.stderr)
+    return left_out
+
+
+def in_turn(groups, stage, runner):
+    """The trials of a stage: the first of every group, then the second of every group, and so on."""
+    of_stage = [[t for t in trials if stage_of(runner.shared.args(t)) == stage] for trials in groups.values()]
+    return [trial for trials in zip_longest(*of_stage) for trial in trials if trial is not None]
+
+
+def useless(trial, record, runner):
+    """Why a trial is not worth its time, or "": labels that cannot be used, a folding that did not help."""
+    args = runner.shared.args(trial)
+    stage = stage_of(args)
+    if stage == LABELS and runner.images.train is None:
+        return "it trains with labels, and it is not known which images of these data are held out"
+    own_folding = trial.flags.get("avgpool") == "fold"
+    if own_folding and stage not in (CONVERT, LEARN) and not folding_helps(trial, record, runner):
+        return "folded poolings did not help the conversions without epochs"
+    return ""
+
+
+def folding_helps(trial, record, runner):
+    """Whether the best conversion of the same T and bits with folded poolings is better than the best without."""
+    gains = {"fold": [], "spike": []}
+    for row in record.rows.values():
+        if (row.timesteps, row.bits) == (trial.timesteps, trial.bits) and row.hits and not row.listens:
+            gains[row.flags.get("avgpool", "spike")].append(gain(row, runner.ann_hits))
+    return bool(gains["fold"]) and max(gains["fold"]) > max(gains["spike"], default=float("-inf"))
+
+
+def fitted(trial, runner, record, clock):
+    """`trial, seconds`: the trial, or one with fewer epochs that fits, or None; the full estimate."""
+    full = None
+    while trial is not None and clock.left() > 0:
+        args = runner.shared.args(trial)
+        seconds = runner.estimate(args, clock.left())
+        full = seconds if full is None else full
+        if seconds <= clock.left():
+            return (None if trial.key() in record.rows else trial), full
+        trial = with_fewer_epochs(trial, args)
+    return None, full
+
+
+def rivals_in(record):
+    """A function: row -> the complete rows of the same T, weight bits and kind, listening or not."""
+
+    def rivals(row):
+        kind = row.timesteps, row.bits, row.listens
+        rows = [each for each in record.rows.values() if each.is_complete]
+        return [each for each in rows if (each.timesteps, each.bits, each.listens) == kind]
+
+    return rivals
+
+
+def line_of(row, runner, clock):
+    """A line on a trial that just ended."""
+    seconds = sum(cost[2] for cost in row.costs)
+    what = f"T={row.timesteps}, {row.bits} bits, {row.name()}"
+    if row.refused:
+        return f"{what}: left out, {row.refused}"
+    share = 100 * sum(row.hits) / len(row.hits)
+    stopped = f", stopped, {row.worse} is better" if row.worse else ""
+    left = f"{max(0.0, clock.left()) / 60:.1f} of {clock.minutes:g} minutes left"
+    points = f"{gain(row, runner.ann_hits):+.2f} against the float network"
+    return f"{what}: {share:.2f} % of {len(row.hits)} images ({points}){stopped}; {seconds:.0f} s, {left}"
