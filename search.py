@@ -16,7 +16,6 @@ from runtime.flags import bitwidths, number_in, whole_number
 from runtime.ranges import Real
 from searching.trials import Shared, plan
 
-START = time.monotonic()  # the time limit holds for the start of Python's packages, too
 LONGEST = 7 * 24 * 60  # minutes, a week
 OWN = ("net_name", "timesteps", "weight_bitwidth", "minutes", "held_out", "max_synops", "max_latency", "out")
 WITHOUT_INFLUENCE = ("device", "debug", "num_workers", "memory_budget", "expect_top1")  # on what a trial finds
@@ -62,7 +61,7 @@ def parse_args(argv=None):
     parser.main_actions.update({action: action.help for action in actions})
     add_conversion_flags(parser)
     args = parser.parse_args(argv)
-    args.words = parser.words_given(args)
+    args.words, args.start = parser.words_given(args), time.monotonic()
     return args
 
 
@@ -85,7 +84,7 @@ def main(args):
     from searching.pages import commands_of, print_pages, write_pages
 
     # find every error in the command line before the work begins
-    clock, shared = Clock(args.minutes, START), Shared(args.net_name, args.words)
+    clock, shared = Clock(args.minutes, args.start), Shared(args.net_name, args.words)
     flags = next(iter(groups_of(args, shared).values()))[0]
     first = shared.args(flags)
     if first.dataset in DETECTION_DATASETS:

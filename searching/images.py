@@ -45,8 +45,9 @@ def split_images(loaders, wanted, held_out, seed):
     are fewer if there are not as many. Raises ValueError for images without labels, and for too few.
     """
     train_loader, calibration_loader = loaders
-    images, labels = read_images(calibration_loader, wanted, held_out)
-    held_out = min(held_out, len(labels) // MIN_REST)
+    images, labels, held_out = read_images(calibration_loader, wanted, held_out)
+    if len(labels) < wanted + held_out:
+        held_out = min(held_out, len(labels) // MIN_REST)
     if not held_out:
         raise ValueError(f"{len(labels)} training images are too few to hold some out, {MIN_REST} are the least")
     samples = min(wanted, len(labels) - held_out)
@@ -60,19 +61,22 @@ def split_images(loaders, wanted, held_out, seed):
 
 
 def read_images(loader, wanted, held_out):
-    """`images, labels`: [N, C, H, W] and [N], the first of a loader, as many as memory allows."""
+    """`images, labels, held_out`: the first of a loader, [N, C, H, W] and [N], and how many memory allows to hold out.
+
+    Whole batches are read until there are `wanted + held_out` images, or all are read.
+    """
     parts, read = [], 0
     for batch in batches_of(loader):
         (images,), labels = labelled_batch(batch, "cpu")
         parts.append((images, labels.flatten()))
         read += len(images)
-        largest = max(1, LARGEST_SET // (images[0].numel() * images.element_size()))
-        if read >= wanted + min(held_out, largest):
+        held_out = min(held_out, max(1, LARGEST_SET // (images[0].numel() * images.element_size())))
+        if read >= wanted + held_out:
             break
     if not parts:
         raise ValueError("the data loader is empty, give it at least one batch")
     images, labels = (torch.cat(each) for each in zip(*parts))
-    return images, labels
+    return images, labels, held_out
 
 
 def without(loader, indices, seed):
