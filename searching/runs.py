@@ -41,7 +41,7 @@ OBSERVED = 20  # images for which spikes and synaptic operations are counted
 PROBED, PROBED_AGAIN = 32, 3  # images on which an epoch's cost is tried out, and batches of them the second time
 LONG_PROBE = 10  # seconds; if the first time takes longer, starting is no large part of it
 SHORT_PROBE, SHARE_OF_PROBE = 3, 10  # seconds at least, and one part in so many of the time that is left at most
-SHARE_OF_TRIAL = 40  # the simulation of one trial takes at most one part in so many of the time limit
+SHARE_OF_TRIAL = 20  # the simulation of one trial takes at most one part in so many of the time limit
 MAX_KEPT = 6  # quantized networks in memory
 # Options on which the traced network depends.
 OF_NETWORK = ("signed", "avgpool", "maxpool", "replace_activations", "ann_layers")

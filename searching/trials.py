@@ -38,7 +38,7 @@ WITHOUT_INFLUENCE = ("preset", "debug", "device", "expect_top1", "memory_budget"
 
 @dataclass(frozen=True)
 class Trial:
-    """One conversion. bits: weight bits as text. flags: option -> text. preset: `preset_of` them."""
+    """One conversion. bits: weight bits as text. flags: option -> text. preset: by `preset_of`."""
 
     timesteps: int
     bits: str
@@ -111,7 +111,8 @@ def plan(shared, timesteps, bits, folds=False):
     found += [{"preset": "finetuned"}, {"preset": "specification"}]
     if folds:
         found = [each for flags in found for each in (flags, {**flags, **FOLDED})]
-    trials = [Trial(timesteps, bits, flags, preset_of(flags)) for flags in found]
+    trials = [Trial(timesteps, bits, flags) for flags in found]
+    trials = [replace(each, preset=preset_of(each.flags, shared.args(each))) for each in trials]
     places = {trial.name(): place for place, trial in enumerate(trials)}
     known, wrong = {}, []
     for trial in sorted(trials, key=lambda trial: not trial.preset):  # of two alike, the preset stays
@@ -128,9 +129,17 @@ def plan(shared, timesteps, bits, folds=False):
     return [shared.capped(trial) for trial in order]
 
 
-def preset_of(flags):
-    """The preset that flags are as it stands, or ""; whether poolings are folded is up to the network."""
-    return flags["preset"] if "preset" in flags and set(flags) <= {"preset", "avgpool"} else ""
+def preset_of(flags, args):
+    """The preset that a trial is as it stands, or "". args: all flags of the trial, as they are parsed.
+
+    Whether poolings are folded is up to the network, and the number of calibration images up to the data. A preset
+    whose other options the user overrides is none.
+    """
+    if "preset" not in flags or not set(flags) <= {"preset", "avgpool"}:
+        return ""
+    wanted = preset_options(args.preset, args.timesteps, args.weight_bitwidth)
+    others = {name for name in wanted if name not in ("weight_bitwidth", "calibration_samples")}
+    return args.preset if all(getattr(args, name) == wanted[name] for name in others) else ""
 
 
 def epochs_added(flags, timesteps):

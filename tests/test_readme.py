@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = [
-    *("ann2snn.py", "analyse_error.py", "train_ann.py", "hw_constraints.py"),
+    *("ann2snn.py", "analyse_error.py", "search.py", "train_ann.py", "hw_constraints.py"),
     *sorted(
         f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py") if "def parse_args" in path.read_text()
     ),

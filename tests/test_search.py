@@ -75,6 +75,7 @@ def test_a_flag_that_is_given_holds_for_every_trial_and_leaves_no_two_alike():
     assert args.words["mean"] == ["--mean=-0.5"] and args.words["equalize"] == ["--no-equalize"]
     trials = plan(shared, 4, "8")
     assert len(trials) < len(free)
+    assert {trial.preset for trial in trials} == {"", "calibrated", "specification"}  # exact has to listen
     for trial in trials:
         found = ann2snn.parse_args(shared.command(trial).split()[2:])
         assert (found.listen, found.finetune_epochs, found.mean, found.ann_weight) == (0, 0, (-0.5,), "pretrained")
@@ -123,7 +124,8 @@ def test_the_winner_is_never_less_accurate_than_the_best_preset(shares):
     best = max(sum(each.hits) for each in rows if each.preset)
     winner = winner_of(rows, Limits())
     assert sum(winner.hits) >= best
-    assert winner.preset or is_surely_better(winner.hits, max(rows[1::2], key=lambda r: sum(r.hits)).hits, SURER)
+    presets = [each for each in rows if each.preset and sum(each.hits) == best]
+    assert winner.preset or any(is_surely_better(winner.hits, each.hits, SURER) for each in presets)
 
 
 def test_as_accurate_and_sooner_wins_and_limits_hold():
@@ -314,7 +316,7 @@ def test_the_winners_command_gives_the_accuracy_that_was_recorded(tmp_path, caps
         return getitems(self, indices)
 
     monkeypatch.setattr(ImageDataset, "__getitems__", noted)
-    run_search("--minutes", "9", "--out", f"{tmp_path}", "--listen", "0")
+    run_search("--minutes", "90", "--out", f"{tmp_path}", "--listen", "0")
     assert read == {1438}  # 359 are test images
     printed = capsys.readouterr().out
     commands = [line.split() for line in (tmp_path / "winners.sh").read_text().splitlines() if line[0] != "#"]
@@ -355,7 +357,7 @@ def test_a_killed_search_goes_on_where_it_stopped(tmp_path):
 
 
 def test_rows_over_a_limit_are_left_out_and_say_so(tmp_path, capsys):
-    run_search("--minutes", "9", "--out", f"{tmp_path}", "--max_latency", "2", "--listen", "2")
+    run_search("--minutes", "90", "--out", f"{tmp_path}", "--max_latency", "2", "--listen", "2")
     printed = capsys.readouterr().out
     assert "--max_latency: 12 steps" in printed and "python3" not in printed
     assert all(each["refused"] and not each["hits"] for each in rows_of(tmp_path))
@@ -367,7 +369,7 @@ def test_rows_over_a_limit_are_left_out_and_say_so(tmp_path, capsys):
         (["nonet"], "unknown network 'nonet'"),
         (["example_net", "--timesteps", "0"], "0 is not a whole number from 1 to 65536"),
         (["example_net", "--weight_bitwidth", "4", "9"], "9 is not a whole number from 1 to 8"),
-        (["example_net", "--minutes", "-1"], "use 0 to 10080"),
+        (["example_net", "--minutes", "-1"], "use a number from 0 to 10080"),
         (["example_net", "--listen", "9", "--timesteps", "4"], "--listen 9 is over --timesteps 4, use 0 to 4"),
         (["yolo_tiny", "--dataset", "COCO"], "the search is for classifiers, --dataset COCO has boxes"),
         (["example_net", "--out", f"{ROOT}/search.py"], "search.py is a file, name a folder"),
