@@ -33,19 +33,25 @@ def search(runner, record, groups, limits, clock):
     left_out = []
     for stage in STAGES:
         for trial in in_turn(groups, stage, runner):
-            if trial.key() in record.rows:
+            if is_done(trial, record, limits):
                 continue
             reason = useless(trial, record, runner)
             if reason:
                 left_out.append(LeftOut(trial, reason))
                 continue
-            fitting, seconds = fitted(trial, runner, record, clock)
+            fitting, seconds = fitted(trial, runner, record, limits, clock)
             if fitting is not trial:
                 left_out.append(LeftOut(trial, TIME, seconds))
             if fitting is not None:
                 record.add(runner.run(fitting, rivals_in(record), limits, clock))
                 print(line_of(record.rows[fitting.key()], runner, clock), file=sys.stderr)
     return left_out
+
+
+def is_done(trial, record, limits):
+    """Whether a trial was measured or refused; one that was over a limit counts only while it still is."""
+    row = record.rows.get(trial.key())
+    return row is not None and (not row.over_limit or bool(limits.over(row)))
 
 
 def in_turn(groups, stage, runner):
@@ -75,7 +81,7 @@ def folding_helps(trial, record, runner):
     return bool(gains["fold"]) and max(gains["fold"]) > max(gains["spike"], default=float("-inf"))
 
 
-def fitted(trial, runner, record, clock):
+def fitted(trial, runner, record, limits, clock):
     """`trial, seconds`: the trial, or one with fewer epochs that fits, or None; the full estimate."""
     full = None
     while trial is not None and clock.left() > 0:
@@ -83,7 +89,7 @@ def fitted(trial, runner, record, clock):
         seconds = runner.estimate(args, clock.left())
         full = seconds if full is None else full
         if seconds <= clock.left():
-            return (None if trial.key() in record.rows else trial), full
+            return (None if is_done(trial, record, limits) else trial), full
         trial = with_fewer_epochs(trial, args)
     return None, full
 

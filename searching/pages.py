@@ -69,9 +69,9 @@ def minutes_of(left):
 
 
 def write_pages(folder, record, ann_hits, limits, commands):
-    """Write winners.sh and the figures front.png and front.svg into a folder, whose other files stay."""
+    """Write commands.txt and the figures front.png and front.svg into a folder, whose other files stay."""
     script = "".join(f"# {title}\n{command}\n" for title, command in commands)
-    files = {"winners.sh": f"#!/bin/sh\n{script}".encode(errors="surrogateescape")}
+    files = {"commands.txt": script.encode(errors="surrogateescape")}
     if any(row.hits for row in record.rows.values()):
         from searching.figures import draw_front, render
 

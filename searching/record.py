@@ -24,7 +24,8 @@ class Row:
     or "". hits: for every image held out that it saw, in their order, whether its class was right.
     listens: whether an image takes more than T steps. interval, latency: steps from image to image, and to the answer.
     spikes, synops: spikes and synaptic operations per image. worse: flags of the better trial where it was stopped.
-    refused: why it could not be converted, or is over a limit that the user gave. costs: [kind, units, seconds].
+    refused: why it could not be converted, or is over a limit that the user gave (over_limit).
+    costs: [kind, units, seconds] of its parts.
     """
 
     key: str
@@ -40,6 +41,7 @@ class Row:
     synops: float = 0.0
     worse: str = ""
     refused: str = ""
+    over_limit: bool = False
     costs: list = field(default_factory=list)
 
     @property

@@ -227,6 +227,7 @@ class Runner:
         spikes = price_of(snn, self.images.images[:OBSERVED].to(self.device))
         row.spikes, row.synops = spikes["spikes"], spikes["synops"]
         row.refused = limits.over(row)
+        row.over_limit = bool(row.refused)
 
     def race(self, snn, args, row, rivals, clock):
         """`hits, worse`: simulate rung by rung until the best rival is surely better, or the time is over."""

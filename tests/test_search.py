@@ -319,9 +319,9 @@ def test_the_winners_command_gives_the_accuracy_that_was_recorded(tmp_path, caps
     run_search("--minutes", "90", "--out", f"{tmp_path}", "--listen", "0")
     assert read == {1438}  # 359 are test images
     printed = capsys.readouterr().out
-    commands = [line.split() for line in (tmp_path / "winners.sh").read_text().splitlines() if line[0] != "#"]
+    commands = [line.split() for line in (tmp_path / "commands.txt").read_text().splitlines() if line[0] != "#"]
     assert all(" ".join(command) in printed for command in commands)
-    assert {path.name for path in tmp_path.iterdir()} == {"front.png", "front.svg", "trials.jsonl", "winners.sh"}
+    assert {path.name for path in tmp_path.iterdir()} == {"front.png", "front.svg", "trials.jsonl", "commands.txt"}
     for command in commands:
         args = ann2snn.parse_args(command[2:])
         choose_input(args)
@@ -361,6 +361,10 @@ def test_rows_over_a_limit_are_left_out_and_say_so(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "--max_latency: 12 steps" in printed and "python3" not in printed
     assert all(each["refused"] and not each["hits"] for each in rows_of(tmp_path))
+    refused = [SimpleNamespace(key=lambda each=each: each["key"]) for each in rows_of(tmp_path)]
+    record = SimpleNamespace(rows={each["key"]: Row.from_dict(each) for each in rows_of(tmp_path)})
+    assert all(order.is_done(each, record, Limits(latency=2)) for each in refused)
+    assert not any(order.is_done(each, record, Limits()) for each in refused)  # tried again without the limit
 
 
 @pytest.mark.parametrize(
