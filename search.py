@@ -18,6 +18,7 @@ from searching.trials import Shared, plan
 
 LONGEST = 7 * 24 * 60  # minutes, a week
 OWN = ("net_name", "timesteps", "weight_bitwidth", "minutes", "held_out", "max_synops", "max_latency", "out")
+TRIED = ("preset", "per_channel", "finetune_epochs", "threshold", "listen", "avgpool")  # shown by --help-all alone
 WITHOUT_INFLUENCE = ("device", "debug", "num_workers", "memory_budget", "expect_top1")  # on what a trial finds
 
 
@@ -60,6 +61,8 @@ def parse_args(argv=None):
     actions = [own.add_argument(f"--{name}", **details) for name, details in facts.items()]
     parser.main_actions.update({action: action.help for action in actions})
     add_conversion_flags(parser)
+    shown = parser.main_actions.items()
+    parser.main_actions = {action: text for action, text in shown if action.dest not in TRIED}
     args = parser.parse_args(argv)
     args.words, args.start = parser.words_given(args), time.monotonic()
     return args

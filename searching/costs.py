@@ -15,8 +15,8 @@ PRIORS = {
     "simulation": 1.0,
     "counting": 1.0,
     "finetuning": 5.0,
-    "epochs time": 5.0,
-    "epochs tandem": 5.0,
+    "epochs time": 8.0,
+    "epochs tandem": 2.0,
 }
 MARGIN = 1.2  # an estimate is this many times the last measurement, because other programs take their share
 WRITING = 10  # seconds for the table and the figure, at most a tenth of the time limit
