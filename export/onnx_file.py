@@ -17,7 +17,7 @@ from runtime.packages import check_packages
 FORMAT = "ann2snn-onnx-1"
 
 
-def write_onnx(snn, path, images=None):
+def write_onnx(snn, path, images=None, pairs=True):
     """Write the spiking network as an ONNX file and return a line for the user.
 
     images: [B, C, H, W], or a tuple for several inputs, whose shape the file takes with any batch size; by default the
@@ -26,10 +26,14 @@ def write_onnx(snn, path, images=None):
     Raises ValueError, with the layer's name, for what the file cannot hold, OSError for a failed write.
     """
     check_packages("--onnx", "onnx")
+    from export.onnx_pairs import LoopOverPairs, layers_that_fit
     from export.onnx_time import LoopOverTime, LoopPerLayer, is_timed
 
     inputs = sample_inputs(snn, images)
-    written = (LoopPerLayer if is_timed(snn) else LoopOverTime)(snn, inputs)
+    if is_timed(snn):
+        written = LoopPerLayer(snn, inputs)
+    else:
+        written = (LoopOverPairs if pairs and layers_that_fit(snn) else LoopOverTime)(snn, inputs)
     written.write()
     size = write_graph(path, written.graph(), facts_of(snn))
     return f"Save the ONNX file in {path} ({size:,} bytes): {command_for(written, path)}"
