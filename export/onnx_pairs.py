@@ -9,9 +9,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from onnx import TensorProto
 
-from export.onnx_nodes import emit
 from export.onnx_graph import Value
+from export.onnx_nodes import emit
 from export.onnx_time import LoopOverTime
 from layers.pooling import SpikeAvgPool2d
 
@@ -49,9 +50,27 @@ class LoopOverPairs(LoopOverTime):
         with b.into(self.body):
             second = b.node("Add", b.node("Mul", "t", b.constant(2, np.int64)), b.constant(1, np.int64))
             self.has_second = b.node("Less", second, "T")
+            self.most_in_second = b.node("Cast", self.has_second, to=TensorProto.FLOAT)
 
     def may_fire(self, i):
         return self.has_second if i else None
+
+    def potentials(self, entry, shape):
+        """As in other forms, but potentials of whole numbers count from the last one that does not fire."""
+        kind, Vthr, start = super().potentials(entry, shape)
+        if counts_from_Vthr(entry, kind):
+            with self.b.into(self.head):
+                start = self.b.node("Sub", start, self.b.constant(entry.op.neuron.Vthr - 1))
+        return kind, Vthr, start
+
+    def step_neurons(self, entry, u, current, Vthr, kind, may_fire=None):
+        """As in other forms. Whole numbers fire above 0, so that spikes are their part between 0 and 1."""
+        if not counts_from_Vthr(entry, kind):
+            return super().step_neurons(entry, u, current, Vthr, kind, may_fire)
+        b = self.b
+        v = b.node("Add", u, current)
+        spikes = b.node("Clip", v, b.constant(0.0), b.constant(1.0) if may_fire is None else self.most_in_second)
+        return b.node("Sub", v, b.node("Mul", spikes, Vthr)), spikes
 
     def stepping(self, entry, values):
         """The Pair of an op: of both steps at once where it fits and everything changes from step to step."""
@@ -83,6 +102,13 @@ class LoopOverPairs(LoopOverTime):
         return value.steps
 
 
+def counts_from_Vthr(entry, kind):
+    """Whether the potentials of a layer are whole float32 numbers from which a spike subtracts Vthr."""
+    neuron = entry.op.neuron
+    is_whole = not (neuron.Vthr.is_floating_point() or neuron.initial_potential.is_floating_point())
+    return kind == TensorProto.FLOAT and is_whole and neuron.reset_mode == "subtraction"
+
+
 def layers_that_fit(snn):
     """Names of the spiking ops that can compute two steps in one number."""
     bounds, fitting = {}, set()  # node -> (least value, most, bound of the sum of all |products|)
@@ -92,7 +118,7 @@ def layers_that_fit(snn):
             continue
         read = [bounds.get(node, UNKNOWN) for node in entry.inputs]  # of the image, or behind a layer that stays ANN
         found = UNKNOWN if UNKNOWN in read or not is_whole(op) else bounds_of(op, read)
-        if not op.selects and -MOST <= found[0] and found[1] <= MOST and found[2] <= MOST_IN_SUM:
+        if not op.selects and found[0] >= -MOST and found[1] <= MOST and found[2] <= MOST_IN_SUM:
             fitting.add(name)
         bounds[entry.out] = found if op.neuron is None else (0, 1, 1)
     return fitting

@@ -486,7 +486,9 @@ class LoopPerLayer(Spiking):
         trips, true = b.node("Add", "T", heard), b.constant(True, np.bool_)
         spikes, label = b.fresh(f"spikes_{entry.name}"), f"u_{entry.name}"
         inputs = [trips, true, start]
-        b.scope.nodes.append(helper.make_node("Loop", inputs, [f"{label}_end", spikes], name=f"time_{entry.name}", body=body))
+        b.scope.nodes.append(
+            helper.make_node("Loop", inputs, [f"{label}_end", spikes], name=f"time_{entry.name}", body=body)
+        )
         flat = self.flat(spikes, current.shape)  # onnx's reference evaluator stacks the steps in this shape, too
         if not neuron.listen:
             return Value(flat, current.shape)
