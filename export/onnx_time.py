@@ -276,8 +276,8 @@ class Stepwise(Spiking):
         for name, neuron in self.snn.neurons().items():
             if neuron.listen or neuron.window is not None:
                 raise ValueError(
-                    f"{self.snn.where(name)} listens before it fires, or has a window: one step of the whole network "
-                    "cannot hold it, convert with --listen 0"
+                    f"{self.snn.where(name)} listens before it fires, or has a window: its first step of spikes needs "
+                    "later steps of its input, which one step of the network does not have, convert with --listen 0"
                 )
 
     def before_step(self, label, start):
