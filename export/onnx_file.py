@@ -21,9 +21,10 @@ def write_onnx(snn, path, images=None, pairs=True):
     """Write the spiking network as an ONNX file and return a line for the user.
 
     images: [B, C, H, W], or a tuple for several inputs, whose shape the file takes with any batch size; by default the
-    shape in `snn.preprocessing`. pairs: compute two timesteps in one float32 where they fit (`export.onnx_pairs`); a
-    runtime then has to multiply with at least 13 bits, which TF32 and 16-bit types do not have. The file's inputs are `image`, float32, and T, with the T of the conversion as its
-    default. The outputs are `logits` and count_<layer>, the spike counts of every layer.
+    shape in `snn.preprocessing`. pairs: compute two timesteps in one float32 where they fit (`export.onnx_pairs`). A
+    runtime then has to multiply with at least 13 bits, which TF32 and 16-bit types do not have.
+    The file's inputs are `image`, float32, and T, with the T of the conversion as its default. The outputs are `logits`
+    and count_<layer>, the spike counts of every layer.
     Raises ValueError, with the layer's name, for what the file cannot hold, OSError for a failed write.
     """
     check_packages("--onnx", "onnx")

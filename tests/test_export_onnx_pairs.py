@@ -85,7 +85,7 @@ def test_the_limits_of_a_layer(weights, fits):
     assert (max(-least, most) <= MOST and largest <= MOST_IN_SUM) == fits
 
 
-@pytest.mark.parametrize("most", [0, 8, 20, 40])
+@pytest.mark.parametrize("most", [0, 20])
 @pytest.mark.parametrize("name", ["dense", "shortcuts", "constants"])
 def test_layers_that_do_not_fit_take_their_steps_apart(monkeypatch, name, most, tmp_path):
     """Limits far lower than those of float32: layers of both kinds alternate."""
