@@ -3,8 +3,8 @@
 #
 # A node in the body of a Loop may read initializers of the body, or of the graph around it; both are constants.
 # Expected: the same speed, outside being the natural place for what every iteration uses. With initializers of the
-# body, onnxruntime rearranges them once for its blocked convolutions; with those outside it does not. 8 iterations of a 3x3
-# convolution of 64 channels took 1.7 times as long on an AVX-512 machine. So an exporter of recurrent or spiking
+# body, onnxruntime rearranges them once for its blocked convolutions; with those outside it does not. 8 iterations of a
+# 3x3 convolution of 64 channels took 1.7 times as long on an AVX-512 machine. So an exporter of recurrent or spiking
 # networks puts weights into the body.
 # https://onnx.ai/onnx/operators/onnx__Loop.html
 #

@@ -2,8 +2,8 @@
 # onnxruntime 1.32.0 takes many times as long for a Where of a random condition as for the same choice in arithmetic.
 #
 # Where(fires, v - 1, v) of floats equals v - Cast(fires). Expected: Where is the faster one, as a pass without
-# arithmetic. It took 13 times as long on an AVX-512 machine for one in five elements at random, as if it branched for each of them.
-# So neurons, masks and clippings are written with Cast, Mul and Sub.
+# arithmetic. It took 13 times as long on an AVX-512 machine for one in five elements at random, as if it branched for
+# each of them. So neurons, masks and clippings are written with Cast, Mul and Sub.
 # https://onnx.ai/onnx/operators/onnx__Where.html
 #
 # Seen: "same numbers; Where takes over 3 times as long as Cast and Sub (13)". Exit status 1 where that changes.
