@@ -1,5 +1,5 @@
 """A converted network as a file of NIR, the Neuromorphic Intermediate Representation (Pedersen et al., Nature
-Communications 2024), which nirtorch, SpikingJelly, sinabs and snnTorch read.
+Communications 2024), which nirtorch, SpikingJelly, sinabs, snnTorch and norse read.
 
     write_nir(snn, "network.nir")
 

@@ -24,12 +24,13 @@ MOST_IN_UINT8, MOST_IN_UINT16 = 255, 65535
 class QuantizedAnn(Spiking):
     """All spiking layers as an integer ANN on spike counts, [B, ...]."""
 
+    dequantizes = True
+
     def __init__(self, snn, inputs):
         super().__init__(snn, inputs)
         self.at_rest = currents_at_rest(snn, inputs)
 
     def begin(self):
-        self.body = self.head  # there is one list of nodes
         self.timesteps = self.b.constant(float(self.snn.timesteps))
 
     def end(self):
@@ -37,7 +38,7 @@ class QuantizedAnn(Spiking):
 
     def pass_maxima(self, entry, counts):
         """The largest count; `or` and `gate` agree on spikes without gaps."""
-        return pool_maxima(self.b, entry.op, counts)
+        return Value(pool_maxima(self.b, entry.op, counts), self.probe.shapes[entry.out])
 
     def steps(self):
         return []
@@ -74,7 +75,7 @@ class QuantizedAnn(Spiking):
         zero = b.constant(np.zeros(Vthr.numel() if axis else (), int), kind)
         below = b.node("Min", shifted, b.constant(T * Vthr))  # of floats, as few runtimes have one of uint16
         codes = b.node("QuantizeLinear", below, scale, zero, **axis)
-        return b.node("DequantizeLinear", codes, b.constant(1.0))
+        return Value(b.node("DequantizeLinear", codes, b.constant(1.0)), current.shape)
 
     def code_kind(self):
         """The type of counts: uint8, or uint16 where products of uint8 and int8 could saturate."""
@@ -99,8 +100,8 @@ class QuantizedAnn(Spiking):
             raise ValueError(f"{entry.where}: it has a threshold for every neuron, QuantizeLinear one for each channel")
 
     def graph(self):
-        nodes = [*self.b.weights, *self.head, *self.tail]
-        return helper.make_graph(nodes, "ann", self.images(), self.results(), self.b.initializers)
+        nodes = [*self.head.nodes, *self.tail.nodes]
+        return helper.make_graph(nodes, "ann", self.images(), self.results(), self.head.initializers)
 
 
 def currents_at_rest(snn, inputs):

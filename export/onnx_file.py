@@ -17,22 +17,32 @@ from runtime.packages import check_packages
 FORMAT = "ann2snn-onnx-1"
 
 
-def write_onnx(snn, path, images=None):
+def write_onnx(snn, path, images=None, pairs=True):
     """Write the spiking network as an ONNX file and return a line for the user.
 
     images: [B, C, H, W], or a tuple for several inputs, whose shape the file takes with any batch size; by default the
-    shape in `snn.preprocessing`. The file's inputs are `image`, float32, and T, with the T of the conversion as its
-    default. The outputs are `logits` and count_<layer>, the spike counts of every layer.
+    shape in `snn.preprocessing`. pairs: compute two timesteps in one float32 where they fit (`export.onnx_pairs`). A
+    runtime then has to multiply with at least 13 bits, which TF32 and 16-bit types do not have.
+    The file's inputs are `image`, float32, and T, with the T of the conversion as its default. The outputs are `logits`
+    and count_<layer>, the spike counts of every layer.
     Raises ValueError, with the layer's name, for what the file cannot hold, OSError for a failed write.
     """
     check_packages("--onnx", "onnx")
-    from export.onnx_time import LoopOverTime, LoopPerLayer, is_timed
-
-    inputs = sample_inputs(snn, images)
-    written = (LoopPerLayer if is_timed(snn) else LoopOverTime)(snn, inputs)
+    written = form_for(snn, pairs)(snn, sample_inputs(snn, images))
     written.write()
     size = write_graph(path, written.graph(), facts_of(snn))
     return f"Save the ONNX file in {path} ({size:,} bytes): {command_for(written, path)}"
+
+
+def form_for(snn, pairs):
+    """The class that writes a network through time."""
+    from export.onnx_pairs import LoopOverPairs, layers_that_fit
+    from export.onnx_time import LoopOverTime, LoopPerLayer, is_timed
+
+    if is_timed(snn):
+        return LoopPerLayer
+    gains = pairs and not layers_that_fit(snn).isdisjoint(snn.weighted_layers())
+    return LoopOverPairs if gains else LoopOverTime
 
 
 def write_onnx_step(snn, path, images=None):

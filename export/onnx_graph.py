@@ -25,16 +25,28 @@ class Value:
     constant: bool = False
 
 
-class Builder:
-    """Collects nodes and initializers.
+class Scope:
+    """The nodes of a graph, or of the body of a loop, and its constants; parts of one graph share these.
 
-    nodes: the list that new nodes go to (`into`). weights: the nodes that make float32 weights of the integers; they
-    stand outside of every loop, so that they run once.
+    initializers: the constants' tensors. known: what a constant holds -> its name.
     """
 
-    def __init__(self):
-        self.initializers, self.known, self.weights, self.taken = [], {}, [], {}
+    def __init__(self, graph=None):
         self.nodes = []
+        self.initializers, self.known = ([], {}) if graph is None else (graph.initializers, graph.known)
+
+
+class Builder:
+    """Collects nodes and initializers in the current scope (`into`).
+
+    dequantizes: whether DequantizeLinear makes floats of integer weights, or Cast. The first marks quantized layers
+    for tools. The second is computed once, when a runtime loads the file, also in the body of a loop. steps: the number
+    that a constant added at every step is multiplied by, other than 1 for several steps in one number
+    (`export.onnx_pairs`).
+    """
+
+    def __init__(self, dequantizes=False):
+        self.scope, self.taken, self.dequantizes, self.steps = Scope(), {}, dequantizes, 1.0
 
     def fresh(self, label):
         """An unused name that starts with `label`."""
@@ -42,18 +54,27 @@ class Builder:
         return f"{label}_{number}" if number else label
 
     @contextmanager
-    def into(self, nodes):
-        """Context in which new nodes go to another list."""
-        before, self.nodes = self.nodes, nodes
+    def into(self, scope):
+        """Context in which new nodes and constants go to another scope."""
+        before, self.scope = self.scope, scope
         try:
             yield
         finally:
-            self.nodes = before
+            self.scope = before
+
+    @contextmanager
+    def added_as(self, steps):
+        """Context in which `bias` multiplies by `steps`."""
+        before, self.steps = self.steps, steps
+        try:
+            yield
+        finally:
+            self.steps = before
 
     def node(self, kind, *inputs, out=None, **attributes):
         """Append a node with one output and return its name: `out`, or an unused one."""
         out = out or self.fresh(kind.lower())
-        self.nodes.append(helper.make_node(kind, list(inputs), [out], **attributes))
+        self.scope.nodes.append(helper.make_node(kind, list(inputs), [out], **attributes))
         return out
 
     def constant(self, values, kind=np.float32):
@@ -61,17 +82,18 @@ class Builder:
         values = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else values
         values = np.asarray(values, kind)
         key = (values.dtype, values.shape, values.tobytes())
-        if key not in self.known:
-            name = self.known[key] = self.fresh("constant")
-            self.initializers.append(numpy_helper.from_array(values, name))
-        return self.known[key]
+        known = self.scope.known
+        if key not in known:
+            name = known[key] = self.fresh("constant")
+            self.scope.initializers.append(numpy_helper.from_array(values, name))
+        return known[key]
 
     def indices(self, *values):
         """The name of a constant int64 vector: shapes, axes, places."""
         return self.constant(values, np.int64)
 
     def whole(self, values):
-        """The name of integers as float32: of INT4 up to 4 bits, else of INT8 or INT32, behind a DequantizeLinear.
+        """The name of integers as float32: of INT4 up to 4 bits, else of INT8 or INT32, behind a node that widens them.
 
         Floats, and a few integers, are stored as float32. Raises ValueError for integers that float32 rounds.
         """
@@ -81,21 +103,37 @@ class Builder:
         least, most = int(integers.min()), int(integers.max())
         if max(-least, most) > EXACT_IN_FLOAT32:
             raise ValueError(f"integers up to {max(-least, most)}, over 2^24, are rounded in float32")
-        name = self.fresh("integers")
-        if least >= -8 and most <= 7:
-            self.initializers.append(int4(integers, name))
-        else:
-            kind = np.int8 if least >= -128 and most <= 127 else np.int32
-            self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(integers, kind), name))
-        one = self.constant(1.0)
-        with self.into(self.weights):
-            return self.node("DequantizeLinear", name, one, out=self.fresh("weight"))
+        key = ("whole", integers.shape, integers.tobytes())
+        if key not in self.scope.known:
+            name = self.fresh("integers")
+            if least >= -8 and most <= 7:
+                self.scope.initializers.append(int4(integers, name))
+            else:
+                kind = np.int8 if least >= -128 and most <= 127 else np.int32
+                self.scope.initializers.append(numpy_helper.from_array(np.ascontiguousarray(integers, kind), name))
+            self.scope.known[key] = self.widened(name)
+        return self.scope.known[key]
+
+    def widened(self, name):
+        """The name of integers, an initializer, as float32."""
+        out = self.fresh("weight")
+        if self.dequantizes:
+            return self.node("DequantizeLinear", name, self.constant(1.0), out=out)
+        return self.node("Cast", name, to=TensorProto.FLOAT, out=out)
 
     def ones(self, shape):
         """The name of a float32 weight of ones, which takes no room."""
-        shape = self.indices(*shape)
-        with self.into(self.weights):
-            return self.node("Expand", self.constant(1.0), shape, out=self.fresh("ones"))
+        key = ("ones", tuple(shape))
+        if key not in self.scope.known:
+            sizes = self.indices(*shape)
+            self.scope.known[key] = self.node("Expand", self.constant(1.0), sizes, out=self.fresh("ones"))
+        return self.scope.known[key]
+
+    def bias(self, values):
+        """The name of integers that are added at every step."""
+        if self.steps == 1:
+            return self.whole(values)
+        return self.constant(values.double() * self.steps)
 
     def reshape(self, x, *sizes):
         """The value `x` as [-1, *sizes]."""

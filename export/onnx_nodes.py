@@ -59,7 +59,7 @@ def weighted(weigh):
 
     def recipe(b, op, x):
         if op.spiking and not x.constant:
-            bias = None if op.bias_q is None else b.constant(op.bias_q.flatten())
+            bias = None if op.bias_q is None else b.constant(op.bias_q.flatten().double() * b.steps)
             return weigh(b, op, x.name, b.whole(op.weight_q), bias)
         bias = None if op.bias is None else b.constant(op.bias)
         y = weigh(b, op, x.name, float_weight(b, op), bias)
@@ -75,9 +75,7 @@ def float_weight(b, op):
     integers = (op.weight.detach() * op.weight_scale).round()
     if integers.abs().max() > 127 or not torch.equal(integers / op.weight_scale, op.weight.detach()):
         return b.constant(op.weight)
-    weight, scale = b.whole(integers.to(torch.int8)), b.constant(op.weight_scale)
-    with b.into(b.weights):
-        return b.node("Div", weight, scale)
+    return b.node("Div", b.whole(integers.to(torch.int8)), b.constant(op.weight_scale))
 
 
 def windows(op):
@@ -195,7 +193,7 @@ def scale_elements(b, op, x):
 
 def affine(b, x, weight, bias):
     y = x if bool((weight == 1).all()) else b.node("Mul", x, b.constant(weight))
-    return y if bool((bias == 0).all()) else b.node("Add", y, b.whole(bias.detach()))
+    return y if bool((bias == 0).all()) else b.node("Add", y, b.bias(bias.detach()))
 
 
 def add(b, op, x, y):

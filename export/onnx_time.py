@@ -1,6 +1,6 @@
 """A converted network through time, as an ONNX graph. Three forms share the nodes of the layers.
 
-    LoopOverTime    one Loop over T whose body is a step of the whole network
+    LoopOverTime    one Loop over T whose body is a step of the whole network (two steps: `export.onnx_pairs`)
     LoopPerLayer    layer after layer, all T steps at once, and a Loop for each layer's neurons: for layers that listen
                     or have a window, and for ANN layers between spiking ones
     OneStep         one step, with its state as inputs and outputs
@@ -13,13 +13,17 @@ import numpy as np
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from export.onnx_graph import EXACT_IN_FLOAT32, Builder, Value
+from export.onnx_graph import EXACT_IN_FLOAT32, Builder, Scope, Value
 from export.onnx_nodes import emit, pool_maxima
 from spike_simulator import Stages, simulate
 from spike_tensor import Current, SpikeTensor
 
 FLOAT, INT32, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL
 MOST_IN_INT32 = 2**31
+BEYOND = {  # kind -> (threshold, its type) that no potential reaches
+    FLOAT: (np.finfo(np.float32).max, np.float32),
+    INT32: (np.iinfo(np.int32).max, np.int32),
+}
 
 
 def is_timed(snn):
@@ -52,13 +56,17 @@ class Probe:
 class Spiking:
     """The parts that all forms share; a form adds `fire`, `pass_maxima` and how steps follow each other.
 
-    head, body, tail: nodes before, in and behind the steps. counts: node -> name of its spike counts, [B, ...].
+    head, body, tail: scopes before, in and behind the steps. counts: node -> name of its spike counts, [B, ...].
+    dequantizes: as in `Builder`.
     """
+
+    dequantizes = False
 
     def __init__(self, snn, inputs):
         self.snn, self.stages, self.probe = snn, Stages(snn), Probe(snn, inputs)
-        self.b = Builder()
-        self.head, self.body, self.tail = [], [], []
+        self.b = Builder(self.dequantizes)
+        self.head = self.body = self.b.scope
+        self.tail = Scope(self.head)
         self.counts, self.full_shapes = {}, {}
         self.values = {
             node: Value(name, self.probe.shapes[node], True) for node, name in zip(snn.inputs_nodes, self.image_names())
@@ -141,13 +149,14 @@ class Spiking:
             return
         with self.b.into(self.head if is_constant else self.body):
             if entry.op.selects and entry.op.mode == "gate":
-                y = self.pass_maxima(entry, values[0])
+                value = self.pass_maxima(entry, values[0])
+            elif is_constant:
+                value = Value(emit(self.b, entry, values), self.probe.shapes[entry.out], True)
             else:
-                y = emit(self.b, entry, values if is_constant else self.aligned(values))
-        value = Value(y, self.probe.shapes[entry.out], is_constant)
+                value = self.stepping(entry, values)
         with self.b.into(self.body):
             if entry.op.neuron is not None:
-                value = Value(self.fire(entry, value), value.shape)
+                value = self.fire(entry, value)
             if entry.out in self.counted:
                 self.count(entry.out, value)
         self.values[entry.out] = value
@@ -156,9 +165,9 @@ class Spiking:
         """Write an op that stays ANN between spiking ones."""
         raise ValueError(f"{entry.where} stays ANN between spiking layers and reads the spikes of all steps")
 
-    def aligned(self, values):
-        """Values that a node can combine."""
-        return values
+    def stepping(self, entry, values):
+        """The Value of a spiking op without its neurons, for values of which one changes from step to step."""
+        return Value(emit(self.b, entry, values), self.probe.shapes[entry.out])
 
     def full_shape(self, shape):
         """The name of the shape [B, *shape]."""
@@ -182,12 +191,13 @@ class Spiking:
         if kind != FLOAT:
             current = b.node("Cast", current, to=kind)
         v = b.node("Add", u, current)
-        fires = b.node("GreaterOrEqual", v, Vthr)
-        if may_fire is not None:
-            fires = b.node("And", fires, may_fire)
+        limit = Vthr if may_fire is None else b.node("Where", may_fire, Vthr, b.constant(*BEYOND[kind]))
+        fires = b.node("GreaterOrEqual", v, limit)
+        spikes = b.node("Cast", fires, to=FLOAT)
+        whole = spikes if kind == FLOAT else b.node("Cast", fires, to=kind)
         subtracts = entry.op.neuron.reset_mode == "subtraction"
-        rest = b.node("Sub", v, Vthr) if subtracts else b.constant(0, np.float32 if kind == FLOAT else np.int32)
-        return b.node("Where", fires, rest, v), b.node("Cast", fires, to=FLOAT)
+        spent = b.node("Mul", whole, Vthr if subtracts else v)  # a Where of 0 and 1 at random took 15 times as long
+        return b.node("Sub", v, spent), spikes
 
     # the finished graph
 
@@ -206,8 +216,8 @@ class Spiking:
         """The GraphProto, once `write` has run."""
         timesteps = numpy_helper.from_array(np.asarray(self.snn.timesteps, np.int64), "T")
         inputs = [*self.images(), helper.make_tensor_value_info("T", INT64, [])]
-        nodes = [*self.b.weights, *self.head, *self.steps(), *self.tail]
-        return helper.make_graph(nodes, "snn", inputs, self.results(), [timesteps, *self.b.initializers])
+        nodes = [*self.head.nodes, *self.steps(), *self.tail.nodes]
+        return helper.make_graph(nodes, "snn", inputs, self.results(), [timesteps, *self.head.initializers])
 
 
 def described(name, kind, shape, batch="B"):
@@ -248,11 +258,14 @@ def largest_timesteps(snn):
 
 
 class Stepwise(Spiking):
-    """Forms whose nodes are those of one step. states: (label, kind, shape, start, name before, name behind)."""
+    """Forms whose nodes are those of one step, or of several steps one after the other (`apart`).
+
+    states: (label, kind, shape, start, name before, name behind).
+    """
 
     def __init__(self, snn, inputs):
         super().__init__(snn, inputs)
-        self.states = []
+        self.body, self.states = Scope(self.head), []
 
     def begin(self):
         super().begin()
@@ -263,8 +276,8 @@ class Stepwise(Spiking):
         for name, neuron in self.snn.neurons().items():
             if neuron.listen or neuron.window is not None:
                 raise ValueError(
-                    f"{self.snn.where(name)} listens before it fires, or has a window: one step of the whole network "
-                    "cannot hold it, convert with --listen 0"
+                    f"{self.snn.where(name)} listens before it fires, or has a window: its first step of spikes needs "
+                    "later steps of its input, which one step of the network does not have, convert with --listen 0"
                 )
 
     def before_step(self, label, start):
@@ -277,38 +290,73 @@ class Stepwise(Spiking):
         with self.b.into(self.head):
             return self.b.node("ConstantOfShape", self.full_shape(shape), value=zero)
 
+    def apart(self, value):
+        """The names of the steps of a value."""
+        return [value.name]
+
+    def joined(self, names, shape):
+        """The Value of these steps."""
+        return Value(names[0], shape)
+
+    def may_fire(self, i):
+        """The name of whether neurons may fire in the i-th step of those written, or None if they always may."""
+
     def fire(self, entry, current):
         kind, Vthr, start = self.potentials(entry, current.shape)
         label = f"u_{entry.name}"
-        before = self.before_step(label, start)
-        u, spikes = self.step_neurons(entry, before, current.name, Vthr, kind)
+        u = before = self.before_step(label, start)
+        sent = []
+        for i, name in enumerate(self.apart(current)):
+            u, spikes = self.step_neurons(entry, u, name, Vthr, kind, self.may_fire(i))
+            sent.append(spikes)
         self.states.append((label, kind, current.shape, start, before, u))
-        return spikes
+        return self.joined(sent, current.shape)
 
     def sum_up(self, label, value):
-        """The name of the sum of a value's steps so far, a state."""
+        """The names of the sums of a value up to each step, the last of which is a state."""
         start = self.zeros(value.shape)
-        before = self.before_step(label, start)
-        total = self.b.node("Add", before, value.name)
+        total = before = self.before_step(label, start)
+        sums = []
+        for name in self.apart(value):
+            total = self.b.node("Add", total, name)
+            sums.append(total)
         self.states.append((label, FLOAT, value.shape, start, before, total))
-        return total
+        return sums
 
     def count(self, node, value):
-        self.counts[node] = self.sum_up(f"n_{self.snn.writer(node)}", value)
+        self.counts[node] = self.sum_up(f"n_{self.snn.writer(node)}", value)[-1]
 
     def pass_maxima(self, entry, spikes):
         """The spikes that raise the largest count of their window."""
-        counts = self.sum_up(f"seen_{entry.name}", spikes)
         shape, label = self.probe.shapes[entry.out], f"sent_{entry.name}"
         start = self.zeros(shape)
-        before = self.before_step(label, start)
-        largest = pool_maxima(self.b, entry.op, Value(counts, spikes.shape))
+        largest = before = self.before_step(label, start)
+        rises = []
+        for counts in self.sum_up(f"seen_{entry.name}", spikes):
+            earlier, largest = largest, pool_maxima(self.b, entry.op, Value(counts, spikes.shape))
+            rises.append(self.b.node("Sub", largest, earlier))
         self.states.append((label, FLOAT, shape, start, before, largest))
-        return self.b.node("Sub", largest, before)
+        return self.joined(rises, shape)
 
 
 class LoopOverTime(Stepwise):
-    """The whole network in the body of one Loop, T times."""
+    """The whole network in the body of one Loop, T times.
+
+    The body holds its own weights. onnxruntime rearranges weights for its fastest convolutions only in their own graph.
+    """
+
+    def __init__(self, snn, inputs):
+        super().__init__(snn, inputs)
+        self.body = Scope()
+
+    def trips(self):
+        """The name of the number of iterations."""
+        return "T"
+
+    def begin(self):
+        super().begin()
+        self.trip_count = self.trips()
+        self.true = self.b.constant(True, np.bool_)  # a condition that is left out stops onnx's reference evaluator
 
     def end(self):
         """Read the counts behind the last step instead of those in the body."""
@@ -321,11 +369,10 @@ class LoopOverTime(Stepwise):
         behind = [described(name, kind, shape) for _, kind, shape, _, _, name in self.states]
         counter = [helper.make_tensor_value_info("t", INT64, []), helper.make_tensor_value_info("go_before", BOOL, [])]
         goes_on = helper.make_tensor_value_info("go", BOOL, [])
-        nodes = [helper.make_node("Identity", ["go_before"], ["go"]), *self.body]
-        body = helper.make_graph(nodes, "step", [*counter, *before], [goes_on, *behind])
+        nodes = [helper.make_node("Identity", ["go_before"], ["go"]), *self.body.nodes]
+        body = helper.make_graph(nodes, "step", [*counter, *before], [goes_on, *behind], self.body.initializers)
         starts, ends = [state[3] for state in self.states], [f"{state[0]}_end" for state in self.states]
-        true = self.b.constant(True, np.bool_)  # a condition that is left out stops onnx's reference evaluator
-        return [helper.make_node("Loop", ["T", true, *starts], ends, name="time", body=body)]
+        return [helper.make_node("Loop", [self.trip_count, self.true, *starts], ends, name="time", body=body)]
 
 
 class OneStep(Stepwise):
@@ -350,9 +397,6 @@ class OneStep(Stepwise):
         for label, _, _, _, _, name in self.states:
             self.b.node("Identity", name, out=f"{label}_out")
 
-    def steps(self):
-        return self.body
-
     def results(self):
         """The network's outputs, and the states; the counts are among them."""
         outputs = zip(self.output_names(), self.snn.outputs_nodes)
@@ -365,8 +409,8 @@ class OneStep(Stepwise):
     def graph(self):
         states = [described(f"{label}_in", kind, shape) for label, kind, shape, *_ in self.states]
         inputs = [*self.images(), helper.make_tensor_value_info("step", INT64, []), *states]
-        nodes = [*self.b.weights, *self.head, *self.steps(), *self.tail]
-        return helper.make_graph(nodes, "snn_step", inputs, self.results(), self.b.initializers)
+        nodes = [*self.head.nodes, *self.body.nodes, *self.tail.nodes]
+        return helper.make_graph(nodes, "snn_step", inputs, self.results(), self.head.initializers)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -379,7 +423,6 @@ class LoopPerLayer(Spiking):
     def begin(self):
         super().begin()
         self.T = self.b.node("Reshape", "T", self.b.indices(1))
-        self.body = self.head  # there is one list of nodes
         self.last = self.b.node("Sub", "T", self.b.constant(1, np.int64))
 
     def end(self):
@@ -397,9 +440,9 @@ class LoopPerLayer(Spiking):
         """The name of [T, B, ...] as [T*B, ...]."""
         return self.b.reshape(steps, *shape)
 
-    def aligned(self, values):
-        """Values of all steps; a constant is repeated."""
-        return [self.repeated(value) if value.constant else value for value in values]
+    def stepping(self, entry, values):
+        """The current of all steps; a constant is repeated."""
+        return super().stepping(entry, [self.repeated(value) if value.constant else value for value in values])
 
     def repeated(self, value):
         shape = self.b.node("Concat", self.T, self.full_shape(value.shape), axis=0)
@@ -431,7 +474,7 @@ class LoopPerLayer(Spiking):
         first = b.node("Slice", largest, b.indices(0), b.indices(1), b.indices(0))
         nothing = b.node("Mul", first, b.constant(0.0))
         earlier = b.node("Slice", largest, b.indices(0), b.indices(-1), b.indices(0))
-        return self.flat(b.node("Sub", largest, b.node("Concat", nothing, earlier, axis=0)), shape)
+        return Value(self.flat(b.node("Sub", largest, b.node("Concat", nothing, earlier, axis=0)), shape), shape)
 
     def fire(self, entry, current):
         """The spikes [T*B, ...] of the T steps in which the neurons may fire."""
@@ -443,26 +486,28 @@ class LoopPerLayer(Spiking):
         trips, true = b.node("Add", "T", heard), b.constant(True, np.bool_)
         spikes, label = b.fresh(f"spikes_{entry.name}"), f"u_{entry.name}"
         inputs = [trips, true, start]
-        b.nodes.append(helper.make_node("Loop", inputs, [f"{label}_end", spikes], name=f"time_{entry.name}", body=body))
+        b.scope.nodes.append(
+            helper.make_node("Loop", inputs, [f"{label}_end", spikes], name=f"time_{entry.name}", body=body)
+        )
         flat = self.flat(spikes, current.shape)  # onnx's reference evaluator stacks the steps in this shape, too
         if not neuron.listen:
-            return flat
+            return Value(flat, current.shape)
         begin, finish = b.node("Reshape", heard, b.indices(1)), b.node("Reshape", trips, b.indices(1))
         steps = b.node("Reshape", flat, b.node("Concat", finish, b.indices(-1, *current.shape), axis=0))
-        return self.flat(b.node("Slice", steps, begin, finish, b.indices(0)), current.shape)
+        return Value(self.flat(b.node("Slice", steps, begin, finish, b.indices(0)), current.shape), current.shape)
 
     def neurons_body(self, entry, current, source, Vthr, kind, heard):
         """The GraphProto of one step of the neurons: it hears its current in the first T steps, then nothing."""
-        b, neuron, nodes, label = self.b, entry.op.neuron, [], f"u_{entry.name}"
+        b, neuron, scope, label = self.b, entry.op.neuron, Scope(), f"u_{entry.name}"
         t, go, u = f"{label}_t", f"{label}_go", f"{label}_before"
-        with b.into(nodes):
+        with b.into(scope):
             going = b.node("Identity", go)
             heard_now = source
             if not current.constant:
                 heard_now = b.node("Gather", source, b.node("Min", t, self.last), axis=0)
             if neuron.listen:
                 heard_now = b.node("Where", b.node("Less", t, "T"), heard_now, b.constant(0.0))
-            may_fire = self.may_fire(neuron, t, heard)
+            may_fire = self.in_time(neuron, t, heard)
             behind, spikes = self.step_neurons(entry, u, heard_now, Vthr, kind, may_fire)
         scalars = [helper.make_tensor_value_info(t, INT64, []), helper.make_tensor_value_info(go, BOOL, [])]
         outputs = [
@@ -470,9 +515,10 @@ class LoopPerLayer(Spiking):
             described(behind, kind, current.shape),
             described(spikes, FLOAT, current.shape),
         ]
-        return helper.make_graph(nodes, label, [*scalars, described(u, kind, current.shape)], outputs)
+        inputs = [*scalars, described(u, kind, current.shape)]
+        return helper.make_graph(scope.nodes, label, inputs, outputs, scope.initializers)
 
-    def may_fire(self, neuron, t, heard):
+    def in_time(self, neuron, t, heard):
         """The name of whether neurons may fire in step `t`, or None if they always may."""
         conditions = []
         if neuron.listen:

@@ -158,7 +158,7 @@ class Walk:
         """Note the value of an op, and its layer if it fires."""
         kind, inputs = type(entry.op).__name__, [self.values.get(node) for node in entry.inputs]
         if kind not in COMPUTED:
-            raise Unfit(f"cores do not compute {kind}")
+            raise Unfit(f"cores do not compute {BEYOND_CORES.get(kind, kind)}")
         value = COMPUTED[kind](self, entry, inputs)
         if entry.op.neuron is not None:
             value = self.fire(entry, value)
@@ -274,6 +274,15 @@ def of_channels(spikes, weight):
     return Synapse(spikes.source, "conv", kernel, math.prod(spikes.shape), groups=spikes.shape[0])
 
 
+BEYOND_CORES = {  # layers that cores do not compute, in words
+    "SpikeConvTranspose2d": "transposed convolutions",
+    "SpikeMaxPool2d": "max pooling",
+    "ConcatOp": "concatenations",
+    "SpikePad": "padding apart from a convolution",
+    "SpikeBatchNorm": "a BatchNorm that was not folded",
+    "MergeSigns": "pairs of signs",
+    "SignedReLU": "pairs of signs",
+}
 COMPUTED = {
     "SpikeConv2d": convolution,
     "SpikeConvBN": convolution,

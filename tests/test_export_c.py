@@ -221,6 +221,7 @@ def test_digits_on_the_trained_network(tmp_path, digits_images, bits, reset_mode
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.skipif(SIZE is None, reason="there are no binutils")
 def test_size_of_the_object_code(tmp_path):
     """Code and tables of a ResNet-20 with 4-bit weights take at most 0.3 times what the packed weights take."""

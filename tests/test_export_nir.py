@@ -49,8 +49,8 @@ def assert_same_spikes(snn, images, path):
     "options",
     [
         {"bits": 4},
-        {"bits": 8},
-        {"bits": 4, "reset_mode": "zero"},
+        pytest.param({"bits": 8}, marks=pytest.mark.slow),
+        pytest.param({"bits": 4, "reset_mode": "zero"}, marks=pytest.mark.slow),
         {"bits": 8, "reset_mode": "zero", "avgpool": "fold"},
         {"bits": 4, "avgpool": "fold", "per_channel": "both"},
     ],
@@ -281,7 +281,7 @@ def test_a_network_with_an_ann_layer_inside_is_refused(tmp_path):
 # Weights in other forms
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     sides=st.tuples(*[st.tuples(st.integers(-2, 3), st.integers(-2, 3))] * 2),

@@ -209,7 +209,7 @@ def test_layers_that_cores_do_not_compute_are_refused():
     snn = convert(net, images, 4)
     assert (
         refusal_of(snn, images)
-        == "conv_transpose1 (up) does not fit PAICORE: cores do not compute SpikeConvTranspose2d"
+        == "conv_transpose1 (up) does not fit PAICORE: cores do not compute transposed convolutions"
     )
 
 

@@ -25,9 +25,19 @@ from pipeline import convert_network
 from spike_simulator import simulate
 
 ROOT = Path(__file__).resolve().parents[1]
-HEADINGS = {"nirtorch": "nirtorch", "spikingjelly": "SpikingJelly", "sinabs": "sinabs", "snntorch": "snnTorch"}
+HEADINGS = {
+    "nirtorch": "nirtorch",
+    "spikingjelly": "SpikingJelly",
+    "sinabs": "sinabs",
+    "snntorch": "snnTorch",
+    "norse": "norse",
+}
 IMAGES, TIMESTEPS = 32, 16
-UNSUPPORTED = {"sinabs": "residual", "snntorch": "reset_mode=zero"}  # as the page says
+UNSUPPORTED = {  # importer -> pattern of the names of networks, as the page says
+    "sinabs": "residual",
+    "snntorch": "reset_mode=zero",
+    "norse": r"residual|^(?!.*reset_mode=zero)",
+}
 FILE = "network.nir"  # the name in the page
 
 
@@ -118,7 +128,10 @@ def networks():
         yield "example_net " + " ".join(f"{key}={value}" for key, value in options.items()), snn, images
     torch.manual_seed(0)
     small = images[:, :, ::2, ::2].contiguous()
-    yield "residual network", convert_network(Residual(), [(small, torch.zeros(len(small)).long())], **fixed).snn, small
+    loader = [(small, torch.zeros(len(small)).long())]
+    for options in ({}, {"reset_mode": "zero"}):
+        snn = convert_network(Residual(), loader, **options, **fixed).snn
+        yield " ".join(["residual network", *(f"{key}={value}" for key, value in options.items())]), snn, small
 
 
 def main(importer):
@@ -128,7 +141,7 @@ def main(importer):
     with tempfile.TemporaryDirectory() as folder:
         for name, snn, images in networks():
             path = os.path.join(folder, FILE)
-            if UNSUPPORTED.get(importer, "none") in name:
+            if importer in UNSUPPORTED and re.search(UNSUPPORTED[importer], name):
                 print(f"{importer}: {name}: not supported")
                 continue
             wrong, counts = differences(importer, snn, images, path)

@@ -1,12 +1,12 @@
 #!/bin/sh
 # Do the lines of docs/export.md make importers of NIR exact? Each is installed into a virtual environment of its own.
-#     sh tools/check_importers.sh                    nirtorch spikingjelly sinabs snntorch
+#     sh tools/check_importers.sh                    nirtorch spikingjelly sinabs snntorch norse
 #     sh tools/check_importers.sh nirtorch sinabs    only these
 # The environments see the packages of $PYTHON (python3), torch among them. Ends with status 1 if a spike differs.
 set -eu
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
-[ "$#" -gt 0 ] || set -- nirtorch spikingjelly sinabs snntorch
+[ "$#" -gt 0 ] || set -- nirtorch spikingjelly sinabs snntorch norse
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
 trap 'exit 130' INT TERM
@@ -18,8 +18,9 @@ packages() { # without dependencies: sinabs and SpikingJelly ask for different v
     spikingjelly) echo "spikingjelly==2.0.0 loguru requests certifi charset-normalizer idna urllib3" ;;
     sinabs) echo "sinabs==3.1.3 pbr setuptools" ;;
     snntorch) echo "snntorch==1.0.0" ;;
+    norse) echo "norse==1.1.0" ;;
     *)
-        echo "error: unknown importer $1, use nirtorch, spikingjelly, sinabs or snntorch" >&2
+        echo "error: unknown importer $1, use nirtorch, spikingjelly, sinabs, snntorch or norse" >&2
         exit 2
         ;;
     esac
