@@ -68,4 +68,4 @@ def safe_name(net_name):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, parse_args)

@@ -32,23 +32,34 @@ def main(args):
     from pipeline import Stopwatch, check_command_line, choose_measure, load_network, make
     from runtime.device import choose_device, seed_everything
     from runtime.files import check_room
+    from runtime.processes import in_turn, is_first, join, leave, start_alike
 
     # find every error in the command line before the work begins
     check_command_line(args)
-    check_outputs(args)
     device = choose_device(args.device)
+    join(device)
+    if is_first():
+        check_outputs(args)
     seed_everything(args.seed)
     choose_input(args)
     clock = Stopwatch()
 
-    test_loader, _, train_loader, train_val_loader = get_dataset(args)
+    test_loader, _, train_loader, train_val_loader = in_turn(lambda: get_dataset(args))
     net, args = load_network(args, train_loader.dataset)
-    check_room(args.save_file, weight_bytes(net))
+    start_alike(net, args.seed)
+    if is_first():
+        check_room(args.save_file, weight_bytes(net))
     clock.lap("data")
     criterion, evaluate = choose_measure(args)
     measure = partial(evaluate, loader=test_loader, device=device, criterion=criterion)
     made = make(args, net, (train_loader, train_val_loader), criterion, device, measure, clock)
+    if leave():
+        write(args, made, (test_loader, train_loader, train_val_loader), device)
 
+
+def write(args, made, loaders, device):
+    """Write, print and export the results. loaders: (test images, training images, calibration images)."""
+    test_loader, train_loader, _ = loaders
     preprocessing = getattr(train_loader.dataset, "preprocessing", None)
     made.snn.preprocessing = None if preprocessing is None else preprocessing.to_dict()
     # save hours of work before printing, because stdout may be closed by now
@@ -56,7 +67,7 @@ def main(args):
     print_results(args, made)
     export(args, made, test_loader)
     if args.report:
-        report(args, made, (test_loader, train_loader, train_val_loader), device)
+        report(args, made, loaders, device)
 
 
 def check_outputs(args):
@@ -194,4 +205,4 @@ def by_timestep(spiking):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, parse_args, shared=True)

@@ -57,6 +57,7 @@ from runtime.batches import batches_of_dataset, first_inputs, loader_for, reusab
 from runtime.cli import did_you_mean
 from runtime.device import choose_device, seed_everything
 from runtime.packages import REPORT_PACKAGES, check_packages
+from runtime.processes import alone, from_first, is_first
 from snn_weight_setter import convert
 from spike_dag import format_table
 from spike_layers import SpikeMaxPool2d
@@ -178,6 +179,9 @@ def make(args, net, loaders, criterion, device, measure, clock=None):
 
     loaders: (training images, calibration images). measure: called like `validate.evaluate`, without loader, device and
     criterion, for each of the three networks; it may return None. clock: a running Stopwatch, or None to start one.
+
+    Several processes (`runtime.processes`) share the training and the measurement. The conversion takes few images: the
+    first process does it for all, so that its thresholds do not depend on the number of processes.
     """
     train_loader, calibration_loader = loaders
     clock, made = clock or Stopwatch(), Networks(net)
@@ -188,12 +192,14 @@ def make(args, net, loaders, criterion, device, measure, clock=None):
     clock.lap("quantize_finetune")
     made.accuracies["qnet"] = measure(made.qnet)
     clock.lap("validate_qnet")
-    made.snn = convert_by_options(made.qnet, calibration_loader, device, args)
+    made.snn = from_first(lambda: convert_by_options(made.qnet, calibration_loader, device, args))
     clock.lap("trans_ann2snn_weight")
     networks = made.snn, made.qnet, made.ann
     made.snn = finetune_on_spikes(*networks, train_loader, calibration_loader, criterion, device, args)
     clock.lap("finetune_on_spikes")
-    tell_where_they_part(made, calibration_loader, device, args)
+    if is_first():
+        with alone():
+            tell_where_they_part(made, calibration_loader, device, args)
     made.accuracies["snn"] = measure(made.snn, timesteps=args.timesteps, every_step=True)
     clock.lap("validate_snn")
     made.seconds = clock.seconds
@@ -246,12 +252,14 @@ def quantize(args, made, loaders, criterion, device):
     train_loader, calibration_loader = loaders
     if args.equalize:
         made.ann = equalize_channels(made.ann)
-    leveled = with_levels(made.ann, calibration_loader, device, args)
+    leveled = from_first(lambda: with_levels(made.ann, calibration_loader, device, args))
     made.qnet = quantize_finetune(leveled, train_loader, criterion, device, args)
     options = QuantizeOptions.of(args)
     if options.rounding == "learnt" and not options.finetune_epochs:
         samples, per_channel = args.calibration_samples, options.weights_per_channel
-        learn_rounding(made.qnet, made.ann, calibration_loader, device, samples, per_channel)
+        made.qnet = from_first(
+            lambda: learn_rounding(made.qnet, made.ann, calibration_loader, device, samples, per_channel)
+        )
 
 
 def with_levels(net, loader, device, args):

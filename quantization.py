@@ -29,6 +29,7 @@ from runtime.batches import (
     split_batch,
     type_of,
 )
+from runtime.processes import average_gradients, check_alike, shares, sums
 from spike_dag import SpikeDAGModule
 
 LONGEST_GRADIENT = 1.0  # largest norm, over all parameters, of the gradient of a finetuning step
@@ -296,6 +297,7 @@ def quantize_train(
 ):
     """Train one epoch on the quantized weights; returns the mean loss per sample.
 
+    Of several processes, each computes a part of every batch (`runtime.processes.shares`), and all take the same step.
     damping: of `dampen`. name: of the epoch, in messages. teacher, distill: of `training_loss`. schedule: learning rate
     schedule that steps with every batch. Gradients are clipped to the norm `LONGEST_GRADIENT`, so that a deep network
     with folded BatchNorms survives its first steps (Pascanu et al., On the Difficulty of Training Recurrent Neural
@@ -303,13 +305,14 @@ def quantize_train(
     """
     net.train()
     total, samples = torch.zeros((), device=device), 0
-    for batch in batches_of(tqdm(train_loader, name, leave=False, delay=1)):
+    for batch in batches_of(tqdm(shares(train_loader), name, leave=False, delay=1)):
         inputs, targets = labelled_batch(batch, device)
         inputs = tuple(x.to(memory_format=memory_format(x)) for x in inputs)
         optimizer.zero_grad()
         loss = training_loss(net, inputs, targets, criterion, teacher, distill)
         loss.backward()
         forget_frozen(net)
+        average_gradients(net.parameters(), len(inputs[0]))
         torch.nn.utils.clip_grad_norm_(net.parameters(), LONGEST_GRADIENT)
         if damping:
             dampen(net, damping)
@@ -321,7 +324,9 @@ def quantize_train(
         samples += len(inputs[0])
     if not samples:
         raise ValueError("no samples to finetune on, the data loader is empty, or runs only once")
-    return check_converges(net, total.item() / samples, name)
+    total, samples = sums(total.item(), samples)
+    check_alike(net)
+    return check_converges(net, total / samples, name)
 
 
 def training_loss(net, inputs, targets, criterion, teacher, distill):

@@ -57,19 +57,24 @@ def main(args):
     from datasets import check_dataset_name, get_dataset
     from runtime.device import choose_device, seed_everything
     from runtime.files import check_room, check_writable
+    from runtime.processes import in_turn, is_first, join, leave, start_alike
 
     save_file = args.save_file or f"checkpoint/{args.net_name}_ann.pth"
     choose_input(args)
     check_dataset_name(args.dataset)
     check_flags(args)
-    check_writable(save_file)
-    check_writable(unfinished(save_file))
     device = choose_device(args.device)
+    join(device)
+    if is_first():
+        check_writable(save_file)
+        check_writable(unfinished(save_file))
     seed_everything(args.seed)
-    test_loader, val_loader, train_loader, _ = get_dataset(args)
+    test_loader, val_loader, train_loader, _ = in_turn(lambda: get_dataset(args))
     net = load_network(args, train_loader.dataset)
+    start_alike(net, args.seed)
     start = copy.deepcopy(net.state_dict()) if args.average else None
-    check_room(save_file, 2 * sum(each.numel() * each.element_size() for each in net.parameters()))  # with its .part
+    if is_first():  # room for the file and its .part
+        check_room(save_file, 2 * sum(each.numel() * each.element_size() for each in net.parameters()))
     net.to(device, memory_format=torch.channels_last)
     teacher = load_teacher(args, train_loader.dataset, device)
 
@@ -80,8 +85,10 @@ def main(args):
         if len(val_loader.dataset):
             line += f"  validation {in_words(measure(net, val_loader, criterion))}"
         print(line, file=sys.stderr)
-        save(unfinished(save_file), net, args, epoch)
-
+        if is_first():
+            save(unfinished(save_file), net, args, epoch)
+    if not leave():
+        return
     if args.average:
         average_weights(net, start, args.average, train_loader, device)
     save(save_file, net, args, args.epochs)
@@ -240,10 +247,11 @@ def train_epoch(net, loader, criterion, optimizer, schedule, device, bf16, name,
     from tqdm import tqdm
 
     from quantization import distillation_loss
+    from runtime.processes import average_buffers, average_gradients, check_alike, count, shares, sums
 
     net.train()
     total = torch.zeros((), device=device)
-    for inputs, targets in tqdm(loader, name, leave=False, delay=1):
+    for inputs, targets in tqdm(shares(loader), name, leave=False, delay=1):
         inputs, targets = inputs.to(device, memory_format=torch.channels_last), targets.to(device)
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -254,15 +262,17 @@ def train_epoch(net, loader, criterion, optimizer, schedule, device, bf16, name,
                     wanted = teacher(inputs).float()
                 loss = 0.1 * loss + 0.9 * distillation_loss(outputs.float(), wanted)
         loss.backward()
+        average_gradients(net.parameters(), len(inputs))
         optimizer.step()
         schedule.step()
         total += loss.detach()
-    mean = total.item() / len(loader)
+    average_buffers(net)
+    check_alike(net)
+    mean = sums(total.item() / len(loader))[0] / count()
     if not (mean < float("inf") and all(torch.isfinite(p).all() for p in net.parameters())):
         raise ValueError(f"training diverged in {name} (loss {mean}), lower --lr")
     return mean
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    run_script(main, arguments)
+    run_script(main, parse_args, shared=True)

@@ -48,6 +48,7 @@ from runtime.batches import (
     reusable,
     split_batch,
 )
+from runtime.processes import average_gradients, check_alike, from_first, shares
 from spike_dag import one_or_all
 from spike_simulator import Stages, bound_currents, cut, each_part, run_ops
 from spike_tensor import Memory, SpikeTensor
@@ -130,7 +131,7 @@ def run_epochs(snn, layers, loader, device, epochs, lr, part_size, how):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * count_batches(loader)))
     for epoch in range(1, epochs + 1):
         samples = 0
-        for batch in batches_of(tqdm(loader, f"finetune spikes, epoch {epoch}", leave=False, delay=1)):
+        for batch in batches_of(tqdm(shares(loader), f"finetune spikes, epoch {epoch}", leave=False, delay=1)):
             inputs, targets = batch_of(batch, device, how["criterion"] is not None)
             samples += len(inputs[0])
             optimizer.zero_grad()
@@ -139,6 +140,7 @@ def run_epochs(snn, layers, loader, device, epochs, lr, part_size, how):
                 if not torch.isfinite(loss):
                     raise ValueError(f"finetuning on spikes diverged in epoch {epoch}, lower its learning rate")
                 (loss * (len(part[0]) / len(inputs[0]))).backward()
+            average_gradients((p for group in optimizer.param_groups for p in group["params"]), len(inputs[0]))
             optimizer.step()
             schedule.step()
             set_integers(layers)
@@ -146,6 +148,7 @@ def run_epochs(snn, layers, loader, device, epochs, lr, part_size, how):
                 neuron.set_start()
         if not samples:
             raise ValueError("no samples to finetune on, the data loader is empty, or runs only once")
+        check_alike(snn)
 
 
 def groups_by_width(layers, lr):
@@ -187,10 +190,10 @@ def finetune_on_spikes(snn, qnet, ann, train_loader, calibration_loader, criteri
     options = SpikeFinetuneOptions.of(args)
     how = {"lr": options.spike_lr, "teacher": ann, "gradient": options.spike_gradient}
     if options.spike_epochs_unlabelled:
-        few = first_images(loader_for(snn, calibration_loader), args.calibration_samples)
+        few = from_first(lambda: first_images(loader_for(snn, calibration_loader), args.calibration_samples))
         kept_out, learnt_from = few[HELD_OUT - 1 :: HELD_OUT], [b for i, b in enumerate(few, 1) if i % HELD_OUT]
         trained = finetune_spikes(snn, learnt_from, device, options.spike_epochs_unlabelled, qnet=qnet, **how)
-        if is_nearer(trained, snn, ann, kept_out, device):
+        if from_first(lambda: is_nearer(trained, snn, ann, kept_out, device)):
             snn = qnet = trained
     if options.spike_epochs:
         snn = finetune_spikes(snn, train_loader, device, options.spike_epochs, criterion=criterion, qnet=qnet, **how)
