@@ -30,14 +30,13 @@ def main(args):
     from build_network import choose_input
     from datasets import get_dataset
     from pipeline import Stopwatch, check_command_line, choose_measure, load_network, make
-    from runtime.device import choose_device, seed_everything
+    from runtime.device import seed_everything
     from runtime.files import check_room
     from runtime.processes import in_turn, is_first, join, leave, start_alike
 
     # find every error in the command line before the work begins
     check_command_line(args)
-    device = choose_device(args.device)
-    join(device)
+    device = join(args.device)
     if is_first():
         check_outputs(args)
     seed_everything(args.seed)
@@ -46,7 +45,7 @@ def main(args):
 
     test_loader, _, train_loader, train_val_loader = in_turn(lambda: get_dataset(args))
     net, args = load_network(args, train_loader.dataset)
-    start_alike(net, args.seed)
+    start_alike(net)
     if is_first():
         check_room(args.save_file, weight_bytes(net))
     clock.lap("data")

@@ -55,7 +55,7 @@ def main(args):
 
     from build_network import choose_input
     from datasets import check_dataset_name, get_dataset
-    from runtime.device import choose_device, seed_everything
+    from runtime.device import seed_everything
     from runtime.files import check_room, check_writable
     from runtime.processes import in_turn, is_first, join, leave, start_alike
 
@@ -63,15 +63,14 @@ def main(args):
     choose_input(args)
     check_dataset_name(args.dataset)
     check_flags(args)
-    device = choose_device(args.device)
-    join(device)
+    device = join(args.device)
     if is_first():
         check_writable(save_file)
         check_writable(unfinished(save_file))
     seed_everything(args.seed)
     test_loader, val_loader, train_loader, _ = in_turn(lambda: get_dataset(args))
     net = load_network(args, train_loader.dataset)
-    start_alike(net, args.seed)
+    start_alike(net)
     start = copy.deepcopy(net.state_dict()) if args.average else None
     if is_first():  # room for the file and its .part
         check_room(save_file, 2 * sum(each.numel() * each.element_size() for each in net.parameters()))

@@ -7,17 +7,12 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from runtime.processes import own_device, started
-
 
 def choose_device(name):
     """The `torch.device` for "auto" (the least loaded GPU by GPUtil, else the CPU), "cpu", "cuda" or "cuda:N".
 
-    Of several processes, each gets a GPU of its own (`own_device`). Raises ValueError for an unknown name or a GPU that
-    torch does not see.
+    Raises ValueError for an unknown name or a GPU that torch does not see.
     """
-    if started() > 1:
-        return own_device(name)
     if name == "auto":
         return torch.device(least_loaded_gpu() if torch.cuda.is_available() else "cpu")
     try:

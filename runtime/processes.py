@@ -1,6 +1,6 @@
 """Several processes that share one run: `torchrun --nproc_per_node N ann2snn.py ...`.
 
-join(device)                                  # once, at the start; without torchrun it does nothing
+device = join(args.device)                    # once, at the start
 for batch in shares(loader): ...              # training: this process's part of every batch
 average_gradients(parameters, len(inputs))    # ... and one optimizer step with the gradient of the whole batch
 for batch in own_batches(loader): ...         # measuring: every count()-th batch, as it is
@@ -77,15 +77,19 @@ def own_device(name):
     return device
 
 
-def join(device):
-    """Meet the other processes that torchrun started; nothing without it. NCCL connects GPUs, gloo everything else.
+def join(name):
+    """The device for --device `name`, after this process has met the others that torchrun started, if it did.
 
-    Raises ValueError if torchrun's environment is incomplete or the processes do not find each other.
+    NCCL connects GPUs, gloo everything else. Raises ValueError for a wrong device (`choose_device`, `own_device`), and
+    if torchrun's environment is incomplete or the processes do not find each other.
     """
-    if started() == 1 or GROUP:
-        return
+    from runtime.device import choose_device
+
+    if started() == 1:
+        return choose_device(name)
     import torch.distributed as dist
 
+    device = own_device(name)
     try:
         store, number, total = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -97,6 +101,7 @@ def join(device):
             f"one of {started()} processes (WORLD_SIZE) does not find the others, start it with torchrun ({error})"
         ) from error
     GROUP.update(store=store, rank=number, count=total)
+    return device
 
 
 def leave():
@@ -244,22 +249,15 @@ def on_cpu(net):
     return net
 
 
-def start_alike(net, seed):
-    """Give a network the weights that the first process has, in place, and every process random numbers of its own.
-
-    The first goes on with its random numbers, so that a run of one process changes in nothing.
-    """
+def start_alike(net):
+    """Give a network the weights that it has in the first process, in place."""
     if count() == 1:
         return
     import torch
 
-    from runtime.device import seed_everything
-
     with torch.no_grad():
         for tensor, wanted in zip(tensors_of(net), from_first(lambda: [x.cpu() for x in tensors_of(net)])):
             tensor.copy_(wanted)
-    if not is_first():
-        seed_everything(seed + rank())
 
 
 def tensors_of(net):
@@ -369,8 +367,17 @@ class Shares:
         loader = self.loader
         is_map = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
         if is_map and loader.batch_sampler is not None:
-            return iter(self.reader(*from_first(lambda: drawn(loader))))
+            batches, seed = from_first(lambda: drawn(loader))
+            self.seed_others(seed)
+            return iter(self.reader(batches, seed))
         return iter(self.of_batches(loader if isinstance(loader, (list, tuple)) else sent_batches(loader)))
+
+    def seed_others(self, seed):
+        """Let every process but the first draw other random numbers in this pass, for augmentations."""
+        from runtime.device import seed_everything
+
+        if not is_first():
+            seed_everything(seed + rank())
 
     def of_indices(self, batches):
         """This process's part of a list of batches, each a list of indices."""
@@ -395,7 +402,7 @@ class Shares:
             timeout=like.timeout,
             worker_init_fn=like.worker_init_fn,
             multiprocessing_context=like.multiprocessing_context,
-            generator=torch.Generator().manual_seed(seed + rank()),  # other augmentations in every process
+            generator=torch.Generator().manual_seed(seed + rank()),  # other numbers in the workers, too
             **with_workers,
         )
 
@@ -405,6 +412,9 @@ class OwnBatches(Shares):
 
     def __len__(self):
         return len(range(rank(), len(self.loader), count()))
+
+    def seed_others(self, seed):
+        """Measuring draws no random numbers."""
 
     def of_indices(self, batches):
         return batches[rank() :: count()]
@@ -418,7 +428,7 @@ def drawn(loader):
     import torch
 
     seed = torch.empty((), dtype=torch.int64).random_(generator=loader.generator).item()
-    return [list(batch) for batch in loader.batch_sampler], seed % 2**32
+    return [list(batch) for batch in loader.batch_sampler], seed % 2**31  # NumPy takes seeds below 2**32
 
 
 def sent_batches(loader):
