@@ -29,6 +29,7 @@ def main(args):
     # imported here so that --help and errors in the command line appear at once
     from build_network import choose_input
     from datasets import get_dataset
+    from finetuning.long_runs import open_progress
     from pipeline import Stopwatch, check_command_line, choose_measure, load_network, make
     from runtime.device import choose_device, seed_everything
     from runtime.files import check_room
@@ -47,12 +48,15 @@ def main(args):
     clock.lap("data")
     criterion, evaluate = choose_measure(args)
     measure = partial(evaluate, loader=test_loader, device=device, criterion=criterion)
-    made = make(args, net, (train_loader, train_val_loader), criterion, device, measure, clock)
+    loaders = train_loader, train_val_loader
+    with open_progress(args, f"{args.save_file}.state", net, loaders) as progress:
+        made = make(args, net, loaders, criterion, device, measure, clock, progress)
 
-    preprocessing = getattr(train_loader.dataset, "preprocessing", None)
-    made.snn.preprocessing = None if preprocessing is None else preprocessing.to_dict()
-    # save hours of work before printing, because stdout may be closed by now
-    save(args, made)
+        preprocessing = getattr(train_loader.dataset, "preprocessing", None)
+        made.snn.preprocessing = None if preprocessing is None else preprocessing.to_dict()
+        # save hours of work before printing, because stdout may be closed by now
+        save(args, made)
+        progress.remove_state()
     print_results(args, made)
     export(args, made, test_loader)
     if args.report:
