@@ -29,6 +29,7 @@ def main(args):
     # imported here so that --help and errors in the command line appear at once
     from build_network import choose_input
     from datasets import get_dataset
+    from finetuning.long_runs import open_progress
     from pipeline import Stopwatch, check_command_line, choose_measure, load_network, make
     from runtime.device import seed_everything
     from runtime.files import check_room
@@ -51,22 +52,18 @@ def main(args):
     clock.lap("data")
     criterion, evaluate = choose_measure(args)
     measure = partial(evaluate, loader=test_loader, device=device, criterion=criterion)
-    made = make(args, net, (train_loader, train_val_loader), criterion, device, measure, clock)
-    if leave():
-        write(args, made, (test_loader, train_loader, train_val_loader), device)
-
-
-def write(args, made, loaders, device):
-    """Write, print and export the results. loaders: (test images, training images, calibration images)."""
-    test_loader, train_loader, _ = loaders
-    preprocessing = getattr(train_loader.dataset, "preprocessing", None)
-    made.snn.preprocessing = None if preprocessing is None else preprocessing.to_dict()
-    # save hours of work before printing, because stdout may be closed by now
-    save(args, made)
+    loaders = train_loader, train_val_loader
+    with open_progress(args, f"{args.save_file}.state", net, loaders, is_first()) as progress:
+        made = make(args, net, loaders, criterion, device, measure, clock, progress)
+        if not leave():
+            return
+        # save hours of work before printing, because stdout may be closed by now
+        save(args, made, train_loader.dataset)
+        progress.remove_state()
     print_results(args, made)
     export(args, made, test_loader)
     if args.report:
-        report(args, made, loaders, device)
+        report(args, made, (test_loader, *loaders), device)
 
 
 def check_outputs(args):
@@ -86,10 +83,12 @@ def weight_bytes(net):
     return sum(parameter.numel() * parameter.element_size() for parameter in net.parameters())
 
 
-def save(args, made):
-    """Write the spiking network and, with --results, all results as JSON."""
+def save(args, made, images):
+    """Write the spiking network and, with --results, all results as JSON. images: the data set that it takes."""
     from runtime.files import after_writing, write_json, write_torch
 
+    preprocessing = getattr(images, "preprocessing", None)
+    made.snn.preprocessing = None if preprocessing is None else preprocessing.to_dict()
     write_torch(args.save_file, made.snn.cpu())
     if args.results:
         with after_writing(args.save_file):

@@ -58,6 +58,7 @@ from runtime.cli import did_you_mean
 from runtime.device import choose_device, seed_everything
 from runtime.packages import REPORT_PACKAGES, check_packages
 from runtime.processes import alone, from_first, is_first
+from runtime.progress import Progress
 from snn_weight_setter import convert
 from spike_dag import format_table
 from spike_layers import SpikeMaxPool2d
@@ -174,28 +175,30 @@ def options_by_name(preset, options):
     return args
 
 
-def make(args, net, loaders, criterion, device, measure, clock=None):
+def make(args, net, loaders, criterion, device, measure, clock=None, progress=None):
     """Quantize, finetune, convert and measure a traced network that `load_network` prepared; returns Networks.
 
     loaders: (training images, calibration images). measure: called like `validate.evaluate`, without loader, device and
     criterion, for each of the three networks; it may return None. clock: a running Stopwatch, or None to start one.
+    progress: a `runtime.progress.Progress`, through which the trainings run, or None for a plain one.
 
     Several processes (`runtime.processes`) share the training and the measurement. The conversion takes few images: the
     first process does it for all, so that its thresholds do not depend on the number of processes.
     """
+    progress = progress or Progress()
     train_loader, calibration_loader = loaders
     clock, made = clock or Stopwatch(), Networks(net)
     made.accuracies["ann"] = measure(net)
     check_float_accuracy(made.accuracies["ann"], args, train_loader)
     clock.lap("validate_ann")
-    quantize(args, made, loaders, criterion, device)
+    quantize(args, made, loaders, criterion, device, progress)
     clock.lap("quantize_finetune")
     made.accuracies["qnet"] = measure(made.qnet)
     clock.lap("validate_qnet")
     made.snn = from_first(lambda: convert_by_options(made.qnet, calibration_loader, device, args))
     clock.lap("trans_ann2snn_weight")
     networks = made.snn, made.qnet, made.ann
-    made.snn = finetune_on_spikes(*networks, train_loader, calibration_loader, criterion, device, args)
+    made.snn = finetune_on_spikes(*networks, train_loader, calibration_loader, criterion, device, args, progress)
     clock.lap("finetune_on_spikes")
     if is_first():
         with alone():
@@ -247,19 +250,22 @@ def where_they_part(of_qnet, of_snn, images, depth, args):
     return None
 
 
-def quantize(args, made, loaders, criterion, device):
+def quantize(args, made, loaders, criterion, device, progress):
     """Set `made.qnet` to the quantized and finetuned `made.ann`; with `args.equalize`, equalize `made.ann` first."""
     train_loader, calibration_loader = loaders
     if args.equalize:
         made.ann = equalize_channels(made.ann)
     leveled = from_first(lambda: with_levels(made.ann, calibration_loader, device, args))
-    made.qnet = quantize_finetune(leveled, train_loader, criterion, device, args)
+    made.qnet = quantize_finetune(leveled, train_loader, criterion, device, args, progress)
     options = QuantizeOptions.of(args)
     if options.rounding == "learnt" and not options.finetune_epochs:
         samples, per_channel = args.calibration_samples, options.weights_per_channel
-        made.qnet = from_first(
-            lambda: learn_rounding(made.qnet, made.ann, calibration_loader, device, samples, per_channel)
-        )
+        how = made.qnet, made.ann, calibration_loader, device, samples, per_channel
+
+        def learn():
+            made.qnet = from_first(lambda: learn_rounding(*how))
+
+        progress.once("rounding", made.qnet, learn)
 
 
 def with_levels(net, loader, device, args):

@@ -1,16 +1,15 @@
 """Shared code of the command-line scripts: a parser with one-line errors, and exit statuses. Imports nothing slow.
 
-Exit status 0 means success, 1 an interrupted run (Ctrl-C, SIGTERM, SIGHUP) or a traceback, 2 an error that the user can
-correct.
+Exit status 0 means success, 1 a traceback, 2 an error that the user can correct, 128 and the signal's number an
+interrupted run: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
 """
 
 import argparse
-import contextlib
 import difflib
-import signal
 import sys
 
 from runtime.failures import in_one_line, squeeze
+from runtime.interrupts import INTERRUPTED, signals_as_interrupts
 from runtime.processes import ProcessEnded, fails_first, first_speaks, say_last, started
 from runtime.streams import steady_streams
 
@@ -113,11 +112,11 @@ def run_script(main, args, shared=False):
                 check_alone()
             args = args() if callable(args) else args
             main(args)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             say_last("interrupted, no result is half-written")
-            sys.exit(1)
+            sys.exit(getattr(interrupt, "status", INTERRUPTED))
         except ProcessEnded as error:
-            say_last(f"error: {error}, no result is half-written")
+            say_last(f"error: {error}")
             sys.exit(1)
         except Exception as error:
             line = None if getattr(args, "debug", False) else in_one_line(error, args)
@@ -133,27 +132,3 @@ def check_alone():
     """Raise ValueError if torchrun started several processes: each would repeat the work and write the same files."""
     if started() > 1:
         raise ValueError(f"started as one of {started()} processes (WORLD_SIZE), start it without torchrun")
-
-
-@contextlib.contextmanager
-def signals_as_interrupts():
-    """Context in which SIGTERM and SIGHUP end the run like Ctrl-C, so that no temporary file is left.
-
-    A signal that is already ignored, such as SIGHUP under nohup, stays ignored. Outside the main thread nothing
-    changes, because only the main thread can set handlers.
-    """
-
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-
-    before = {}
-    with contextlib.suppress(ValueError):
-        for name in ("SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
-                before[number] = signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

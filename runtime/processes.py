@@ -1,7 +1,7 @@
 """Several processes that share one run: `torchrun --nproc_per_node N ann2snn.py ...`.
 
 device = join(args.device)                    # once, at the start
-for batch in shares(loader): ...              # training: this process's part of every batch
+for batch in shares(loader): ...              # training: this process's part of every batch (`Progress.batches`)
 average_gradients(parameters, len(inputs))    # ... and one optimizer step with the gradient of the whole batch
 for batch in own_batches(loader): ...         # measuring: every count()-th batch, as it is
 net = from_first(lambda: convert(...))        # what one process computes for all
@@ -24,6 +24,7 @@ from datetime import timedelta
 # The first process may convert for long while others wait. One that ends is noticed at once, by its closed connections.
 PATIENCE = timedelta(days=1)
 KNOCKS = timedelta(seconds=10)  # for a store that may have ended
+UNHARMED = "no result is half-written"
 GROUP = {}  # "store", "rank", "count" between `join` and `leave`; empty in a run of one process
 SPEAKERS = {}  # "stderr": the stream on which a silent process may still say why the run ends
 
@@ -135,7 +136,7 @@ def noticing_the_end():
     try:
         yield
     except RuntimeError as error:
-        raise ProcessEnded("another process of the run ended") from error
+        raise ProcessEnded(f"another process of the run ended, {UNHARMED}") from error
 
 
 @contextlib.contextmanager
@@ -207,7 +208,7 @@ def exchange(value):
 
 def sums(*numbers):
     """The sum of each number over all processes, a list of floats; the numbers themselves in a run of one."""
-    return list(numbers) if count() == 1 else [float(sum(each)) for each in zip(*exchange(numbers))]
+    return list(numbers) if count() == 1 else [sum(each) for each in zip(*exchange([float(x) for x in numbers]))]
 
 
 def from_first(compute):
