@@ -95,7 +95,7 @@ def main(args):
 
 
 def check_files(save_file, size=0):
-    """Raise OSError if the checkpoint or that of every epoch cannot be written, or there is no room for `size` bytes."""
+    """Raise OSError if the checkpoint or that of an epoch cannot be written, or there is no room for `size` bytes."""
     from runtime.files import check_room, check_writable
     from runtime.processes import is_first
 

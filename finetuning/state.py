@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from runtime.files import write_torch
 from runtime.interrupts import SIGNALS, Interrupt
-from runtime.processes import UNHARMED, ProcessEnded, count
+from runtime.processes import UNHARMED, ProcessEnded, count, interrupted
 from runtime.torch_files import OtherFile, read_torch_file
 
 FORMAT = "training state 1"
@@ -213,7 +213,7 @@ class State:
 
     def leave_others(self, error):
         """Raise ProcessEnded, with where to go on: torchrun ends all processes by a signal if one of them dies."""
-        what = error if isinstance(error, ProcessEnded) else f"interrupted, or another process ended, {UNHARMED}"
+        what = error if isinstance(error, ProcessEnded) else f"{interrupted()}, {UNHARMED}"
         how = f"; --resume goes on from {self.path}" if os.path.exists(self.path) else ""
         raise ProcessEnded(f"{what}{how}") from error
 

@@ -10,7 +10,7 @@ import sys
 
 from runtime.failures import in_one_line, squeeze
 from runtime.interrupts import INTERRUPTED, signals_as_interrupts
-from runtime.processes import ProcessEnded, fails_first, first_speaks, say_last, started
+from runtime.processes import UNHARMED, ProcessEnded, fails_first, first_speaks, interrupted, say_last, started
 from runtime.streams import steady_streams
 
 
@@ -113,7 +113,7 @@ def run_script(main, args, shared=False):
             args = args() if callable(args) else args
             main(args)
         except KeyboardInterrupt as interrupt:
-            say_last("interrupted, no result is half-written")
+            say_last(f"{interrupted()}, {UNHARMED}")
             sys.exit(getattr(interrupt, "status", INTERRUPTED))
         except ProcessEnded as error:
             say_last(f"error: {error}")

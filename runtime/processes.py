@@ -156,10 +156,16 @@ def first_speaks():
             SPEAKERS.clear()
 
 
+def interrupted():
+    """The cause of a signal in words: torchrun sends one to all processes if one of them ends."""
+    return "interrupted" if started() == 1 else "interrupted, or another process ended"
+
+
 def say_last(line):
     """Print why the run ends on stderr; of several processes only the first that fails does."""
     if fails_first():
-        print(line, file=SPEAKERS.get("stderr", sys.stderr), flush=True)
+        # the first process may have left a bar in the line
+        print(*["\n"] * ("stderr" in SPEAKERS), line, file=SPEAKERS.get("stderr", sys.stderr), sep="", flush=True)
 
 
 def fails_first():

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -323,22 +324,111 @@ def test_training_and_measuring_are_those_of_one_process(small, count, batch_siz
 # Whole runs
 
 
-def torchrun(count, *arguments, **options):
-    """A run of `count` processes in the repository's root."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def command(count, *arguments):
+    """The command of a run in one process, or of torchrun in several."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    return [sys.executable, *torchrun * (count > 1), *map(str, arguments)]
+
+
+def start(count, *arguments):
+    """The end of a run in the repository's root."""
     return subprocess.run(
-        [*command, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        command(count, *arguments), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
 
 
-def lines_of(run):
-    """What a run said on stderr in one line."""
-    return [line for line in re.split(r"[\r\n]", run.stderr) if re.match("(error|warning|interrupted|preset)", line)]
+def lines_of(stderr):
+    """What a run itself said on stderr, without bars and the report of torchrun."""
+    return [line for line in re.split(r"[\r\n]", stderr) if re.match("error|warning|interrupted|preset|epoch", line)]
 
 
 def test_other_scripts_run_in_one_process():
-    run = torchrun(2, "analyse_error.py", "example_net")
-    assert run.returncode and lines_of(run) == [
+    run = start(2, "show.py", "none.pth")
+    assert run.returncode and lines_of(run.stderr) == [
         "error: started as one of 2 processes (WORLD_SIZE), start it without torchrun"
     ]
+
+
+CONVERT = ["ann2snn.py", "example_net", "--ann_weight", WEIGHTS, "--device", "cpu"]
+
+
+@pytest.mark.slow
+def test_without_training_the_result_is_that_of_one_process(tmp_path):
+    """The file byte for byte, with thresholds and weights, and every figure."""
+    printed, files, results = [], [], []
+    for count in (1, 2, 3):
+        file, numbers = tmp_path / "snn.pth", tmp_path / "results.json"
+        run = start(count, *CONVERT, "-e", "0", "--save_file", file, "--results", numbers)
+        assert run.returncode == 0, run.stderr
+        printed.append(run.stdout)
+        files.append(file.read_bytes())
+        results.append({key: value for key, value in json.loads(numbers.read_text()).items() if key != "seconds"})
+    assert printed[0] == printed[1] == printed[2] and "SNN, T=16      98.33" in printed[0]
+    assert files[0] == files[1] == files[2] and results[0] == results[1] == results[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count, batch_size", [(2, 128), (3, 100)])
+def test_the_accuracy_after_training_is_that_of_one_process(count, batch_size, tmp_path):
+    """Within 1 point, of which 360 images make 3.6: another seed moves it as much. All processes end alike."""
+    flags = ["-e", "4", "--spike_epochs", "1", "--activation_levels", "8", "--timesteps", "8"]
+    top1 = []
+    for processes_ in (1, count):
+        numbers = tmp_path / "results.json"
+        own = [*flags, "--batch_size", batch_size, "--results", numbers, "--save_file", tmp_path / "snn.pth"]
+        run = start(processes_, *CONVERT, *own)
+        assert run.returncode == 0, run.stderr
+        top1.append([json.loads(numbers.read_text())[f"{name}_top1"] for name in ("ann", "qnet", "snn")])
+    assert top1[0][0] == top1[1][0] and min(top1[0]) > 96
+    assert all(abs(one - several) < 1 for one, several in zip(*top1))
+    assert sorted(os.listdir(tmp_path)) == sorted(
+        {"results.json", "snn.pth", *os.listdir(tmp_path)} - {"snn.pth.state"}
+    )
+
+
+@pytest.mark.slow
+def test_train_ann(tmp_path):
+    """The same number of steps, whose BatchNorms see half of a batch each; a teacher and averaged weights too."""
+    file = tmp_path / "ann.pth"
+    own = ["--epochs", "2", "--val_share", "0.1", "--average", "1", "--save_file", file, "--device", "cpu"]
+    run = start(2, "train_ann.py", "example_net", "--lr", "0.01", "--ann_weight", WEIGHTS, *own)
+    assert run.returncode == 0, run.stderr
+    assert len([line for line in lines_of(run.stderr) if line.startswith("epoch")]) == 2
+    assert float(re.search(r"test top-1 ([\d.]+) %", run.stdout)[1]) > 95 and run.stdout.count("saved") == 1
+    assert torch.load(file, weights_only=True)["epochs"] == 2 and os.listdir(tmp_path) == ["ann.pth"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_run_goes_on_behind_a_process_that_died(dies, tmp_path):
+    """One line names the state; with --resume the result is that of a run that nothing cut off, byte for byte."""
+    file, state = tmp_path / "snn.pth", tmp_path / "snn.pth.state"
+    flags = [*CONVERT, "-e", "20", "--save_file"]
+    run = subprocess.Popen(command(2, *flags, file), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    while not state.exists() and run.poll() is None:
+        time.sleep(0.05)
+    os.kill(children(run.pid)[dies], signal.SIGKILL)
+    said = lines_of(run.communicate(timeout=60)[1])
+    how = f"no result is half-written; --resume goes on from {state}"
+    assert len(said) == 1 and said[0].endswith(how) and "another process" in said[0]
+    assert run.returncode == 1 and os.listdir(tmp_path) == ["snn.pth.state"]
+    resumed = start(2, *flags, file, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    whole = start(2, *flags, tmp_path / "whole.pth")
+    assert whole.returncode == 0 and file.read_bytes() == (tmp_path / "whole.pth").read_bytes()
+    assert not state.exists()
+
+
+def children(parent):
+    """Rank -> process id of the processes that torchrun started."""
+    found = {}
+    for number in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+            names = dict(x.split("=", 1) for x in Path(f"/proc/{number}/environ").read_text().split("\0") if "=" in x)
+            if int(fields[1]) == parent and "RANK" in names:
+                found[int(names["RANK"])] = int(number)
+    return found
