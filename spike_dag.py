@@ -70,8 +70,7 @@ class SpikeDAGModule(nn.Module):
         self.timesteps = None
         self.memory_budget = None
         self.scales_of_conversion = None
-        self.preprocessing = None
-        self.quantized_by = None
+        self.preprocessing = self.quantized_by = None
         self.largest_by_shape = {}
 
     def add_input(self, node):
@@ -222,7 +221,8 @@ class SpikeDAGModule(nn.Module):
 
     def to_dict(self):
         """The whole network as plain data: names, numbers and tensors."""
-        data = {
+        by = {} if self.quantized_by is None else {"quantized_by": self.quantized_by}
+        return {
             "format": FORMAT,
             "inputs_nodes": self.inputs_nodes,
             "outputs_nodes": self.outputs_nodes,
@@ -230,8 +230,8 @@ class SpikeDAGModule(nn.Module):
             "preprocessing": self.preprocessing,
             "training": self.training,
             "ops": [op_to_dict(entry) for entry in self.ops.values()],
+            **by,
         }
-        return data if self.quantized_by is None else {**data, "quantized_by": self.quantized_by}
 
     def __reduce__(self):
         data = self.to_dict()

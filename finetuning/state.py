@@ -204,6 +204,8 @@ class State:
             print(f"go on with: {resuming_command()}", file=sys.stderr)
         if is_signal and not isinstance(error, KeyboardInterrupt):
             raise Interrupt(number) from error
+        if isinstance(error, ValueError) and not self.done:
+            self.remove()  # a training that diverged would do so again
         if isinstance(error, OSError) and self.exists:
             raise OSError(f"{error}; --resume goes on from {self.path}") from error
 

@@ -186,7 +186,8 @@ def test_without_a_state_there_is_nothing_to_resume(folder, tmp_path, capsys):
     argv = convert(folder, "-e 1", tmp_path / "net.pth")
     line = refused(capsys, ann2snn, [*argv, "--resume"])
     assert line == (
-        f"error: --resume: there is no {tmp_path}/net.pth.state, the run ended or has not trained yet: leave --resume out"
+        f"error: --resume: there is no {tmp_path}/net.pth.state, the run ended or has not trained yet: "
+        "leave --resume out"
     )
     assert os.listdir(tmp_path) == []
 
@@ -197,7 +198,7 @@ def test_without_a_state_there_is_nothing_to_resume(folder, tmp_path, capsys):
         (lambda data: data[: len(data) // 2], "holds no state of a training, it is truncated"),
         (
             lambda data: data[:5000] + bytes([data[5000] ^ 1]) + data[5001:],
-            "holds no state of a training, it is damaged",
+            "no state of a training, it is damaged",
         ),
         (lambda data: b"", "holds no state of a training, it is empty"),
     ],
