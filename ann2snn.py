@@ -14,6 +14,9 @@ from command_line import add_conversion_flags, parse_conversion
 from runtime.cli import OneLineParser, run_script
 from script_options import OutputOptions
 
+# Flags that say nothing about a result.
+NOT_OF_RESULT = ("debug", "results", "report", "resume", "max_minutes", "log", "given")
+
 
 def parse_args(argv=None):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,7 +57,7 @@ def main(args):
     measure = partial(evaluate, loader=test_loader, device=device, criterion=criterion)
     loaders = train_loader, train_val_loader
     with open_progress(args, f"{args.save_file}.state", net, loaders, is_first()) as progress:
-        made = make(args, net, loaders, criterion, device, measure, clock, progress)
+        made = make(args, net, loaders, criterion, device, measure, clock, progress, qnet_keeper(args))
         if not leave():
             return
         # save hours of work before printing, because stdout may be closed by now
@@ -69,13 +72,26 @@ def main(args):
 def check_outputs(args):
     """Raise OSError if a result cannot be written, and ValueError if two results have the same file."""
     from export.formats import check_exports
+    from finetuning.saved import file_of_qnet, learns_qnet
     from runtime.files import check_different, check_folder, check_writable
 
     check_writable(args.save_file)
     check_writable(args.results)
+    qnet = file_of_qnet(args.save_file) if learns_qnet(args) else None
+    check_writable(qnet)
     check_folder(args.report)
     pages = [os.path.join(args.report, page) for page in ("report.html", "report.json")] if args.report else []
-    check_different(args.save_file, args.results, args.report, *pages, *check_exports(args))
+    results = args.save_file, qnet, args.qnet, f"{args.save_file}.state", args.results, args.report
+    check_different(*results, *pages, *check_exports(args))
+
+
+def qnet_keeper(args):
+    """A function that writes the quantized network beside the result; None if this process does not have to."""
+    from finetuning.saved import file_of_qnet, learns_qnet, save_qnet
+    from runtime.processes import is_first
+
+    writes = learns_qnet(args) and is_first()
+    return partial(save_qnet, file_of_qnet(args.save_file), args=args) if writes else None
 
 
 def weight_bytes(net):
@@ -97,6 +113,7 @@ def save(args, made, images):
 
 def print_results(args, made):
     """Print the accuracies, the values of each spiking layer that the chip needs, and the timesteps per image."""
+    from finetuning.saved import file_of_qnet, learns_qnet
     from pipeline import accuracy_table
 
     print(accuracy_table(args, made.accuracies))
@@ -108,6 +125,8 @@ def print_results(args, made):
         f"{steps['interval']}, the answer is ready after {steps['latency']}"
     )
     print(f"Save the SNN in {args.save_file}")
+    if learns_qnet(args):
+        print(f"Save the quantized ANN in {file_of_qnet(args.save_file)}, for --qnet")
     print_next(args, made)
 
 
@@ -173,7 +192,7 @@ def collect_results(args, made):
     """The dictionary that --results writes as JSON."""
     from pipeline import versions
 
-    flags = {key: value for key, value in vars(args).items() if key not in ("debug", "results", "report")}
+    flags = {key: value for key, value in vars(args).items() if key not in NOT_OF_RESULT}
     spiking = made.accuracies["snn"]
     return {
         "net": args.net_name,

@@ -247,6 +247,20 @@ class LongRunOptions(Options):
     )
 
 
+@dataclass(frozen=True)
+class QuantizedOptions(LongRunOptions):
+    """The same, and the quantized network of an earlier run."""
+
+    qnet: str = option(
+        None,
+        "file of a finetuned quantized network, which ann2snn.py writes beside SAVE_FILE; it is converted without "
+        "finetuning",
+        "finetuning",
+        metavar="FILE",
+        default_help="none",
+    )
+
+
 CONVERSION = (
     NetworkOptions,
     DataOptions,
@@ -256,5 +270,5 @@ CONVERSION = (
     SpikeFinetuneOptions,
     SimulatorOptions,
     RunOptions,
-    LongRunOptions,
+    QuantizedOptions,
 )

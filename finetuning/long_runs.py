@@ -8,7 +8,7 @@ with open_progress(args, "out_snn.pth.state", net, loaders) as progress:
 from dataclasses import fields
 
 from finetuning.log import Log
-from finetuning.state import State, checksum
+from finetuning.state import State, checksum, plain
 from runtime.files import check_folder, check_writable
 from runtime.progress import Progress
 from script_options import LongRunOptions, OutputOptions
@@ -40,12 +40,3 @@ def identity(args, net):
     """Name -> plain value of the flags that the result depends on, and a checksum of the network's weights."""
     values = {name: plain(value) for name, value in vars(args).items() if name not in WITHOUT_INFLUENCE}
     return {**values, "weights": checksum(net)}
-
-
-def plain(value):
-    """A flag as plain data, without a difference between a list and a tuple."""
-    if isinstance(value, dict):
-        return {str(key): plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -36,6 +36,7 @@ SECONDS_BETWEEN = 60  # writes inside an epoch; what a killed run may lose
 # A write at an epoch's end may take a twentieth of the time since the last one, so that short epochs of large networks
 # do not wait for the disk.
 SHARE_OF_WRITING = 20
+ADVICE = "give the same network and flags, or leave --resume out"
 MOST_NAMED = 3  # differing options that a message lists
 
 
@@ -119,7 +120,7 @@ class State:
         """Whether an earlier run has ended a stage; `net` then gets what it has learnt there."""
         if stage not in self.done:
             return False
-        put_tensors(net, self.done[stage], self.path)
+        put_tensors(net, self.done[stage], f"--resume: {self.path}", ADVICE)
         if self.saved is not None and self.saved["stage"] is None and stage == list(self.done)[-1]:
             self.set_randomness(self.saved["randomness"])
             self.saved = None
@@ -155,7 +156,7 @@ class State:
     def restore(self, progress):
         """Put the file's tensors, optimizer and random states into the running training."""
         saved, self.saved = self.saved, None
-        put_tensors(self.net, saved["tensors"], self.path)
+        put_tensors(self.net, saved["tensors"], f"--resume: {self.path}", ADVICE)
         for each, values in zip(self.trainers, saved["trainers"]):
             each.load_state_dict(values)
         if saved["sums"] is not None:
@@ -208,6 +209,8 @@ class State:
             print(f"go on with: {resuming_command()}", file=sys.stderr)
         if is_signal and not isinstance(error, KeyboardInterrupt):
             raise Interrupt(number) from error
+        if isinstance(error, ValueError) and not self.done:
+            self.remove()  # a training that diverged would do so again
         if isinstance(error, OSError) and self.exists:
             raise OSError(f"{error}; --resume goes on from {self.path}") from error
 
@@ -262,6 +265,15 @@ def checksum(net):
     return total
 
 
+def plain(value):
+    """A flag as plain data, without a difference between a list and a tuple."""
+    if isinstance(value, dict):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
 def warn_of_workers(loaders):
     """Say on stderr if worker processes of a loader have random states that no file can hold."""
     if any(getattr(plain_loader(loader), "persistent_workers", False) for loader in loaders):
@@ -288,16 +300,16 @@ def tensors_of(net):
 
 
 @torch.no_grad()
-def put_tensors(net, tensors, path):
+def put_tensors(net, tensors, file, advice):
     """Put the tensors of `tensors_of` into a network like the one that they are of.
 
     Parameters keep their memory, which an optimizer knows. Buffers are replaced, because several layers may share one.
-    Raises ValueError, with `path`, if the network is another one.
+    file, advice: words of the ValueError if the network is another one.
     """
     found = tensors_of(net)
     others = set(found) ^ set(tensors) or {n for n, value in found.items() if value.shape != tensors[n].shape}
     if others:
-        raise ValueError(f"--resume: {path} is of another network, see {sorted(others)[0]}: leave --resume out")
+        raise ValueError(f"{file} is of another network, see {sorted(others)[0]}: {advice}")
     kept_in_place = {**{name: p.detach() for name, p in net.named_parameters()}, **attached(net)}
     for name, value in tensors.items():
         if name in kept_in_place:
