@@ -7,6 +7,7 @@ images, gives one layer at a time float weights, tries other flags, and writes t
 """
 
 import argparse
+import os
 from functools import partial
 
 from command_line import add_conversion_flags, parse_conversion
@@ -31,6 +32,7 @@ def main(args):
     # imported here so that --help and errors in the command line appear at once
     from build_network import choose_input
     from datasets import DETECTION_DATASETS, get_dataset
+    from finetuning.long_runs import open_progress
     from pipeline import accuracy_table, check_command_line, choose_measure, load_network, make
     from reports.analysis import analyse, summary_rows, write_report
     from runtime.device import choose_device, seed_everything
@@ -52,9 +54,12 @@ def main(args):
     net, args = load_network(args, train_loader.dataset)
     criterion, evaluate = choose_measure(args)
     measure = partial(evaluate, loader=test_loader, device=device, criterion=criterion)
-    made = make(args, net, (train_loader, train_val_loader), criterion, device, measure)
-    analysis = analyse(args, made, (test_loader, train_loader, train_val_loader), device)
-    write_report(folder, analysis)
+    loaders = train_loader, train_val_loader
+    with open_progress(args, os.path.join(folder, "training.state"), net, loaders) as progress:
+        made = make(args, net, loaders, criterion, device, measure, progress=progress)
+        analysis = analyse(args, made, (test_loader, train_loader, train_val_loader), device)
+        write_report(folder, analysis)
+        progress.remove_state()
 
     print(accuracy_table(args, made.accuracies))
     print(format_table(summary_rows(analysis.result)))
@@ -68,4 +73,4 @@ def safe_name(net_name):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, parse_args)

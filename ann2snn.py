@@ -14,6 +14,9 @@ from command_line import add_conversion_flags, parse_conversion
 from runtime.cli import OneLineParser, run_script
 from script_options import OutputOptions
 
+# Flags that say nothing about a result.
+NOT_OF_RESULT = ("debug", "results", "report", "resume", "max_minutes", "log", "given")
+
 
 def parse_args(argv=None):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -29,46 +32,66 @@ def main(args):
     # imported here so that --help and errors in the command line appear at once
     from build_network import choose_input
     from datasets import get_dataset
+    from finetuning.long_runs import open_progress
     from pipeline import Stopwatch, check_command_line, choose_measure, load_network, make
-    from runtime.device import choose_device, seed_everything
+    from runtime.device import seed_everything
     from runtime.files import check_room
+    from runtime.processes import in_turn, is_first, join, leave, start_alike
 
     # find every error in the command line before the work begins
     check_command_line(args)
-    check_outputs(args)
-    device = choose_device(args.device)
+    device = join(args.device)
+    if is_first():
+        check_outputs(args)
     seed_everything(args.seed)
     choose_input(args)
     clock = Stopwatch()
 
-    test_loader, _, train_loader, train_val_loader = get_dataset(args)
+    test_loader, _, train_loader, train_val_loader = in_turn(lambda: get_dataset(args))
     net, args = load_network(args, train_loader.dataset)
-    check_room(args.save_file, weight_bytes(net))
+    start_alike(net)
+    if is_first():
+        check_room(args.save_file, weight_bytes(net))
     clock.lap("data")
     criterion, evaluate = choose_measure(args)
     measure = partial(evaluate, loader=test_loader, device=device, criterion=criterion)
-    made = make(args, net, (train_loader, train_val_loader), criterion, device, measure, clock)
-
-    preprocessing = getattr(train_loader.dataset, "preprocessing", None)
-    made.snn.preprocessing = None if preprocessing is None else preprocessing.to_dict()
-    # save hours of work before printing, because stdout may be closed by now
-    save(args, made)
+    loaders = train_loader, train_val_loader
+    with open_progress(args, f"{args.save_file}.state", net, loaders, is_first()) as progress:
+        made = make(args, net, loaders, criterion, device, measure, clock, progress, qnet_keeper(args))
+        if not leave():
+            return
+        # save hours of work before printing, because stdout may be closed by now
+        save(args, made, train_loader.dataset)
+        progress.remove_state()
     print_results(args, made)
     export(args, made, test_loader)
     if args.report:
-        report(args, made, (test_loader, train_loader, train_val_loader), device)
+        report(args, made, (test_loader, *loaders), device)
 
 
 def check_outputs(args):
     """Raise OSError if a result cannot be written, and ValueError if two results have the same file."""
     from export.formats import check_exports
+    from finetuning.saved import file_of_qnet, learns_qnet
     from runtime.files import check_different, check_folder, check_writable
 
     check_writable(args.save_file)
     check_writable(args.results)
+    qnet = file_of_qnet(args.save_file) if learns_qnet(args) else None
+    check_writable(qnet)
     check_folder(args.report)
     pages = [os.path.join(args.report, page) for page in ("report.html", "report.json")] if args.report else []
-    check_different(args.save_file, args.results, args.report, *pages, *check_exports(args))
+    results = args.save_file, qnet, args.qnet, f"{args.save_file}.state", args.results, args.report
+    check_different(*results, *pages, *check_exports(args))
+
+
+def qnet_keeper(args):
+    """A function that writes the quantized network beside the result; None if this process does not have to."""
+    from finetuning.saved import file_of_qnet, learns_qnet, save_qnet
+    from runtime.processes import is_first
+
+    writes = learns_qnet(args) and is_first()
+    return partial(save_qnet, file_of_qnet(args.save_file), args=args) if writes else None
 
 
 def weight_bytes(net):
@@ -76,10 +99,12 @@ def weight_bytes(net):
     return sum(parameter.numel() * parameter.element_size() for parameter in net.parameters())
 
 
-def save(args, made):
-    """Write the spiking network and, with --results, all results as JSON."""
+def save(args, made, images):
+    """Write the spiking network and, with --results, all results as JSON. images: the data set that it takes."""
     from runtime.files import after_writing, write_json, write_torch
 
+    preprocessing = getattr(images, "preprocessing", None)
+    made.snn.preprocessing = None if preprocessing is None else preprocessing.to_dict()
     write_torch(args.save_file, made.snn.cpu())
     if args.results:
         with after_writing(args.save_file):
@@ -88,6 +113,7 @@ def save(args, made):
 
 def print_results(args, made):
     """Print the accuracies, the values of each spiking layer that the chip needs, and the timesteps per image."""
+    from finetuning.saved import file_of_qnet, learns_qnet
     from pipeline import accuracy_table
 
     print(accuracy_table(args, made.accuracies))
@@ -99,6 +125,8 @@ def print_results(args, made):
         f"{steps['interval']}, the answer is ready after {steps['latency']}"
     )
     print(f"Save the SNN in {args.save_file}")
+    if learns_qnet(args):
+        print(f"Save the quantized ANN in {file_of_qnet(args.save_file)}, for --qnet")
     print_next(args, made)
 
 
@@ -164,7 +192,7 @@ def collect_results(args, made):
     """The dictionary that --results writes as JSON."""
     from pipeline import versions
 
-    flags = {key: value for key, value in vars(args).items() if key not in ("debug", "results", "report")}
+    flags = {key: value for key, value in vars(args).items() if key not in NOT_OF_RESULT}
     spiking = made.accuracies["snn"]
     return {
         "net": args.net_name,
@@ -194,4 +222,4 @@ def by_timestep(spiking):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, parse_args, shared=True)

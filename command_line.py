@@ -53,6 +53,8 @@ def parse_conversion(parser, argv=None, speaks=True):
     args = parser.parse_args(argv)
     unused = settle_former_flags(args, parser.given)
     fill_in_preset(args, parser.given, speaks)
+    if args.qnet is not None:
+        args.given = sorted(parser.given)  # what its file may not contradict
     if speaks:
         for flag, reason in [*unused, *without_effect(args, parser.given)]:
             print(f"warning: --{flag} has no effect: {reason}", file=sys.stderr)
@@ -123,7 +125,9 @@ def without_effect(args, given):
             if name in given:
                 found.setdefault(name, reason)
 
-    if not args.finetune_epochs:
+    if args.qnet is not None:
+        note("the network of --qnet is finetuned already", "finetune_epochs", *WITH_EPOCHS, "rounding")
+    elif not args.finetune_epochs:
         note("--finetune_epochs is 0", *WITH_EPOCHS)
         if not args.spike_epochs:
             note("nothing is trained on labels", "val_share")

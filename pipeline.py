@@ -32,6 +32,7 @@ from detection.boxes import DetectionLoss, check_detects, evaluate_detector
 from finetuning.levels import quantize_activations
 from finetuning.on_spikes import finetune_on_spikes
 from finetuning.rounding import learn_rounding
+from finetuning.saved import adopt_options, quantized_from_file
 from hw_constraints import (
     HARDWARE,
     bitwidths_by_name,
@@ -57,6 +58,8 @@ from runtime.batches import batches_of_dataset, first_inputs, loader_for, reusab
 from runtime.cli import did_you_mean
 from runtime.device import choose_device, seed_everything
 from runtime.packages import REPORT_PACKAGES, check_packages
+from runtime.processes import alone, from_first, is_first
+from runtime.progress import Progress
 from snn_weight_setter import convert
 from spike_dag import format_table
 from spike_layers import SpikeMaxPool2d
@@ -173,27 +176,37 @@ def options_by_name(preset, options):
     return args
 
 
-def make(args, net, loaders, criterion, device, measure, clock=None):
+def make(args, net, loaders, criterion, device, measure, clock=None, progress=None, keep_qnet=None):
     """Quantize, finetune, convert and measure a traced network that `load_network` prepared; returns Networks.
 
     loaders: (training images, calibration images). measure: called like `validate.evaluate`, without loader, device and
     criterion, for each of the three networks; it may return None. clock: a running Stopwatch, or None to start one.
+    progress: a `runtime.progress.Progress`, through which the trainings run, or None for a plain one. keep_qnet: called
+    with the quantized network as soon as there is one, or None.
+
+    Several processes (`runtime.processes`) share the training and the measurement. The conversion takes few images: the
+    first process does it for all, so that its thresholds do not depend on the number of processes.
     """
+    progress = progress or Progress()
     train_loader, calibration_loader = loaders
     clock, made = clock or Stopwatch(), Networks(net)
     made.accuracies["ann"] = measure(net)
     check_float_accuracy(made.accuracies["ann"], args, train_loader)
     clock.lap("validate_ann")
-    quantize(args, made, loaders, criterion, device)
+    quantize(args, made, loaders, criterion, device, progress)
+    if keep_qnet is not None:
+        keep_qnet(made.qnet)
     clock.lap("quantize_finetune")
     made.accuracies["qnet"] = measure(made.qnet)
     clock.lap("validate_qnet")
-    made.snn = convert_by_options(made.qnet, calibration_loader, device, args)
+    made.snn = from_first(lambda: convert_by_options(made.qnet, calibration_loader, device, args))
     clock.lap("trans_ann2snn_weight")
     networks = made.snn, made.qnet, made.ann
-    made.snn = finetune_on_spikes(*networks, train_loader, calibration_loader, criterion, device, args)
+    made.snn = finetune_on_spikes(*networks, train_loader, calibration_loader, criterion, device, args, progress)
     clock.lap("finetune_on_spikes")
-    tell_where_they_part(made, calibration_loader, device, args)
+    if is_first():
+        with alone():
+            tell_where_they_part(made, calibration_loader, device, args)
     made.accuracies["snn"] = measure(made.snn, timesteps=args.timesteps, every_step=True)
     clock.lap("validate_snn")
     made.seconds = clock.seconds
@@ -241,17 +254,29 @@ def where_they_part(of_qnet, of_snn, images, depth, args):
     return None
 
 
-def quantize(args, made, loaders, criterion, device):
-    """Set `made.qnet` to the quantized and finetuned `made.ann`; with `args.equalize`, equalize `made.ann` first."""
+def quantize(args, made, loaders, criterion, device, progress):
+    """Set `made.qnet` to the quantized and finetuned `made.ann`; with `args.equalize`, equalize `made.ann` first.
+
+    With `args.qnet` it gets the weights of that file instead of a finetuning.
+    """
     train_loader, calibration_loader = loaders
     if args.equalize:
         made.ann = equalize_channels(made.ann)
-    leveled = with_levels(made.ann, calibration_loader, device, args)
-    made.qnet = quantize_finetune(leveled, train_loader, criterion, device, args)
+    leveled = from_first(lambda: with_levels(made.ann, calibration_loader, device, args))
     options = QuantizeOptions.of(args)
+    if getattr(args, "qnet", None):
+        plain = QuantizeOptions.of(args, finetune_epochs=0)
+        made.qnet = quantized_from_file(args.qnet, quantize_finetune(leveled, train_loader, criterion, device, plain))
+        return
+    made.qnet = quantize_finetune(leveled, train_loader, criterion, device, args, progress)
     if options.rounding == "learnt" and not options.finetune_epochs:
         samples, per_channel = args.calibration_samples, options.weights_per_channel
-        learn_rounding(made.qnet, made.ann, calibration_loader, device, samples, per_channel)
+        how = made.qnet, made.ann, calibration_loader, device, samples, per_channel
+
+        def learn():
+            made.qnet = from_first(lambda: learn_rounding(*how))
+
+        progress.once("rounding", made.qnet, learn)
 
 
 def with_levels(net, loader, device, args):
@@ -279,9 +304,14 @@ def convert_by_options(qnet, loader, device, args, **changes):
 
 
 def check_command_line(args):
-    """Raise ValueError for an unknown network or data set, or for flags that exclude each other."""
+    """Raise ValueError for an unknown network or data set, or for flags that exclude each other.
+
+    With --qnet, take over the flags that its network was finetuned with.
+    """
     check_net_name(args.net_name)
     check_dataset_name(args.dataset)
+    if getattr(args, "qnet", None):
+        adopt_options(args)
     for flag in CLASSIFIER_FLAGS:
         if args.dataset in DETECTION_DATASETS and getattr(args, flag, None):
             raise ValueError(f"--{flag} is for classifiers, leave it out for the detectors of --dataset {args.dataset}")
@@ -291,7 +321,8 @@ def check_command_line(args):
         raise ValueError(f"--listen {args.listen} is over --timesteps {args.timesteps}, use 0 to {args.timesteps}")
     if args.listen == "auto":
         ConversionOptions.of(args).check_windows()
-    if args.activation_levels is not None and not args.finetune_epochs and args.rounding != "learnt":
+    learns = args.finetune_epochs or args.rounding == "learnt" or getattr(args, "qnet", None)
+    if args.activation_levels is not None and not learns:
         raise ValueError(
             "--activation_levels learns with finetuning, give it --finetune_epochs or --rounding learnt, or leave it "
             "out"
@@ -348,7 +379,8 @@ def tell_choices(net, args, images, replaced):
 
 def trains(args):
     """Whether a run trains on the training images."""
-    return bool(args.finetune_epochs or getattr(args, "spike_epochs", 0))
+    finetunes = args.finetune_epochs and not getattr(args, "qnet", None)
+    return bool(finetunes or getattr(args, "spike_epochs", 0))
 
 
 def check_float_accuracy(result, args, train_loader):

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from options import FLOAT_BITS, QuantizeOptions
 from runtime.batches import (
-    batches_of,
     count_batches,
     first_batch,
     first_output,
@@ -29,6 +28,8 @@ from runtime.batches import (
     split_batch,
     type_of,
 )
+from runtime.processes import average_gradients
+from runtime.progress import Progress
 from spike_dag import SpikeDAGModule
 
 LONGEST_GRADIENT = 1.0  # largest norm, over all parameters, of the gradient of a finetuning step
@@ -293,40 +294,47 @@ def quantize_train(
     teacher=None,
     distill=0.0,
     schedule=None,
+    progress=None,
 ):
     """Train one epoch on the quantized weights; returns the mean loss per sample.
 
     damping: of `dampen`. name: of the epoch, in messages. teacher, distill: of `training_loss`. schedule: learning rate
-    schedule that steps with every batch. Gradients are clipped to the norm `LONGEST_GRADIENT`, so that a deep network
-    with folded BatchNorms survives its first steps (Pascanu et al., On the Difficulty of Training Recurrent Neural
-    Networks, ICML 2013). Raises ValueError if the loss is not finite or the loader is empty.
+    schedule that steps with every batch. progress: the Progress whose epoch this is. Raises ValueError if the loss is
+    not finite or the loader is empty.
     """
     net.train()
-    total, samples = torch.zeros((), device=device), 0
-    for batch in batches_of(tqdm(train_loader, name, leave=False, delay=1)):
+    progress = progress or Progress()
+    for batch in progress.batches(train_loader, name):
         inputs, targets = labelled_batch(batch, device)
         inputs = tuple(x.to(memory_format=memory_format(x)) for x in inputs)
         optimizer.zero_grad()
-        loss = training_loss(net, inputs, targets, criterion, teacher, distill)
+        outputs = net(*inputs)
+        loss = training_loss(outputs, inputs, targets, criterion, teacher, distill)
         loss.backward()
-        forget_frozen(net)
-        torch.nn.utils.clip_grad_norm_(net.parameters(), LONGEST_GRADIENT)
+        finish_gradients(net, len(inputs[0]))
         if damping:
             dampen(net, damping)
         optimizer.step()
         if schedule is not None:
             schedule.step()
         quantize_layers(net)
-        total += loss.detach() * len(inputs[0])
-        samples += len(inputs[0])
-    if not samples:
-        raise ValueError("no samples to finetune on, the data loader is empty, or runs only once")
-    return check_converges(net, total.item() / samples, name)
+        progress.count(loss, len(inputs[0]), outputs, targets)
+    return check_converges(net, progress.loss, name)
 
 
-def training_loss(net, inputs, targets, criterion, teacher, distill):
+def finish_gradients(net, samples):
+    """Make the gradients those of the whole batch, of which this process has `samples`, and clip them.
+
+    They are clipped to the norm `LONGEST_GRADIENT`, so that a deep network with folded BatchNorms survives its first
+    steps (Pascanu et al., On the Difficulty of Training Recurrent Neural Networks, ICML 2013).
+    """
+    forget_frozen(net)
+    average_gradients(net.parameters(), samples)
+    torch.nn.utils.clip_grad_norm_(net.parameters(), LONGEST_GRADIENT)
+
+
+def training_loss(outputs, inputs, targets, criterion, teacher, distill):
     """The loss of a batch: (1 - distill) times the criterion plus `distill` times the distillation loss."""
-    outputs = net(*inputs)
     loss = loss_of(criterion, outputs, targets)
     if not distill:
         return loss
@@ -368,12 +376,13 @@ def distillation_loss(outputs, wanted, temperature=TEMPERATURE):
     return F.kl_div(learnt, wanted, reduction="batchmean") * temperature**2
 
 
-def quantize_finetune(net, train_loader, criterion, device, args):
+def quantize_finetune(net, train_loader, criterion, device, args, progress=None):
     """A quantized and finetuned copy of `net`, as a SpikeDAGModule.
 
     net: a SpikeDAGModule, or a plain nn.Module, which is parsed first on one image of `train_loader`.
     train_loader: batches that `batches.split_batch` accepts; an iterator is kept as a list, because it runs only once.
     args: any namespace; its attributes are fields of `options.QuantizeOptions`, and missing ones get the defaults.
+    progress: a `runtime.progress.Progress`, which may keep the training in a file, or None.
 
     With "sgd" the learning rate falls to a tenth after 50 % and after 75 % of the epochs. With "adam" it is relative to
     the weights of each layer (`relative_groups`), so that layers with large weights after BatchNorm folding take
@@ -389,14 +398,15 @@ def quantize_finetune(net, train_loader, criterion, device, args):
     init_quantize_net(qnet, options.weight_bitwidth, options.weights_per_channel)
     if options.finetune_epochs:
         teacher = float_teacher(net, train_loader, device) if options.finetune_distill else None
-        finetune(qnet, train_loader, criterion, device, options, teacher)
+        finetune(qnet, train_loader, criterion, device, options, teacher, progress or Progress())
     return qnet
 
 
-def finetune(qnet, train_loader, criterion, device, options, teacher):
+def finetune(qnet, train_loader, criterion, device, options, teacher, progress):
     """Train a quantized network in place. options: QuantizeOptions. teacher: the float network, or None."""
     recipe, epochs = choose_recipe(qnet, options, train_loader), options.finetune_epochs
-    with tqdm(range(1, epochs + 1), "finetune") as bar:
+    left = progress.epochs("finetune", epochs, qnet, *recipe.trainers())
+    with tqdm(left, "finetune", epochs) as bar:
         for epoch in bar:
             if epoch <= epochs // 2:  # later, at smaller learning rates, integers settle on fixed scales
                 choose_scales(qnet, options.weights_per_channel)
@@ -412,6 +422,7 @@ def finetune(qnet, train_loader, criterion, device, options, teacher):
                 teacher,
                 options.finetune_distill,
                 recipe.batch_schedule,
+                progress,
             )
             if recipe.epoch_schedule is not None:
                 recipe.epoch_schedule.step()
@@ -426,6 +437,10 @@ class Recipe:
     damping: float
     epoch_schedule: object = None
     batch_schedule: object = None
+
+    def trainers(self):
+        """The optimizer and its schedule, which change during the training."""
+        return [each for each in (self.optimizer, self.epoch_schedule, self.batch_schedule) if each is not None]
 
 
 def choose_recipe(qnet, options, train_loader):

@@ -219,6 +219,48 @@ class OutputOptions(ExportOptions, AnalysisOptions):
     )
 
 
+@dataclass(frozen=True)
+class LongRunOptions(Options):
+    """What a training of hours needs."""
+
+    resume: bool = option(
+        False,
+        "go on where a run with the same flags was cut off; its state is in SAVE_FILE.state (analyse_error.py: in "
+        "training.state in the folder of the report)",
+        "run",
+    )
+    max_minutes: float = option(
+        None,
+        "minutes after which no further training batch begins; the run goes on with what it has, and --resume with the "
+        "training",
+        "run",
+        span=Real(0),
+        metavar="MINUTES",
+        default_help="no limit",
+    )
+    log: str = option(
+        None,
+        "folder for a row of numbers an epoch: training.csv, and files of TensorBoard if it is installed",
+        "output",
+        metavar="DIR",
+        default_help="none",
+    )
+
+
+@dataclass(frozen=True)
+class QuantizedOptions(LongRunOptions):
+    """The same, and the quantized network of an earlier run."""
+
+    qnet: str = option(
+        None,
+        "file of a finetuned quantized network, which ann2snn.py writes beside SAVE_FILE; it is converted without "
+        "finetuning",
+        "finetuning",
+        metavar="FILE",
+        default_help="none",
+    )
+
+
 CONVERSION = (
     NetworkOptions,
     DataOptions,
@@ -228,4 +270,5 @@ CONVERSION = (
     SpikeFinetuneOptions,
     SimulatorOptions,
     RunOptions,
+    QuantizedOptions,
 )

@@ -57,7 +57,8 @@ class SpikeDAGModule(nn.Module):
     timesteps: T of a converted network, None for an ANN. memory_budget: most bytes of a simulation's working set, None
     for the default of the device. scales_of_conversion: None, or in a network that is finetuned for spikes a function
     (network, per_channel) -> {op name: s_w} for the layers whose s_w is decided by the conversion. preprocessing: what
-    `inputs.preprocessing.Preprocessing.to_dict` says of the images that the network takes, or None.
+    `inputs.preprocessing.Preprocessing.to_dict` says of the images that the network takes, or None. quantized_by: the
+    flags of a finetuned network in a file (`finetuning.saved`), or None.
     """
 
     def __init__(self):
@@ -69,7 +70,7 @@ class SpikeDAGModule(nn.Module):
         self.timesteps = None
         self.memory_budget = None
         self.scales_of_conversion = None
-        self.preprocessing = None
+        self.preprocessing = self.quantized_by = None
         self.largest_by_shape = {}
 
     def add_input(self, node):
@@ -220,6 +221,7 @@ class SpikeDAGModule(nn.Module):
 
     def to_dict(self):
         """The whole network as plain data: names, numbers and tensors."""
+        by = {} if self.quantized_by is None else {"quantized_by": self.quantized_by}
         return {
             "format": FORMAT,
             "inputs_nodes": self.inputs_nodes,
@@ -228,6 +230,7 @@ class SpikeDAGModule(nn.Module):
             "preprocessing": self.preprocessing,
             "training": self.training,
             "ops": [op_to_dict(entry) for entry in self.ops.values()],
+            **by,
         }
 
     def __reduce__(self):
@@ -310,6 +313,7 @@ def rebuild(data):
         dag.add_op(entry["name"], rebuild_op(entry), entry["in_nodes"], entry["out_nodes"], entry["path"])
     dag.outputs_nodes = tuple(data["outputs_nodes"])
     dag.timesteps, dag.preprocessing = data["timesteps"], data.get("preprocessing")  # older files lack the latter
+    dag.quantized_by = data.get("quantized_by")
     dag.train(data["training"])
     dag.lint()
     return dag

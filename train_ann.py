@@ -3,10 +3,12 @@
     python3 train_ann.py example_net --epochs 60 --save_file checkpoint/example_net_ann.pth
 
 The checkpoint holds the state dict under "state_dict", with the network, data set, seed and number of epochs. It is
-written at the end. Until then every epoch is saved to FILE.part, from which --ann_weight can continue.
+written at the end. Until then every epoch is saved to FILE.part, whose weights --ann_weight reads, and the training to
+FILE.state, from which --resume goes on.
 """
 
 import argparse
+import contextlib
 import copy
 import os
 import sys
@@ -14,7 +16,7 @@ import sys
 from options import RunOptions
 from runtime.cli import OneLineParser, run_script
 from runtime.flags import add_options, real_number, whole_number
-from script_options import BuildOptions, DataOptions
+from script_options import BuildOptions, DataOptions, LongRunOptions
 
 
 def parse_args(argv=None):
@@ -45,7 +47,7 @@ def parse_args(argv=None):
         "--compile", action="store_true", help="train with torch.compile, which needs a C++ compiler on a CPU"
     )
     parser.add_argument("--save_file", default=None, help="checkpoint to write (checkpoint/<net_name>_ann.pth)")
-    add_options(parser, RunOptions)
+    add_options(parser, RunOptions, LongRunOptions)
     parser.main_actions.clear()  # --help shows all of them
     return parser.parse_args(argv)
 
@@ -55,40 +57,52 @@ def main(args):
 
     from build_network import choose_input
     from datasets import check_dataset_name, get_dataset
-    from runtime.device import choose_device, seed_everything
-    from runtime.files import check_room, check_writable
+    from finetuning.long_runs import open_progress
+    from runtime.device import seed_everything
+    from runtime.processes import in_turn, is_first, join, leave, start_alike
 
     save_file = args.save_file or f"checkpoint/{args.net_name}_ann.pth"
     choose_input(args)
     check_dataset_name(args.dataset)
     check_flags(args)
-    check_writable(save_file)
-    check_writable(unfinished(save_file))
-    device = choose_device(args.device)
+    device = join(args.device)
+    check_files(save_file)
     seed_everything(args.seed)
-    test_loader, val_loader, train_loader, _ = get_dataset(args)
+    test_loader, val_loader, train_loader, _ = loaders = in_turn(lambda: get_dataset(args))
     net = load_network(args, train_loader.dataset)
+    start_alike(net)
     start = copy.deepcopy(net.state_dict()) if args.average else None
-    check_room(save_file, 2 * sum(each.numel() * each.element_size() for each in net.parameters()))  # with its .part
+    check_files(save_file, 2 * sum(each.numel() * each.element_size() for each in net.parameters()))  # with its .part
     net.to(device, memory_format=torch.channels_last)
     teacher = load_teacher(args, train_loader.dataset, device)
-
     criterion, measure, in_words = choose_measure(args, device)
-    trained = torch.compile(net) if args.compile else net  # the same parameters
-    for epoch, loss in train(args, trained, teacher, criterion, train_loader, device):
-        line = f"epoch {epoch}/{args.epochs}  training loss {loss:.4f}"
-        if len(val_loader.dataset):
-            line += f"  validation {in_words(measure(net, val_loader, criterion))}"
-        print(line, file=sys.stderr)
-        save(unfinished(save_file), net, args, epoch)
-
-    if args.average:
-        average_weights(net, start, args.average, train_loader, device)
-    save(save_file, net, args, args.epochs)
-    os.remove(unfinished(save_file))
+    with open_progress(args, f"{save_file}.state", net, loaders, is_first()) as progress:
+        for epoch, loss in train(args, net, teacher, criterion, train_loader, device, progress):
+            validated = progress.validated = measure(net, val_loader, criterion) if len(val_loader.dataset) else None
+            of_validation = f"  validation {in_words(validated)}" if validated else ""
+            print(f"epoch {epoch}/{args.epochs}  training loss {loss:.4f}{of_validation}", file=sys.stderr)
+            save(unfinished(save_file), net, args, epoch)
+        if not leave():
+            return
+        if args.average:
+            average_weights(net, start, args.average, train_loader, device)
+        save(save_file, net, args, progress.epoch)
+        progress.remove_state()
+    with contextlib.suppress(FileNotFoundError):  # no epoch has ended
+        os.remove(unfinished(save_file))
     result = measure(net, test_loader)
-    print(f"test {in_words(result)} of {result['samples']} images, loss {result['loss']:.4f}")
-    print(f"saved {save_file}")
+    print(f"test {in_words(result)} of {result['samples']} images, loss {result['loss']:.4f}\nsaved {save_file}")
+
+
+def check_files(save_file, size=0):
+    """Raise OSError if the checkpoint or that of an epoch cannot be written, or there is no room for `size` bytes."""
+    from runtime.files import check_room, check_writable
+    from runtime.processes import is_first
+
+    if is_first():
+        check_writable(save_file)
+        check_writable(unfinished(save_file))
+        check_room(save_file, size)
 
 
 def unfinished(save_file):
@@ -157,24 +171,30 @@ def choose_measure(args, device):
     return criterion, measure, in_words
 
 
-def train(args, net, teacher, criterion, loader, device):
-    """Train a network in place; yields `epoch, mean loss` after every epoch, counted from 1."""
+def train(args, net, teacher, criterion, loader, device, progress):
+    """Train a network in place; yields `epoch, mean loss` after every epoch that is left, counted from 1."""
     import torch
+
+    trained = torch.compile(net) if args.compile else net  # the same parameters
 
     optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum, weight_decay=args.wd, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, args.epochs * len(loader), pct_start=0.2, cycle_momentum=False
     )
-    for epoch in range(1, args.epochs + 1):
+    for epoch in progress.epochs("train", args.epochs, net, optimizer, schedule):
         name = f"epoch {epoch}"
-        yield epoch, train_epoch(net, loader, criterion, optimizer, schedule, device, args.bf16, name, teacher)
+        of_epoch = optimizer, schedule, device, args.bf16, name, teacher, progress
+        yield epoch, train_epoch(trained, loader, criterion, *of_epoch)
 
 
 def save(path, net, args, epochs):
-    """Write the state dict, with the network, data set, seed and number of epochs."""
+    """Write the state dict, with the network, data set, seed and number of epochs; the first process does."""
     from datasets import DATASETS, DETECTION_DATASETS
     from runtime.files import write_torch
+    from runtime.processes import is_first
 
+    if not is_first():
+        return
     known = (*DATASETS, *DETECTION_DATASETS)
     dataset = args.dataset if args.dataset in known else "folder"  # keeps paths of this machine out of the file
     details = {"net": args.net_name, "dataset": dataset, "seed": args.seed, "epochs": epochs}
@@ -234,16 +254,15 @@ def map_in_words(result):
     return f"mAP {result['map']:.3f}, mAP@0.5 {result['map50']:.3f}"
 
 
-def train_epoch(net, loader, criterion, optimizer, schedule, device, bf16, name, teacher=None):
+def train_epoch(net, loader, criterion, optimizer, schedule, device, bf16, name, teacher, progress):
     """Train for one pass over the images; returns the mean loss. Raises ValueError if it is not finite."""
     import torch
-    from tqdm import tqdm
 
     from quantization import distillation_loss
+    from runtime.processes import average_buffers, average_gradients
 
     net.train()
-    total = torch.zeros((), device=device)
-    for inputs, targets in tqdm(loader, name, leave=False, delay=1):
+    for inputs, targets in progress.batches(loader, name):
         inputs, targets = inputs.to(device, memory_format=torch.channels_last), targets.to(device)
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -254,15 +273,16 @@ def train_epoch(net, loader, criterion, optimizer, schedule, device, bf16, name,
                     wanted = teacher(inputs).float()
                 loss = 0.1 * loss + 0.9 * distillation_loss(outputs.float(), wanted)
         loss.backward()
+        average_gradients(net.parameters(), len(inputs))
         optimizer.step()
         schedule.step()
-        total += loss.detach()
-    mean = total.item() / len(loader)
+        progress.count(loss, len(inputs), outputs, targets)
+    average_buffers(net)
+    mean = progress.loss
     if not (mean < float("inf") and all(torch.isfinite(p).all() for p in net.parameters())):
         raise ValueError(f"training diverged in {name} (loss {mean}), lower --lr")
     return mean
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    run_script(main, arguments)
+    run_script(main, parse_args, shared=True)

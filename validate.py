@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from runtime.batches import batches_of, fit_labels, labelled_batch, loader_for, loss_of, main_output, type_of
+from runtime.batches import fit_labels, labelled_batch, loader_for, loss_of, main_output, split_batch, type_of
 from runtime.device import in_eval_mode
+from runtime.processes import exchange, numbered, own_batches
 from spike_dag import one_or_all
 from spike_tensor import firing_ratios, record_firing_ratios
 
@@ -60,16 +61,16 @@ def validate(net, loader, device, metric, timesteps=None):
     Returns samples, the summary, the means per sample and, where `timesteps` is given, firing_rate, spikes per neuron
     and step by layer. Raises ValueError where the loader is empty or the loss is not finite.
     """
-    totals, samples, loader = {}, 0, loader_for(net, loader)
+    measured, loader = [], own_batches(loader_for(net, loader))
     with measured_on(net, device):
-        for batch in batches_of(tqdm(loader, "validate", leave=False, delay=1)):
+        for number, batch in numbered(tqdm(loader, "validate", leave=False, delay=1)):
+            if not len(split_batch(batch)[0][0]):  # a filter may leave a batch without samples
+                continue
             inputs, targets = labelled_batch(batch, device, type_of(net))
             outputs, means = run_batch(net, inputs, timesteps, metric.every_step)
             means |= metric.measure_batch(inputs, outputs, targets)
-            for key, mean in means.items():
-                totals[key] = totals.get(key, 0) + torch.as_tensor(mean, dtype=torch.float64) * len(inputs[0])
-            samples += len(inputs[0])
-    means = mean_of(totals, samples)
+            measured.append((number, len(inputs[0]), means))
+    means, samples = mean_of(measured)
     if timesteps is not None:
         means["firing_rate"] = dict(zip(net.spiking_layers(), means["firing_rate"], strict=True))
     return {"samples": samples, **metric.summary(), **means}
@@ -113,8 +114,17 @@ def run_batch(net, inputs, timesteps, every_step):
     return tuple(x if every_step else x[None] for x in returned), means
 
 
-def mean_of(totals, samples):
-    """The means per sample. Raises ValueError where there are none, or the loss is not finite."""
+def mean_of(measured):
+    """`means, samples`: the means per sample over the batches of all processes, and their number of samples.
+
+    measured: `(number, samples, means)` of this process's batches. Sums of floats depend on their order, so the batches
+    are added by their numbers, as one process would. Raises ValueError without samples, or if the loss is not finite.
+    """
+    totals, samples = {}, 0
+    for _, size, means in sorted((row for rows in exchange(measured) for row in rows), key=lambda row: row[0]):
+        for key, mean in means.items():
+            totals[key] = totals.get(key, 0) + torch.as_tensor(mean, dtype=torch.float64) * size
+        samples += size
     if not samples:
         raise ValueError("no samples to validate on, the data loader is empty")
     means = {key: (total / samples).tolist() for key, total in totals.items()}
@@ -122,7 +132,7 @@ def mean_of(totals, samples):
         raise ValueError(
             f"the loss is {means['loss']}: the network's outputs, or the images, are NaN or infinite, look at both"
         )
-    return means
+    return means, samples
 
 
 class Top1:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import batched_nms, generalized_box_iou_loss, sigmoid_focal_loss
 
+from runtime.processes import count, exchange, rank
 from validate import validate
 
 # A box with a longer side belongs to the next coarser scale. FCOS uses 8 for its five scales; with yolo_tiny's two, at
@@ -138,29 +139,32 @@ def evaluate_detector(net, loader, device, criterion, timesteps=None, every_step
     (at 0.50), from 0 to 1, loss, samples; for a spiking network also firing_rate, spikes per neuron and step by layer.
     Raises ValueError where the loader is empty or the loss is not a number.
     """
-    return validate(net, loader, device, MeanAveragePrecision(loader.dataset, criterion), timesteps)
+    metric = MeanAveragePrecision(loader.dataset, criterion, getattr(loader, "batch_size", None))
+    return validate(net, loader, device, metric, timesteps)
 
 
 class MeanAveragePrecision:
     """The metric of detectors (see `validate.validate`): COCO's mean average precision.
 
-    Batches must come in the order of `dataset`, a CocoImages.
+    Batches must come in the order of `dataset`, a CocoImages. Of several processes each measures every `count()`-th
+    batch, of `batch_size` images.
     """
 
     every_step = False
 
-    def __init__(self, dataset, criterion):
-        self.dataset, self.criterion, self.results, self.samples = dataset, criterion, [], 0
+    def __init__(self, dataset, criterion, batch_size=None):
+        self.dataset, self.criterion, self.results = dataset, criterion, []
+        self.samples, self.skipped = (0, 0) if count() == 1 else (rank() * batch_size, (count() - 1) * batch_size)
 
     def measure_batch(self, inputs, outputs, targets):
         maps = tuple(x[-1] for x in outputs)
         found = find_boxes(maps, inputs[0].shape[-1])
         self.results += describe(self.dataset, self.samples, found)
-        self.samples += len(inputs[0])
+        self.samples += len(inputs[0]) + self.skipped
         return {"loss": self.criterion(maps, targets).item()}
 
     def summary(self):
-        return mean_average_precision(self.dataset, self.results)
+        return mean_average_precision(self.dataset, [row for rows in exchange(self.results) for row in rows])
 
 
 def describe(dataset, start, found):

@@ -25,7 +25,6 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from conversion.units import LARGEST_INTEGER
 from options import FLOAT_BITS, SpikeFinetuneOptions, check_option
@@ -38,7 +37,6 @@ from quantization import (
     round_layer,
 )
 from runtime.batches import (
-    batches_of,
     count_batches,
     first_output,
     labelled_batch,
@@ -48,6 +46,8 @@ from runtime.batches import (
     reusable,
     split_batch,
 )
+from runtime.processes import average_gradients, from_first
+from runtime.progress import Progress
 from spike_dag import one_or_all
 from spike_simulator import Stages, bound_currents, cut, each_part, run_ops
 from spike_tensor import Memory, SpikeTensor
@@ -65,7 +65,18 @@ SPIKES_TEMPERATURE = 2.0  # divides the class scores of teacher and student, whi
 
 
 def finetune_spikes(
-    snn, loader, device, epochs, *, lr=None, criterion=None, teacher=None, features=1.0, qnet=None, gradient=None
+    snn,
+    loader,
+    device,
+    epochs,
+    *,
+    lr=None,
+    criterion=None,
+    teacher=None,
+    features=1.0,
+    qnet=None,
+    gradient=None,
+    progress=None,
 ):
     """A copy of a converted network with weights and biases finetuned for `epochs` passes over `loader`.
 
@@ -74,10 +85,8 @@ def finetune_spikes(
     teacher: the ANN whose outputs and (with weight `features`) activations are targets, or None.
     lr: learning rate, relative to the RMS of a layer's weights; it falls to 0 along a cosine.
     gradient: "time", which learns initial potentials too, or "tandem"; by default "time" up to `MOST_THROUGH_TIME`.
-    qnet: the quantized network that was converted. Training starts from its full-precision weights (`weight_back`), so
-    weights near the edge of their rounding interval change their integer first (as in AdaRound; Nagel et al., ICML
-    2020). Without qnet, weights start in the middle of their intervals. The returned copy has full-precision weights
-    too, so it can be the `qnet` of another call.
+    qnet: the quantized network that was converted, for `shadow_weights`. The returned copy has full-precision weights
+    too, so it can be the `qnet` of another call. progress: a `runtime.progress.Progress`, or None for a plain one.
 
     Raises ValueError for values out of range, if neither criterion nor teacher is given, for a network that is not
     converted or entirely frozen, for a qnet with other layers, and for a loss that is not finite.
@@ -85,20 +94,12 @@ def finetune_spikes(
     epochs, lr = check_option("spike_epochs", epochs), check_option("spike_lr", lr)
     check_trains(snn, criterion, teacher)
     gradient = check_option("spike_gradient", gradient) or ("time" if snn.timesteps <= MOST_THROUGH_TIME else "tandem")
-    snn = copy.deepcopy(snn).to(device).eval()
-    layers = shadow_weights(snn, qnet)
-    parameters = [p for layer in layers for p in layer.trained_parameters()]
-    if not parameters:
-        raise ValueError("every layer of the network is frozen (requires_grad=False), unfreeze what is to be finetuned")
-    parameters += [neuron.learn_start() for neuron in snn.neurons().values() if gradient == "time"]
+    snn = learning_copy(snn, qnet, device, gradient)
     teacher = None if teacher is None else copy.deepcopy(teacher).to(device, torch.float32).eval()
     loader = reusable(loader_for(snn, loader))
     lr = default_lr(snn.timesteps, criterion is not None) if lr is None else lr
-    part_size = max(1, MOST_UNROLLED[torch.device(device).type] // snn.timesteps) if gradient == "time" else sys.maxsize
     how = {"forward": GRADIENTS[gradient], "criterion": criterion, "teacher": teacher, "features": features}
-    run_epochs(snn, layers, loader, device, epochs, lr, part_size, how)
-    if not all(torch.isfinite(p).all() for p in parameters):
-        raise ValueError(f"finetuning on spikes diverged in epoch {epochs}, lower its learning rate")
+    run_epochs(snn, loader, device, epochs, lr, how, progress or Progress())
     return finished(snn)
 
 
@@ -110,6 +111,20 @@ def check_trains(snn, criterion, teacher):
         raise ValueError("finetuning on spikes needs a criterion, for labels, or a teacher")
 
 
+def learning_copy(snn, qnet, device, gradient):
+    """A copy of a converted network with `shadow_weights` and, for the gradient "time", initial potentials to learn.
+
+    Raises ValueError if every layer is frozen.
+    """
+    snn = copy.deepcopy(snn).to(device).eval()
+    if not any(layer.trained_parameters() for layer in shadow_weights(snn, qnet)):
+        raise ValueError("every layer of the network is frozen (requires_grad=False), unfreeze what is to be finetuned")
+    for neuron in snn.neurons().values():
+        if gradient == "time":
+            neuron.learn_start()
+    return snn
+
+
 def finished(snn):
     """The network after training: the initial potentials are integers alone, and the bounds of the currents fit."""
     for neuron in snn.neurons().values():
@@ -118,34 +133,37 @@ def finished(snn):
     return snn
 
 
-def run_epochs(snn, layers, loader, device, epochs, lr, part_size, how):
-    """Train the shadow weights of `layers`, and the initial potentials if they learn, and set integers at every step.
+def run_epochs(snn, loader, device, epochs, lr, how, progress):
+    """Train shadow weights, and the initial potentials if they learn, and set integers at every step.
 
-    part_size: images per backward pass; a batch has one optimizer step. how: keywords of `total_loss`.
+    how: keywords of `total_loss`. Raises ValueError if the loss or a parameter is not finite.
     """
+    layers, part_size = list(snn.weighted_layers().values()), images_per_pass(how["forward"], snn.timesteps, device)
     starts = [neuron.start_share for neuron in snn.neurons().values() if neuron.start_share is not None]
     of_starts = [{"params": starts, "lr": START_SHARE * lr}] if starts else []  # a share of Vthr
     groups = groups_of(layers, lr) if how["criterion"] is not None else groups_by_width(layers, lr)
     optimizer = QuantAdam([*groups, *of_starts])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * count_batches(loader)))
-    for epoch in range(1, epochs + 1):
-        samples = 0
-        for batch in batches_of(tqdm(loader, f"finetune spikes, epoch {epoch}", leave=False, delay=1)):
+    stage = "spike_epochs_unlabelled" if how["criterion"] is None else "spike_epochs"
+    for epoch in progress.epochs(stage, epochs, snn, optimizer, schedule):
+        for batch in progress.batches(loader, f"finetune spikes, epoch {epoch}"):
             inputs, targets = batch_of(batch, device, how["criterion"] is not None)
-            samples += len(inputs[0])
             optimizer.zero_grad()
             for part, labels in parts_of(inputs, targets, part_size):
-                loss = total_loss(snn, part, labels, **how)
+                loss, outputs = total_loss(snn, part, labels, **how)
                 if not torch.isfinite(loss):
                     raise ValueError(f"finetuning on spikes diverged in epoch {epoch}, lower its learning rate")
                 (loss * (len(part[0]) / len(inputs[0]))).backward()
+                progress.count(loss, len(part[0]), outputs, labels)
+            average_gradients((p for group in optimizer.param_groups for p in group["params"]), len(inputs[0]))
             optimizer.step()
             schedule.step()
             set_integers(layers)
             for neuron in snn.neurons().values():
                 neuron.set_start()
-        if not samples:
-            raise ValueError("no samples to finetune on, the data loader is empty, or runs only once")
+        progress.check_samples()
+    if not all(torch.isfinite(p).all() for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(f"finetuning on spikes diverged in epoch {epochs}, lower its learning rate")
 
 
 def groups_by_width(layers, lr):
@@ -156,6 +174,13 @@ def groups_by_width(layers, lr):
     """
     shares = [min(1.0, (WIDE / layer.rows(layer.weight).shape[1]) ** 0.5) for layer in layers]
     return [group for layer, share in zip(layers, shares) for group in groups_of([layer], lr * share)]
+
+
+def images_per_pass(forward, timesteps, device):
+    """The most images per backward pass; a batch has one optimizer step all the same. forward: one of `GRADIENTS`."""
+    if forward is not forward_through_time:
+        return sys.maxsize
+    return max(1, MOST_UNROLLED[torch.device(device).type] // timesteps)
 
 
 def batch_of(batch, device, with_labels):
@@ -178,19 +203,19 @@ def default_lr(timesteps, with_labels):
     return LR_WITH_LABELS / timesteps**0.5 if with_labels else LR_TIMES_T / timesteps
 
 
-def finetune_on_spikes(snn, qnet, ann, train_loader, calibration_loader, criterion, device, args):
+def finetune_on_spikes(snn, qnet, ann, train_loader, calibration_loader, criterion, device, args, progress=None):
     """The converted network after epochs on the ANN's outputs alone, then epochs on labels and the ANN's outputs.
 
-    args: a namespace with the fields of `options.SpikeFinetuneOptions`, and calibration_samples. Raises ValueError like
-    `finetune_spikes`.
+    args: a namespace with the fields of `options.SpikeFinetuneOptions`, and calibration_samples. progress: as of
+    `finetune_spikes`, which raises the same errors.
     """
     options = SpikeFinetuneOptions.of(args)
-    how = {"lr": options.spike_lr, "teacher": ann, "gradient": options.spike_gradient}
+    how = {"lr": options.spike_lr, "teacher": ann, "gradient": options.spike_gradient, "progress": progress}
     if options.spike_epochs_unlabelled:
-        few = first_images(loader_for(snn, calibration_loader), args.calibration_samples)
+        few = from_first(lambda: first_images(loader_for(snn, calibration_loader), args.calibration_samples))
         kept_out, learnt_from = few[HELD_OUT - 1 :: HELD_OUT], [b for i, b in enumerate(few, 1) if i % HELD_OUT]
         trained = finetune_spikes(snn, learnt_from, device, options.spike_epochs_unlabelled, qnet=qnet, **how)
-        if is_nearer(trained, snn, ann, kept_out, device):
+        if from_first(lambda: is_nearer(trained, snn, ann, kept_out, device)):
             snn = qnet = trained
     if options.spike_epochs:
         snn = finetune_spikes(snn, train_loader, device, options.spike_epochs, criterion=criterion, qnet=qnet, **how)
@@ -241,7 +266,7 @@ def first_images(loader, samples):
 
 
 def total_loss(snn, inputs, targets, *, forward, criterion, teacher, features):
-    """The loss of one batch, differentiable in weights and biases. forward: one of `GRADIENTS`."""
+    """`loss, outputs` of one batch, differentiable in weights and biases. forward: one of `GRADIENTS`."""
     outputs, activations = forward(snn, inputs)
     loss = 0.0 if criterion is None else loss_of(criterion, outputs, targets)
     if teacher is not None:
@@ -251,7 +276,7 @@ def total_loss(snn, inputs, targets, *, forward, criterion, teacher, features):
         loss = loss + distillation_loss(*pair, SPIKES_TEMPERATURE)
         errors = [relative_error(activation, known[name]) for name, activation in activations]
         loss = loss + features * sum(errors) / max(len(errors), 1)
-    return loss
+    return loss, outputs
 
 
 def relative_error(values, wanted):
@@ -358,8 +383,10 @@ def decoded_rates(snn, inputs):
 def shadow_weights(snn, qnet=None):
     """The layers to train; each weight gets a full-precision shadow, and the value that its integers represent.
 
-    The shadows are those of `qnet`, clamped to the rounding interval of their integer; without `qnet` they are the
-    values that the integers represent. Raises ValueError for a qnet with other layers.
+    The shadows are those of `qnet`, its full-precision weights (`weight_back`), clamped to the rounding interval of
+    their integer. So weights near the edge of their interval change their integer first (as in AdaRound; Nagel et al.,
+    ICML 2020). Without `qnet` they are the values that the integers represent, in the middle. Raises ValueError for a
+    qnet with other layers.
     """
     layers = list(snn.weighted_layers().values())
     for name, layer in snn.weighted_layers().items():

@@ -44,7 +44,7 @@ LEAST_POWER = 1e-12  # mean square of the inputs of a layer that reads nothing a
 
 @torch.no_grad()
 def learn_rounding(qnet, net, loader, device, samples, per_channel=False):
-    """Learn weights, biases and lambdas of `qnet` in place, for outputs like those of `net`.
+    """Learn weights, biases and lambdas of `qnet` in place, for outputs like those of `net`; returns `qnet`.
 
     qnet: the result of `quantize_finetune` with 0 epochs, with or without activation levels. net: its float network,
     with the same ops. loader: images; the first `samples` are used, and fewer if the largest layer is too large
@@ -58,6 +58,7 @@ def learn_rounding(qnet, net, loader, device, samples, per_channel=False):
     inputs = calibration_images(net, reusable(loader_for(net, loader), samples), device, samples)
     Learner(net, qnet, inputs, per_channel).run()
     quantize_layers(qnet)
+    return qnet
 
 
 def calibration_images(net, loader, device, samples):

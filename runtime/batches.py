@@ -321,8 +321,9 @@ def loss_of(criterion, outputs, targets):
 def four_loaders(test_set, val_set, train_set, train_val_set, args):
     """`test_loader, val_loader, train_loader, train_val_loader` for data sets whose `__getitems__` returns a batch.
 
-    Only the training loader shuffles. The attributes of `args`, with their defaults, are batch_size 128,
-    test_batch_size 100, num_workers 0 and seed 0.
+    Only the training loader shuffles. Its workers start anew with every epoch, so that its augmentation depends on the
+    loader's generator alone: a training that is resumed (`finetuning.state`) sees the same images. The attributes of
+    `args`, with their defaults, are batch_size 128, test_batch_size 100, num_workers 0 and seed 0.
     """
     workers, seed = getattr(args, "num_workers", 0), getattr(args, "seed", 0)
     batch_size, test_batch_size = getattr(args, "batch_size", 128), getattr(args, "test_batch_size", 100)
@@ -333,7 +334,7 @@ def four_loaders(test_set, val_set, train_set, train_val_set, args):
             size,
             shuffle=shuffle,
             num_workers=workers,
-            persistent_workers=workers > 0,
+            persistent_workers=workers > 0 and not shuffle,
             collate_fn=already_a_batch,
             generator=torch.Generator().manual_seed(
                 seed

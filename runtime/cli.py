@@ -1,17 +1,16 @@
 """Shared code of the command-line scripts: a parser with one-line errors, and exit statuses. Imports nothing slow.
 
-Exit status 0 means success, 1 an interrupted run (Ctrl-C, SIGTERM, SIGHUP) or a traceback, 2 an error that the user can
-correct.
+Exit status 0 means success, 1 a traceback, 2 an error that the user can correct, 128 and the signal's number an
+interrupted run: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
 """
 
 import argparse
-import contextlib
 import difflib
-import os
-import signal
 import sys
 
 from runtime.failures import in_one_line, squeeze
+from runtime.interrupts import INTERRUPTED, signals_as_interrupts
+from runtime.processes import UNHARMED, ProcessEnded, fails_first, first_speaks, interrupted, say_last, started
 from runtime.streams import steady_streams
 
 
@@ -88,7 +87,7 @@ def did_you_mean(word, known):
 
 def exit_with_error(message):
     """Print a one-line error on stderr and exit with status 2."""
-    print("error:", squeeze(message), file=sys.stderr)
+    say_last(f"error: {squeeze(message)}")
     sys.exit(2)
 
 
@@ -100,53 +99,36 @@ def check_printed(output):
         exit_with_error(f"cannot print on stdout ({failure.strerror}), all files are written, send it to another place")
 
 
-def run_script(main, args):
+def run_script(main, args, shared=False):
     """Call `main(args)`. Errors that the user can cause become one line and status 2; --debug shows the traceback.
 
-    A closed stdout, or a pipe without a reader, does not stop the work. A full disk behind stdout is an error at the
-    end.
+    args: the flags, or the function that parses them, which then is silent in all processes but the first.
+    shared: whether the script shares its work between processes that torchrun starts. A closed stdout, or a pipe
+    without a reader, does not stop the work. A full disk behind stdout is an error at the end.
     """
-    with steady_streams() as output, signals_as_interrupts():
+    with steady_streams() as output, first_speaks(), signals_as_interrupts():
         try:
-            check_alone()
+            if not shared:
+                check_alone()
+            args = args() if callable(args) else args
             main(args)
-        except KeyboardInterrupt:
-            print("interrupted, no result is half-written", file=sys.stderr)
+        except KeyboardInterrupt as interrupt:
+            say_last(f"{interrupted()}, {UNHARMED}")
+            sys.exit(getattr(interrupt, "status", INTERRUPTED))
+        except ProcessEnded as error:
+            say_last(f"error: {error}")
             sys.exit(1)
         except Exception as error:
-            line = None if args.debug else in_one_line(error, args)
-            if line is None:
+            line = None if getattr(args, "debug", False) else in_one_line(error, args)
+            if line is None and fails_first():
                 raise
+            if line is None:
+                sys.exit(1)
             exit_with_error(line)
         check_printed(output)
 
 
 def check_alone():
     """Raise ValueError if torchrun started several processes: each would repeat the work and write the same files."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes not in ("", "0", "1"):
-        raise ValueError(f"started as one of {processes} processes (WORLD_SIZE), start it without torchrun")
-
-
-@contextlib.contextmanager
-def signals_as_interrupts():
-    """Context in which SIGTERM and SIGHUP end the run like Ctrl-C, so that no temporary file is left.
-
-    A signal that is already ignored, such as SIGHUP under nohup, stays ignored. Outside the main thread nothing
-    changes, because only the main thread can set handlers.
-    """
-
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-
-    before = {}
-    with contextlib.suppress(ValueError):
-        for name in ("SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
-                before[number] = signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    if started() > 1:
+        raise ValueError(f"started as one of {started()} processes (WORLD_SIZE), start it without torchrun")

@@ -404,13 +404,13 @@ def test_a_truncated_spiking_network_is_refused_by_name(runs, tmp_path):
             load_dag(path)
 
 
-def test_an_interrupted_run_ends_with_status_1(capsys):
+def test_an_interrupted_run_ends_with_status_130(capsys):
     def interrupted(args):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as end:
         run_script(interrupted, ann2snn.parse_args(["debug_net0"]))
-    assert end.value.code == 1 and "interrupted" in capsys.readouterr().err
+    assert end.value.code == 130 and "interrupted" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -40,7 +40,13 @@ ARGUMENTS = (
 # what a reader writes or downloads, in words that look like files of the repository
 READERS_FILES = {
     *("example.py", "train2017/", "val2017/", "file.py", "layers.py", "path/net.py", "path/data.py"),
-    *("resnet.py", "path/to/net.py", "path/to/data.py", "path/to/file.py", "my_project/net.py"),
+    *("job.sh", "resnet.py", "path/to/net.py", "path/to/data.py", "path/to/file.py", "my_project/net.py"),
+}
+
+# of torchrun and of SLURM
+OTHERS_FLAGS = {
+    *("--standalone", "--nnodes", "--nproc_per_node", "--rdzv_id", "--rdzv_backend", "--rdzv_endpoint"),
+    *("--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time"),
 }
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -129,7 +135,7 @@ def test_every_page_is_linked_from_the_readme():
 
 @by_page
 def test_flags_exist(page):
-    known = set().union(*(flags_of(script) for script in SCRIPTS))
+    known = set().union(OTHERS_FLAGS, *(flags_of(script) for script in SCRIPTS))
     assert sorted(set().union(*(flags_in(code) for code in code_of(page))) - known) == []
 
 

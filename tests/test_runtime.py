@@ -228,7 +228,7 @@ def test_signals_end_as_an_interrupt_does(tmp_path, number):
     (tmp_path / "file").write_text("old")
     # whoever runs the tests may ignore signals, as nohup does
     run = python(STOPPED, tmp_path / "file", int(number), preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
-    assert (run.returncode, run.stderr) == (1, "interrupted, no result is half-written\n")
+    assert (run.returncode, run.stderr) == (128 + number, "interrupted, no result is half-written\n")
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "old"
 
 
@@ -247,7 +247,7 @@ def test_a_training_that_is_terminated_keeps_its_last_epoch(tmp_path):
             break
     run.terminate()
     assert run.communicate(timeout=60)[1].splitlines()[-1] == "interrupted, no result is half-written"
-    assert run.returncode == 1 and os.listdir(tmp_path) == ["ann.pth.part"]
+    assert run.returncode == 143 and sorted(os.listdir(tmp_path)) == ["ann.pth.part", "ann.pth.state"]
     assert torch.load(tmp_path / "ann.pth.part", weights_only=True)["epochs"] >= 2
 
 
@@ -468,10 +468,17 @@ def test_only_what_a_user_can_cause_is_said_in_one_line():
     assert in_one_line(MemoryError(), args) == "out of memory: free some memory"
 
 
-def test_one_of_several_processes_is_refused(tmp_path):
-    """torchrun would do all of the work in every one of them."""
-    command = [sys.executable, "ann2snn.py", "debug_net0", "--dataset", "debug0", "-e", "0"]
-    command += ["--save_file", str(tmp_path / "snn.pth")]
+@pytest.mark.parametrize(
+    "script, said",
+    [
+        ("analyse_error.py", "started as one of 2 processes (WORLD_SIZE), start it without torchrun"),
+        ("ann2snn.py", "one of 2 processes (WORLD_SIZE) does not find the others, start it with torchrun"),
+    ],
+)
+def test_one_of_several_processes_is_refused(script, said, tmp_path):
+    """analyse_error.py would do all of the work in every one of them; ann2snn.py shares it if torchrun started them."""
+    command = [sys.executable, script, "debug_net0", "--dataset", "debug0", "-e", "0"]
+    command += ["--out" if script == "analyse_error.py" else "--save_file", str(tmp_path / "snn.pth")]
     run = subprocess.run(command, cwd=ROOT, env={**ENVIRONMENT, "WORLD_SIZE": "2"}, capture_output=True, text=True)
     assert run.returncode == 2 and not os.listdir(tmp_path)
-    assert run.stderr == "error: started as one of 2 processes (WORLD_SIZE), start it without torchrun\n"
+    assert run.stderr.startswith(f"error: {said}") and run.stderr.count("\n") == 1

@@ -34,7 +34,7 @@ def test_an_interrupted_training_leaves_the_old_file(tmp_path, monkeypatch, caps
     before, train_epoch = (tmp_path / "ann.pth").read_bytes(), train_ann.train_epoch
 
     def interrupt_second(*args):
-        if args[7] == "epoch 2":
+        if "epoch 2" in args:
             raise KeyboardInterrupt
         return train_epoch(*args)
 
@@ -42,7 +42,7 @@ def test_an_interrupted_training_leaves_the_old_file(tmp_path, monkeypatch, caps
     line = f"example_net --epochs 2 --lr 0.01 --save_file {tmp_path}/ann.pth"
     with pytest.raises(SystemExit) as end:
         run_script(train_ann.main, train_ann.parse_args(line.split()))
-    assert end.value.code == 1 and "interrupted, no result is half-written" in capsys.readouterr().err
+    assert end.value.code == 130 and "interrupted, no result is half-written" in capsys.readouterr().err
     assert (tmp_path / "ann.pth").read_bytes() == before
     assert torch.load(tmp_path / "ann.pth.part", weights_only=True)["epochs"] == 1
 
