@@ -254,12 +254,13 @@ def where_they_part(of_qnet, of_snn, images, depth, args):
     return None
 
 
-def quantize(args, made, loaders, criterion, device, progress):
+def quantize(args, made, loaders, criterion, device, progress=None):
     """Set `made.qnet` to the quantized and finetuned `made.ann`; with `args.equalize`, equalize `made.ann` first.
 
     With `args.qnet` it gets the weights of that file instead of a finetuning.
     """
     train_loader, calibration_loader = loaders
+    progress = progress or Progress()
     if args.equalize:
         made.ann = equalize_channels(made.ann)
     leveled = from_first(lambda: with_levels(made.ann, calibration_loader, device, args))

@@ -221,7 +221,6 @@ class SpikeDAGModule(nn.Module):
 
     def to_dict(self):
         """The whole network as plain data: names, numbers and tensors."""
-        by = {} if self.quantized_by is None else {"quantized_by": self.quantized_by}
         return {
             "format": FORMAT,
             "inputs_nodes": self.inputs_nodes,
@@ -230,7 +229,7 @@ class SpikeDAGModule(nn.Module):
             "preprocessing": self.preprocessing,
             "training": self.training,
             "ops": [op_to_dict(entry) for entry in self.ops.values()],
-            **by,
+            **({} if self.quantized_by is None else {"quantized_by": self.quantized_by}),
         }
 
     def __reduce__(self):

@@ -33,7 +33,7 @@ class Log:
             "loss": sums["loss"] / sums["samples"],
             "accuracy": 100 * sums["right"] / sums["labelled"] if sums["labelled"] else None,
             "validation_accuracy": validated.get("top1"),
-            "learning_rate": progress.rate,
+            "learning_rate": sums["rate"],
             "seconds": sums["seconds"],
             "images_per_second": sums["samples"] / max(sums["seconds"], 1e-9),
         }

@@ -60,8 +60,8 @@ class Progress:
     def begin_epoch(self):
         """Forget the sums of the last epoch."""
         self.validated = self.began = None
-        self.batch, self.rate = 0, None
-        self.sums = {"loss": 0.0, "samples": 0, "right": 0, "labelled": 0, "seconds": 0.0}
+        self.batch = 0
+        self.sums = {"loss": 0.0, "samples": 0, "right": 0, "labelled": 0, "seconds": 0.0, "rate": 0.0}
 
     # stages and epochs
 
@@ -126,7 +126,7 @@ class Progress:
         skipped = 0
         if self.state is not None:
             skipped = self.state.begin_epoch(self)
-        self.rate = self.learning_rate()
+        self.sums["rate"] = self.learning_rate()  # at the start of the epoch, also of one that is resumed
         self.batches_of_epoch = len(loader) if has_length(loader) else float("inf")
         batches = batches_of(tqdm(shares(loader), words, leave=False, delay=1))
         if skipped:
@@ -185,9 +185,9 @@ class Progress:
         return float(self.sums["loss"]) / self.sums["samples"]
 
     def learning_rate(self):
-        """The learning rate of the optimizer's first group, or None."""
+        """The learning rate of the optimizer's first group, 0 without an optimizer."""
         groups = getattr(self.trainers[0], "param_groups", None) if self.trainers else None
-        return float(groups[0]["lr"]) if groups else None
+        return float(groups[0]["lr"]) if groups else 0.0
 
     def estimate(self):
         """Print once, after some batches, how long the stage will take, if that is over a minute."""

@@ -35,7 +35,7 @@ FEW = "-e 1 --calibration_samples 100 --spike_epochs 1 --spike_epochs_unlabelled
 RUNS = {  # script, flags, and how many of the writes of the state are passed over from one cut to the next
     "ann": (train_ann, "--epochs 2 --lr 0.05", 4),
     "ann with workers": (train_ann, "--epochs 2 --lr 0.05 --num_workers 1 --batch_size 600", 2),
-    "ann averaged": (train_ann, "--epochs 1 --lr 0.05 --val_share 0.2 --average 1 --ann_weight WEIGHTS", 5),
+    "ann averaged": (train_ann, "--epochs 1 --lr 0.05 --val_share 0.2 --average 1 --ann_weight WEIGHTS", 4),
     "sgd": (ann2snn, "-e 4 --timesteps 4", 6),
     "adam": (ann2snn, "-e 2 --finetune_optimizer adam --activation_levels 4 --finetune_distill 0.5", 4),
     "through time": (ann2snn, f"{FEW} --timesteps 2", 6),
