@@ -48,12 +48,12 @@ def main(args):
     seed_everything(args.seed)
     choose_input(args)
 
-    test_loader, _, train_loader, train_val_loader = get_dataset(args)
+    loaders = test_loader, _, train_loader, train_val_loader = get_dataset(args)
     net, args = load_network(args, train_loader.dataset)
     criterion, evaluate = choose_measure(args)
-    measure = partial(evaluate, loader=test_loader, device=device, criterion=criterion)
+    measure = partial(evaluate, loader=test_loader, device=device, criterion=criterion, keep_answers=True)
     made = make(args, net, (train_loader, train_val_loader), criterion, device, measure)
-    analysis = analyse(args, made, (test_loader, train_loader, train_val_loader), device)
+    analysis = analyse(args, made, loaders, device)
     write_report(folder, analysis)
 
     print(accuracy_table(args, made.accuracies))

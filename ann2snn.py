@@ -41,12 +41,13 @@ def main(args):
     choose_input(args)
     clock = Stopwatch()
 
-    test_loader, _, train_loader, train_val_loader = get_dataset(args)
+    loaders = test_loader, _, train_loader, train_val_loader = get_dataset(args)
     net, args = load_network(args, train_loader.dataset)
     check_room(args.save_file, weight_bytes(net))
     clock.lap("data")
     criterion, evaluate = choose_measure(args)
-    measure = partial(evaluate, loader=test_loader, device=device, criterion=criterion)
+    details = {"keep_answers": True} if args.report else {}
+    measure = partial(evaluate, loader=test_loader, device=device, criterion=criterion, **details)
     made = make(args, net, (train_loader, train_val_loader), criterion, device, measure, clock)
 
     preprocessing = getattr(train_loader.dataset, "preprocessing", None)
@@ -56,7 +57,7 @@ def main(args):
     print_results(args, made)
     export(args, made, test_loader)
     if args.report:
-        report(args, made, (test_loader, train_loader, train_val_loader), device)
+        report(args, made, loaders, device)
 
 
 def check_outputs(args):
@@ -139,7 +140,7 @@ def export(args, made, loader):
 
 
 def report(args, made, loaders, device):
-    """Write the error analysis to `args.report`. loaders: (test images, training images, calibration images)."""
+    """Write the error analysis to `args.report`. loaders: as `get_dataset` returns them."""
     from reports.analysis import analyse, write_report
     from runtime.files import after_writing
 

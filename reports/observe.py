@@ -15,10 +15,11 @@ class Observation:
     currents: op name -> sum over T steps of the current into its neurons, float64 [B, ...].
     counts: node of spikes -> spikes in T steps, float64 [B, ...]; for a folded pooling, spikes of each window.
     scales: node of spikes -> lambda; for a folded pooling, the lambda of one spike of a window.
+    outputs: the class scores, [B, classes].
     """
 
     def __init__(self):
-        self.currents, self.counts, self.scales = {}, {}, {}
+        self.currents, self.counts, self.scales, self.outputs = {}, {}, {}, None
 
     def add(self, store, key, value):
         """Add the sum of some more timesteps to `store[key]`."""
@@ -45,7 +46,7 @@ def observe(snn, images, on_step=None):
             seen.add(seen.counts, entry.out, value.counts().double())
             seen.scales[entry.out] = value.scale_factor.double()
 
-    simulate(snn, (images,), snn.timesteps, watch=watch)
+    seen.outputs = simulate(snn, (images,), snn.timesteps, watch=watch)[0]
     return seen
 
 
