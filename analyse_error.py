@@ -33,6 +33,7 @@ def main(args):
     from datasets import DETECTION_DATASETS, get_dataset
     from pipeline import accuracy_table, check_command_line, choose_measure, load_network, make
     from reports.analysis import analyse, summary_rows, write_report
+    from reports.compare import read_runs
     from runtime.device import choose_device, seed_everything
     from runtime.files import check_folder
     from runtime.packages import REPORT_PACKAGES, check_packages
@@ -44,6 +45,7 @@ def main(args):
     check_packages("analyse_error.py", *REPORT_PACKAGES)
     folder = f"analysis/{safe_name(args.net_name)}" if args.out is None else args.out
     check_folder(folder)
+    read_runs(args.compare)
     device = choose_device(args.device)
     seed_everything(args.seed)
     choose_input(args)

@@ -61,7 +61,7 @@ def main(args):
 
 
 def check_outputs(args):
-    """Raise OSError if a result cannot be written, and ValueError if two results have the same file."""
+    """Raise OSError if a result cannot be written or compared, and ValueError if two results have the same file."""
     from export.formats import check_exports
     from runtime.files import check_different, check_folder, check_writable
 
@@ -70,6 +70,10 @@ def check_outputs(args):
     check_folder(args.report)
     pages = [os.path.join(args.report, page) for page in ("report.html", "report.json")] if args.report else []
     check_different(args.save_file, args.results, args.report, *pages, *check_exports(args))
+    if args.report and args.compare:
+        from reports.compare import read_runs
+
+        read_runs(args.compare)
 
 
 def weight_bytes(net):

@@ -117,6 +117,8 @@ def layer_in_words(choice, results, paths, words, layers):
     """
     of = f"{choice.images} {words}"
     tried = f"{choice.tried} of {layers} layers" if choice.tried < layers else f"{layers} layers"
+    if choice.kind == "none" and right_of(results[CONTROL]).all():
+        return f"No layer's rounding costs an answer on {of}: all of them are answered right."
     if choice.kind == "none":
         return (
             f"No single layer stands out: float weights in any one of {tried} give no significant change on {of} "
@@ -143,6 +145,8 @@ def in_place(name, paths):
 def flags_in_words(choice, results, words, name):
     """The sentence about the other flags. name: the recommended ones (`recommended`), or None."""
     of = f"{choice.images} {words}"
+    if choice.kind == "none" and right_of(results[CONTROL]).all():
+        return f"No flag can be better on {of}: all of them are answered right as asked for."
     if choice.kind == "none":
         return (
             f"None of {choice.tried} other flags is significantly better on {of} (differences under about "

@@ -1,12 +1,13 @@
 """What all figures share: panels that stand side by side on a PNG and below each other on a phone, colours, rendering.
 
 A Chart has a title, a caption and Panels. A Panel draws on one matplotlib axis, so that it can be drawn twice: all
-panels together as one PNG file, and each alone as an SVG in the page, whose colours follow the reader's light or dark
-mode. The colours are seaborn's palette for colour-blind readers; markers, line styles and hatches differ without colour.
+panels together as one PNG file, and each alone as an SVG in the page, whose colours follow the light or dark mode.
+The colours are seaborn's palette for colour-blind readers; markers, line styles and hatches differ without colour.
 """
 
 import io
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 
 import matplotlib
@@ -16,6 +17,7 @@ matplotlib.use("Agg")
 import seaborn as sns
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from PIL import Image
 
 COLOURS = [to_hex(colour) for colour in sns.color_palette("colorblind")]
 INK, SOFT, GRID, PAPER = "#1b1b1e", "#5b5b61", "#dedee2", "#fefefe"  # text, quiet lines, grids, background
@@ -23,7 +25,9 @@ VARIABLES = {INK: "--ink", SOFT: "--soft", GRID: "--grid", PAPER: "--paper"}  # 
 VARIABLES |= {colour: f"--c{i}" for i, colour in enumerate(COLOURS[:8])}
 PNG_DPI = 200  # 1600 pixels for 8 inches
 PNG_WIDTH = 8  # inches
+LARGEST_PNG = 200_000  # bytes in full colour
 WIDTH, HEIGHT = 4.4, 3.0  # inches of a panel: 10 points stay readable where 4.4 inches fill a phone of 390 pixels
+LEGEND = 0.3  # inches of a legend below a panel
 RENDERING = {
     **{"font.size": 10, "axes.titlesize": 10, "hatch.linewidth": 0.6, "svg.fonttype": "none"},
     **{key: INK for key in ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")},
@@ -33,7 +37,7 @@ RENDERING = {
 
 @dataclass
 class Panel:
-    """One axis. draw: a function of the axis. width, height: inches. title: over the panel. legend: its columns, or 0."""
+    """One axis. draw: a function of the axis. width, height: inches. title: over it. legend: its columns, or 0."""
 
     draw: object
     width: float = WIDTH
@@ -94,8 +98,9 @@ def legend_below(axis, columns):
 
 def draw_panel(panel):
     """A panel alone, as a matplotlib Figure."""
-    figure = Figure(figsize=(panel.width, panel.height), layout="constrained", facecolor="none")
-    figure.panel_height = panel.height
+    height = panel.height + (LEGEND if panel.legend else 0)
+    figure = Figure(figsize=(panel.width, height), layout="constrained", facecolor="none")
+    figure.panel_height = height
     fill(figure, figure.subplots(), panel)
     return figure
 
@@ -104,7 +109,7 @@ def draw_all(chart):
     """All panels of a chart as one matplotlib Figure of PNG_WIDTH inches, with its title."""
     columns = min(chart.columns, len(chart.panels))
     rows = [chart.panels[i : i + columns] for i in range(0, len(chart.panels), columns)]
-    heights = [max(panel.height for panel in row) for row in rows]
+    heights = [max(panel.height + (LEGEND if panel.legend else 0) for panel in row) for row in rows]
     figure = Figure(figsize=(PNG_WIDTH, 0.4 + sum(heights)), layout="constrained", facecolor=PAPER)
     figure.panel_height = heights[0]
     axes = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
@@ -122,7 +127,14 @@ def render_png(chart):
     with matplotlib.rc_context(RENDERING):
         figure = draw_all(chart)
         figure.savefig(buffer, format="png", dpi=PNG_DPI, metadata={"Software": None})
-    return buffer.getvalue()
+    return buffer.getvalue() if buffer.tell() <= LARGEST_PNG else in_few_colours(buffer)
+
+
+def in_few_colours(file):
+    """The bytes of a PNG file with a palette of 256 colours, which is a third as large."""
+    smaller = io.BytesIO()
+    Image.open(file).convert("RGB").quantize(256).save(smaller, format="PNG", optimize=True)
+    return smaller.getvalue()
 
 
 def render_svgs(name, chart):
@@ -138,10 +150,18 @@ def render_svgs(name, chart):
 
 def for_page(svg):
     """An SVG file as a part of a page: without head, metadata and the ids of groups, in the colours of the page."""
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
     svg = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d+\.\d)\d+", r"\1", tag[0]), svg)  # a tenth of a point is enough
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
-    svg = re.sub(r"(\d+\.\d\d)\d+", r"\1", svg)  # a hundredth of a point is finer than any screen
     return re.sub(r"\s*\n\s*", "\n", svg)
+
+
+def share_styles(page):
+    """`page, rules`: a page whose repeated `style` attributes of SVG elements became classes, and these classes."""
+    found = Counter(re.findall(r' style="([^"]*)"', page))
+    classes = {style: f"s{i}" for i, (style, count) in enumerate(found.items()) if count > 2}
+    page = re.sub(r' style="([^"]*)"', lambda m: f' class="{classes[m[1]]}"' if m[1] in classes else m[0], page)
+    return page, "".join(f".{name}{{{style}}}" for style, name in classes.items())

@@ -45,8 +45,8 @@ def draw_charts(result, samples):
 def alternatives_chart(result):
     """Other flags against the conversion as asked for."""
     caption = (
-        f"Change of accuracy by other flags, on {on_which(result)}, with paired 95 % intervals, not corrected for their "
-        "number. A filled point's interval leaves out zero."
+        f"Change of accuracy by other flags, on {on_which(result)}, with paired 95 % intervals, not corrected for "
+        "their number. A filled point's interval leaves out zero."
     )
     return changes_chart(result["alternatives"], "What other flags change", caption)
 

@@ -14,9 +14,9 @@ GLOSSARY = {
     "integers of the neurons": "Rounding of weights to a common unit where branches meet, and of biases.",
     "lambda": "The activation that one spike at every timestep stands for.",
     "membrane potential": "The running sum of a neuron's input. It falls by Vthr (or to 0) when the neuron spikes.",
-    "mid-p, p, significant": "p is the probability of a difference at least this large if the two networks were equally "
-    "good. Below 0.05 the report calls it significant. McNemar's test counts the images that only one of two networks "
-    "has right. With several comparisons p is raised for their number (Holm).",
+    "mid-p, p, significant": "p is the probability of a difference at least this large if the two networks were "
+    "equally good. Below 0.05 the report calls it significant. McNemar's test counts the images that only one of two "
+    "networks has right. With several comparisons p is raised for their number (Holm).",
     "quantized ANN": "The ANN with integer weights, before it is turned into spikes.",
     "saturated": "A neuron that spikes at every timestep. A larger input changes nothing any more.",
     "score error": "How far the class scores are from the float ANN's. 0 % means the same scores for every image; "

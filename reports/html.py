@@ -8,7 +8,7 @@ from html import escape
 
 from quantization import weights_in_words
 from reports import tables
-from reports.claims import interval_in_words
+from reports.drawing import share_styles
 from reports.glossary import GLOSSARY
 from reports.style import SCRIPT, STYLE
 from reports.tables import table
@@ -42,17 +42,18 @@ def report_page(result, pictures):
         section("How it was made", seconds(result), tables.flags_table(result)),
     ]
     sections = [each for each in sections if each]
-    return page(title, first_screen(result, title), "\n".join(sections))
+    body, rules = share_styles("\n".join(sections))
+    return page(title, first_screen(result, title), body, STYLE + rules)
 
 
-def page(title, first, body):
+def page(title, first, body, style):
     """An HTML document with a list of its sections between the first screen and the rest."""
     heads = re.findall(r'<h2 id="([^"]+)">(.*?)</h2>', body)
     links = "".join(f'<li><a href="#{name}">{words}</a></li>' for name, words in heads)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}: report</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{first}\n"
+        f"<title>{escape(title)}: report</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n{first}\n"
         f'<nav aria-label="Contents"><ul>{links}</ul></nav>\n{body}\n</main>\n<script>{SCRIPT}</script>\n'
         "</body>\n</html>\n"
     )
@@ -95,7 +96,7 @@ def picture(pictures, name):
 
 def first_screen(result, title):
     """What a user asks first: accuracy, timesteps, energy, chip, and what to try next."""
-    answers = (accuracy_answer, timesteps_answer, energy_answer, chip_answer)
+    answers = (timesteps_answer, energy_answer, chip_answer)
     return (
         f"<h1>{escape(title)}: a spiking network</h1>\n"
         f'<p class="note">{escape(what_was_converted(result))}</p>\n'
@@ -126,21 +127,15 @@ def what_was_converted(result):
     )
 
 
-def accuracy_answer(result):
-    """The accuracy of the SNN and its difference to the ANN."""
-    change = result["accuracy"]["differences"]["snn-ann"]
-    words = f"SNN minus ANN on the same {result['samples']} test images, {interval_in_words(change['interval'])}"
-    return "Accuracy against the ANN", f"{change['points']:+.2f} points", words
-
-
 def timesteps_answer(result):
     """The fewest timesteps within a point of the ANN."""
     fewest, images, T = result["accuracy"]["fewest_timesteps"], result["samples"], result["flags"]["timesteps"]
     title = "Timesteps within 1 point of the ANN"
     if fewest["measured"] is None:
         return title, f"more than {T}", f"measured on {images} test images"
-    sure = "no T up to it is sure by the 95 % interval" if fewest["sure"] is None else f"sure from T = {fewest['sure']}"
-    sure = sure if fewest["sure"] is not None else f"the 95 % interval is not that narrow up to T = {T}"
+    sure = f"the 95 % interval agrees from T = {fewest['sure']} on"
+    if fewest["sure"] is None:
+        sure = f"more images are needed to be sure, the 95 % interval is too wide up to T = {T}"
     return title, f"T = {fewest['measured']}", f"as measured on {images} test images; {sure}"
 
 

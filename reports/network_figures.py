@@ -4,6 +4,7 @@ from functools import partial
 
 import numpy as np
 import seaborn as sns
+from matplotlib.ticker import EngFormatter
 
 from reports.alternatives import CONTROL
 from reports.claims import differences
@@ -64,8 +65,8 @@ def pareto_chart(tried, runs, ann_top1, images):
     points = [point for point in points if point[3] > 0]
     others = [(row["name"], row["top1"], row["interval"], row["synops"]) for row in compared]
     caption = (
-        f"Accuracy against synaptic operations for each image, on {images} test images, with 95 % intervals. Up is more "
-        "accurate, left is cheaper. Preset, flags and the conversion asked for are calibrated on as many images. "
+        f"Accuracy against synaptic operations for each image, on {images} test images, with 95 % intervals. Up is "
+        "more accurate, left is cheaper. Conversions without training are calibrated on as many images each. "
     )
     missing = [row["name"] for row in runs[1:] if not row["synops"]]
     caption += "Open symbols are the runs compared, on their own images. " if others else ""
@@ -87,6 +88,9 @@ def draw_pareto(axis, points, others, ann_top1):
     values = [point[3] for point in (*points, *others)]
     if values and max(values) > 4 * min(values):
         axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(EngFormatter(places=0, sep=""))
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.tick_params(axis="x", labelsize=9)
     axis.set(xlabel="synaptic operations for an image", ylabel="top-1 accuracy (%)")
 
 
@@ -126,19 +130,19 @@ def draw_classes(axis, rows, names):
 
 
 def draw_confusion(axis, matrix, names):
-    """A confusion matrix as a heat map, in percent of each row; numbers are counts of images."""
+    """A confusion matrix as an image, in percent of each row; numbers are counts of images, zeros left out."""
     shares = 100 * matrix / matrix.sum(1, keepdims=True).clip(1)
-    few = len(matrix) <= MOST_CELLS
     axis.grid(False)
-    ticks = [plain_text(name)[:12] for name in names] if len(matrix) <= MOST_CLASSES else False
-    marks = {"xticklabels": ticks, "yticklabels": ticks, "annot_kws": {"fontsize": 8}, "rasterized": not few}
-    counts = matrix if few else None
-    sns.heatmap(
-        shares, cmap="Blues", vmin=0, vmax=100, annot=counts, fmt="d", ax=axis, cbar=False, square=True, **marks
-    )
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
+    if len(matrix) <= MOST_CELLS:
+        for row, column in zip(*np.nonzero(matrix)):
+            colour = "#ffffff" if shares[row, column] > 50 else "#202024"
+            axis.text(column, row, matrix[row, column], ha="center", va="center", fontsize=8, color=colour)
+    if len(matrix) <= MOST_CLASSES:
+        ticks = [plain_text(name)[:12] for name in names]
+        axis.set_xticks(range(len(ticks)), ticks, rotation=90 if max(map(len, ticks)) > 2 else 0)
+        axis.set_yticks(range(len(ticks)), ticks)
     axis.set(xlabel="answered class", ylabel="true class")
-    axis.tick_params(axis="x", rotation=90 if max(map(len, names)) > 2 else 0)
-    axis.tick_params(axis="y", rotation=0)
 
 
 def changes_chart(results, title, caption, names=None):

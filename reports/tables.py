@@ -22,9 +22,11 @@ def table(rows, caption, sorts=True):
 
     body = "\n".join(line(row, "td") for row in rows[1:])
     kind = ' class="sorts"' if sorts and len(rows) > 2 else ""
+    named = escape(caption, quote=True)
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption, quote=True)}"><table{kind}>'
-        f"<caption>{escape(caption)}</caption>\n<thead>{line(rows[0], 'th')}</thead>\n<tbody>\n{body}\n</tbody></table></div>"
+        f'<p class="caption">{escape(caption)}</p>\n'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{named}"><table{kind} aria-label="{named}">\n'
+        f"<thead>{line(rows[0], 'th')}</thead>\n<tbody>\n{body}\n</tbody></table></div>"
     )
 
 
@@ -150,10 +152,10 @@ def layer_table(result):
         bits = each["bits_observed"] or "float", each["bits_bound"] or "float"
         rows.append((*first, *errors, *parts, *shares, *bits))
     note = (
-        '<p class="note">RMS (root mean square) over all neurons and images, in units of activation. For each neuron the '
-        "parts add up to the error; their RMS values do not. Membrane bits: the width of two's complement integers that "
-        "hold every potential that occurred, or every potential that any input could cause. Firing rates are those of "
-        f"all {result['samples']} test images.</p>"
+        '<p class="note">RMS (root mean square) over all neurons and images, in units of activation. For each neuron '
+        "the parts add up to the error; their RMS values do not. Membrane bits: the width of two's complement integers "
+        "that hold every potential that occurred, or every potential that any input could cause. Firing rates are "
+        f"those of all {result['samples']} test images.</p>"
     )
     return table(rows, f"Layers of neurons, on {result['analysis_images']} test images") + note
 
