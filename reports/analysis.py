@@ -186,7 +186,7 @@ def conclude(args, net, result):
     """Add what the numbers say: "claims", "verdict", "shown_layer", "worst_layer" and "next"."""
     layer = choose(result["repaired"]) if result["repaired"] else None
     flags = choose(result["alternatives"])
-    name = recommended(result["alternatives"], flags, must_fit=not result["hardware"]["over"])
+    name = recommended(result["alternatives"], flags, must_fit=args.hardware is not None)
     result["claims"] = {"layer": layer and layer.to_dict(), "flags": flags.to_dict(), "recommended": name}
     result["shown_layer"] = shown_layer(result)
     result["worst_layer"] = layer.names[0] if layer is not None and layer.kind == "one" else None
@@ -224,7 +224,11 @@ def next_command(args, tried, name):
     """The command to try next and why. name: the recommended flags, or None."""
     if name is not None:
         test = tried[name]["test"]
-        reason = f"significantly better on validation images; {test['top1']:.1f} % of {test['images']} test images"
+        control, fits = tried[CONTROL]["test"], "" if tried[name]["fits"] else ", but it exceeds the limits of the chip"
+        reason = (
+            f"{name} is significantly better on validation images, and has {test['top1']:.1f} % of {test['images']} "
+            f"test images right ({control['top1']:.1f} % as asked for){fits}"
+        )
         return {"command": command_with(args, name, NEXT_FOLDER), "reason": reason}
     if not args.try_presets:
         command = command_of(args, NEXT_FOLDER, try_presets=True)

@@ -6,6 +6,7 @@ choose(results)                          # a Choice: none, one that stands out, 
 
 from dataclasses import asdict, dataclass
 
+from options import FLOAT_BITS
 from reports.alternatives import CONTROL
 from reports.statistics import ALPHA, compare, from_hex, holm, visible_difference
 
@@ -49,12 +50,17 @@ def choose(results):
     found = differences(results)
     corrected = dict(zip(found, holm([each.p for each in found.values()])))
     better = [name for name, each in found.items() if each.points > 0 and corrected[name] < ALPHA]
-    better.sort(key=lambda name: -found[name].points)
+    better.sort(key=lambda name: (-found[name].points, latency(results[name])))
     kind = "none" if not better else "one" if stands_out(better[0], results) else "several"
     images = results[CONTROL]["images"]
     differing = max([each.lost + each.gained for each in found.values()], default=0)
     p = tuple(corrected[name] for name in better)
     return Choice(kind, tuple(better), p, len(found), visible_difference(differing, images), images)
+
+
+def latency(result):
+    """Timesteps to the answer, if they are known: of equally good alternatives the fastest comes first."""
+    return result.get("duration", {}).get("latency", 0)
 
 
 def stands_out(name, results):
@@ -67,11 +73,11 @@ def stands_out(name, results):
 def recommended(results, choice, must_fit):
     """The flags to recommend: the best of `choice` that does not lose on the test images; None without one.
 
-    must_fit: whether the chip has to hold the weights, as it holds those asked for.
+    Float weights show what rounding costs, but are none for a chip. must_fit: whether the weights have to fit it.
     """
     for name in choice.names:
         result, test = results[name], results[name].get("test")
-        if must_fit and not result.get("fits", True):
+        if (must_fit and not result.get("fits", True)) or result.get("bits") == FLOAT_BITS:
             continue
         if test is None or test["top1"] >= results[CONTROL]["test"]["top1"]:
             return name
@@ -159,11 +165,11 @@ def flags_in_words(choice, results, words, name):
         is_best = choice.kind == "one"
         sentence += f"; {choice.names[0]} regains most" if is_best else "; which regains most cannot be told"
     if name is None:
-        return sentence + ". None of them both fits the chip as before and holds its gain on the test images."
+        return sentence + ". None of them both suits the chip and holds its gain on the test images."
     test, before = results[name].get("test"), results[CONTROL].get("test")
     if test is None:
         return sentence + "."
     return (
         sentence
-        + f". On {test['images']} test images, {name} has {test['top1']:.1f} % ({before['top1']:.1f} % before)."
+        + f". On {test['images']} test images, {name} has {test['top1']:.1f} % ({before['top1']:.1f} % as asked for)."
     )

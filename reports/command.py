@@ -11,9 +11,9 @@ from script_options import CONVERSION, AnalysisOptions
 def command_of(args, report, **changes):
     """The ann2snn.py command of `args` with `changes`, option -> value, and with `report`, the folder of its report.
 
-    Flags whose value is the default, or that of the preset, are left out.
+    Flags whose value is the default, or that of the preset, are left out, and so are the runs to compare with.
     """
-    given = {**vars(args), **changes}
+    given = {**vars(args), "compare": (), **changes}
     preset = given.get("preset", "specification")
     T, bits = given["timesteps"], given["weight_bitwidth"]
     own_bits = preset_options(preset, T).get("weight_bitwidth")

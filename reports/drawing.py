@@ -14,12 +14,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import seaborn as sns
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
-COLOURS = [to_hex(colour) for colour in sns.color_palette("colorblind")]
+# seaborn's palette "colorblind" (a test compares them); importing seaborn for it would take half a second
+COLOURS = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9")
 INK, SOFT, GRID, PAPER = "#1b1b1e", "#5b5b61", "#dedee2", "#fefefe"  # text, quiet lines, grids, background
 VARIABLES = {INK: "--ink", SOFT: "--soft", GRID: "--grid", PAPER: "--paper"}  # names in the page's style
 VARIABLES |= {colour: f"--c{i}" for i, colour in enumerate(COLOURS[:8])}

@@ -4,6 +4,7 @@ from functools import partial
 
 import numpy as np
 from matplotlib.colors import LogNorm
+from matplotlib.ticker import MaxNLocator
 
 from reports.drawing import COLOURS, INK, PAPER, SOFT, Chart, Panel, bars_height, label
 from reports.errors import PARTS
@@ -171,8 +172,9 @@ def draw_raster(axis, spikes):
     """Spikes [steps, n] as short lines, all in one path."""
     fired, which = np.nonzero(np.nan_to_num(spikes))
     gap = np.full(len(fired), np.nan)
-    x, y = np.stack([fired + 1, fired + 1, gap], 1), np.stack([which + 0.65, which + 1.35, gap], 1)
+    x, y = np.stack([fired + 1, fired + 1, gap], 1), np.stack([which + 0.7, which + 1.3, gap], 1)
     axis.plot(x.flatten(), y.flatten(), color=INK, linewidth=1, rasterized=len(fired) > 1000)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel="timestep", ylabel="neuron", ylim=(0, spikes.shape[1] + 1), xlim=(0, len(spikes) + 1))
 
 
@@ -185,4 +187,5 @@ def draw_potentials(axis, potentials, spikes):
         axis.plot(steps, potentials[:, neuron], line, color=colour, linewidth=1.2, label=title)
         axis.plot(steps[fired], potentials[fired, neuron], marker, color=colour, markersize=4)
     axis.axhline(1, color=SOFT, linestyle=":", linewidth=1.2, label="threshold")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel="timestep", ylabel="potential (Vthr)")

@@ -3,8 +3,7 @@
 from functools import partial
 
 import numpy as np
-import seaborn as sns
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator
 
 from reports.alternatives import CONTROL
 from reports.claims import differences
@@ -88,7 +87,8 @@ def draw_pareto(axis, points, others, ann_top1):
     values = [point[3] for point in (*points, *others)]
     if values and max(values) > 4 * min(values):
         axis.set_xscale("log")
-        axis.xaxis.set_minor_formatter(EngFormatter(places=0, sep=""))
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_minor_formatter(lambda value, position: "")
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.tick_params(axis="x", labelsize=9)
     axis.set(xlabel="synaptic operations for an image", ylabel="top-1 accuracy (%)")
@@ -209,6 +209,8 @@ def sweep_chart(swept, images, words):
 
 
 def draw_sweep(axis, swept):
+    import seaborn as sns  # only for this panel: it takes half a second
+
     bits, steps = list(swept), list(next(iter(swept.values())))
     values = np.array([[swept[b][t] for t in steps] for b in bits], dtype=float)  # None (not converted) becomes NaN
     axis.grid(False)

@@ -29,8 +29,8 @@ def mcnemar(lost, gained):
     differing, fewer = lost + gained, min(lost, gained)
     if not differing:
         return 1.0
-    null = stats.binom(differing, 0.5)
-    return float(min(1.0, 2 * null.cdf(fewer) - null.pmf(fewer)))
+    at_most, equal = stats.binom.cdf(fewer, differing, 0.5), stats.binom.pmf(fewer, differing, 0.5)
+    return float(min(1.0, 2 * at_most - equal))
 
 
 def paired_interval(lost, gained, images):

@@ -4,12 +4,12 @@ STYLE = """
 :root { color-scheme: light dark;
   --ink: #1b1b1e; --soft: #5b5b61; --grid: #dedee2; --paper: #fefefe; --box: #f2f5f9; --line: #0173b2;
   --link: #0a5c8f;
-  --c0: #0173b2; --c1: #de8f05; --c2: #029e73; --c3: #d55e00; --c4: #cc78bc; --c5: #ca9161; --c6: #d184b0;
+  --c0: #0173b2; --c1: #de8f05; --c2: #029e73; --c3: #d55e00; --c4: #cc78bc; --c5: #ca9161; --c6: #fbafe4;
   --c7: #949494; }
 @media (prefers-color-scheme: dark) { :root {
   --ink: #e9e9ec; --soft: #b3b3ba; --grid: #3a3a42; --paper: #16171a; --box: #212329; --line: #5ab4ec;
   --link: #8cc8f2;
-  --c0: #4aa8e0; --c1: #eaa52e; --c2: #2cc296; --c3: #f07d2b; --c4: #dc96cd; --c5: #d9aa80; --c6: #e29cc4;
+  --c0: #4aa8e0; --c1: #eaa52e; --c2: #2cc296; --c3: #f07d2b; --c4: #dc96cd; --c5: #d9aa80; --c6: #fbafe4;
   --c7: #a9a9a9; } }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 66rem;
