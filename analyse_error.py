@@ -62,6 +62,7 @@ def main(args):
     print(format_table(summary_rows(analysis.result)))
     print("\n".join(analysis.result["verdict"]))
     print(f"Save the report in {folder}/report.html")
+    print(f"next: {analysis.result['next']['command']}  # {analysis.result['next']['reason']}")
 
 
 def safe_name(net_name):

@@ -18,7 +18,7 @@ from pipeline import convert_by_options, with_levels
 from quantization import init_quantize_net, quantize_finetune
 from reports.accuracy import share
 from reports.energy import count_operations
-from reports.observe import observe, spikes_of
+from reports.observe import count_spikes, spikes_of
 from reports.presets import conversion_changes, other_presets, preset_namespace, train_preset
 from reports.statistics import to_hex
 from runtime.batches import first_inputs
@@ -69,10 +69,10 @@ def measure_price(snn, shapes, images, targets):
     size = max(1, min(BATCH, cut(snn, (images,), snn.timesteps)[0]))
     right, spikes = [], {}
     for part, labels in zip(images.split(size), targets.split(size)):
-        seen = observe(snn, part)
-        right.append(seen.outputs.argmax(1) == labels)
-        for node, counts in seen.counts.items():
-            spikes[node] = spikes.get(node, 0) + counts.sum(0) / len(images)
+        outputs, counts = count_spikes(snn, part)
+        right.append(outputs.argmax(1) == labels)
+        for node, count in counts.items():
+            spikes[node] = spikes.get(node, 0) + count / len(images)
     right = torch.cat(right).cpu().numpy()
     operations = count_operations(snn, shapes, spikes, snn.timesteps)
     return {**share(right), "right": to_hex(right), "synops": sum(each["synops"] for each in operations.values())}

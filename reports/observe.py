@@ -15,11 +15,10 @@ class Observation:
     currents: op name -> sum over T steps of the current into its neurons, float64 [B, ...].
     counts: node of spikes -> spikes in T steps, float64 [B, ...]; for a folded pooling, spikes of each window.
     scales: node of spikes -> lambda; for a folded pooling, the lambda of one spike of a window.
-    outputs: the class scores, [B, classes].
     """
 
     def __init__(self):
-        self.currents, self.counts, self.scales, self.outputs = {}, {}, {}, None
+        self.currents, self.counts, self.scales = {}, {}, {}
 
     def add(self, store, key, value):
         """Add the sum of some more timesteps to `store[key]`."""
@@ -46,8 +45,24 @@ def observe(snn, images, on_step=None):
             seen.add(seen.counts, entry.out, value.counts().double())
             seen.scales[entry.out] = value.scale_factor.double()
 
-    seen.outputs = simulate(snn, (images,), snn.timesteps, watch=watch)[0]
+    simulate(snn, (images,), snn.timesteps, watch=watch)
     return seen
+
+
+@torch.no_grad()
+def count_spikes(snn, images):
+    """`outputs, counts` of images [B, ...]: the class scores [B, classes], and node -> spikes in T steps of all images.
+
+    It costs less than `observe`, which also sums currents.
+    """
+    counts = {}
+
+    def watch(name, current, value):
+        if isinstance(value, SpikeTensor):
+            node = snn.ops[name].out
+            counts[node] = counts.get(node, 0) + value.counts().sum(0, dtype=torch.float64)
+
+    return simulate(snn, (images,), snn.timesteps, watch=watch)[0], counts
 
 
 @torch.no_grad()
