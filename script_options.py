@@ -153,7 +153,7 @@ class AnalysisOptions(Options):
     analysis_images: int = option(
         128,
         "test images that the error analysis examines; also the number of images that its alternatives are chosen on, "
-        "and calibrated on",
+        "and calibrated on (at most 128)",
         "output",
         span=Whole(2),
         metavar="N",

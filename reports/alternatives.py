@@ -29,6 +29,7 @@ CONTROL = "as asked for"
 MOST_TIMESTEPS = 65536
 MOST_REPAIRED = 4  # layers that are converted anew with float weights; the ANN alone says which are worth it
 NOT_ON_SPIKES = "not finetuned on spikes"
+MOST_CALIBRATION = 128  # images that each variant calibrates on: a conversion costs more than its measurement
 BATCH = 32  # images at a time, at most
 
 
@@ -91,7 +92,8 @@ def repair_layers(args, qnet, loader, device, images, targets, expected, names=N
     """
     if args.weight_bitwidth == FLOAT_BITS:
         return {}
-    plain = convert_by_options(qnet, loader, device, args, calibration_samples=args.analysis_images, correction="none")
+    samples = calibration_images(args)
+    plain = convert_by_options(qnet, loader, device, args, calibration_samples=samples, correction="none")
     scales = input_scales(plain, images[:1])
     results = {}
     chosen = [name for name in qnet.weighted_layers() if names is None or name in names]
@@ -101,10 +103,15 @@ def repair_layers(args, qnet, loader, device, images, targets, expected, names=N
             repair(snn, ann, name, unrounded_weight(qnet.ops[name].op), scales)
         if args.correction != "none":
             with_bias = args.correction == "bias"
-            correct_spikes(snn, ann, loader, device, args.analysis_images, with_bias, args.hold_back)
+            correct_spikes(snn, ann, loader, device, samples, with_bias, args.hold_back)
         snn.set_engine(args.engine, args.memory_budget)
         results[name or CONTROL] = measure(snn, images, targets, expected)
     return results
+
+
+def calibration_images(args):
+    """How many images each variant calibrates on, and its control, too."""
+    return min(args.analysis_images, MOST_CALIBRATION)
 
 
 @torch.no_grad()
@@ -116,7 +123,7 @@ def layers_worth_repairing(args, net, qnet, loader, device, most=MOST_REPAIRED):
     layers = qnet.weighted_layers()
     if args.weight_bitwidth == FLOAT_BITS or len(layers) <= most:
         return list(layers)
-    (images,), ann = first_inputs(loader, device, args.analysis_images), copy.deepcopy(qnet)
+    (images,), ann = first_inputs(loader, device, calibration_images(args)), copy.deepcopy(qnet)
     expected, errors = class_scores(net, images), {}
     for name in layers:
         weight = ann.ops[name].op.weight
@@ -293,7 +300,7 @@ def try_alternatives(args, net, qnet, loader, device, images, targets, expected,
     known = alternatives(args, net, qnet, None if train_loader is None else trained)
     for flags, each in tqdm(known.items(), "alternatives", leave=False):
         started = time.process_time()
-        options = {"calibration_samples": args.analysis_images, **each.changes}
+        options = {"calibration_samples": calibration_images(args), **each.changes}
         snn = each.train() if each.train else try_to_convert(flags, each.network, loader, device, args, **options)
         if snn is None:
             continue
@@ -327,7 +334,7 @@ def sweep(args, net, train_loader, loader, device, images, targets, bit_widths, 
         results[bits] = {}
         for T in timesteps:
             listen = args.listen if args.listen == "auto" else min(args.listen, T)
-            options = {"timesteps": T, "listen": listen, "calibration_samples": args.analysis_images}
+            options = {"timesteps": T, "listen": listen, "calibration_samples": calibration_images(args)}
             flags = f"--weight_bitwidth {bits} --timesteps {T}"
             snn = try_to_convert(flags, qnet, loader, device, with_bits, **options)
             results[bits][T] = None if snn is None else measure(snn, images, targets, expected)["top1"]

@@ -17,6 +17,7 @@ from reports.accuracy import accuracy_facts, class_facts
 from reports.alternatives import (
     CONTROL,
     alternatives,
+    calibration_images,
     class_scores,
     layers_worth_repairing,
     repair_layers,
@@ -77,6 +78,7 @@ def analyse(args, made, loaders, device):
         "samples": made.accuracies["snn"]["samples"],
         "analysis_images": len(reported),
         "validation": chosen_on.facts(),
+        "calibration_images": calibration_images(args),
         "accuracy": accuracy,
         "classes": class_facts(made.accuracies, getattr(loaders[0].dataset, "classes", None)),
         "output_error": output_errors(qnet, snn, reported),
@@ -109,7 +111,8 @@ def tell_estimate(args, made, net, qnet):
     """Print on stderr about how long the report takes, and return the seconds."""
     layers = len(qnet.weighted_layers()) if args.weight_bitwidth != FLOAT_BITS else 0
     repaired, tried = min(layers, 4) + 1, len(alternatives(args, net, qnet))
-    seconds = estimate(args, made.seconds, made.accuracies["snn"]["samples"], repaired, tried)
+    samples = made.accuracies["snn"]["samples"]
+    seconds = estimate(args, made.seconds, samples, repaired, tried, calibration_images(args))
     more = ", and the training of the presets" if args.try_presets else ""
     print(f"report: about {seconds:.0f} s{more}, for {repaired + tried} conversions and the figures", file=sys.stderr)
     return seconds
@@ -224,7 +227,8 @@ def next_command(args, tried, name):
     """The command to try next and why. name: the recommended flags, or None."""
     if name is not None:
         test = tried[name]["test"]
-        control, fits = tried[CONTROL]["test"], "" if tried[name]["fits"] else ", but it exceeds the limits of the chip"
+        control, loses_fit = tried[CONTROL]["test"], tried[CONTROL]["fits"] and not tried[name]["fits"]
+        fits = ", but it exceeds the limits of the chip" if loses_fit else ""
         reason = (
             f"{name} is significantly better on validation images, and has {test['top1']:.1f} % of {test['images']} "
             f"test images right ({control['top1']:.1f} % as asked for){fits}"

@@ -155,7 +155,27 @@ def for_page(svg):
     svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d+\.\d)\d+", r"\1", tag[0]), svg)  # a tenth of a point is enough
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
-    return re.sub(r"\s*\n\s*", "\n", svg)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # the page's own style says the same
+    svg = re.sub(r' transform="rotate\(-0 [^"]*"', "", svg)
+    svg = re.sub(r' d="([MLz\d\s.e-]*)"', lambda path: f' d="{short_path(path[1])}"', svg)
+    return without_plain_groups(re.sub(r"\s*\n\s*", "\n", svg))
+
+
+def short_path(path):
+    """A path of straight lines, with as few characters: behind M, more pairs of numbers mean lines."""
+    return re.sub(r"\s+", " ", re.sub(r"\.0\b", "", path).replace("L", "")).strip()
+
+
+def without_plain_groups(svg):
+    """An SVG text without its groups that have no attributes, which draw nothing."""
+    kept, parts = [], []
+    for part in re.split(r"(<g\b[^>]*>|</g>)\n?", svg):
+        if part.startswith("<g"):
+            kept.append(part != "<g>")
+        if part == "<g>" or (part == "</g>" and not kept.pop()):
+            continue
+        parts.append(part)
+    return "".join(parts)
 
 
 def share_styles(page):

@@ -138,8 +138,11 @@ def draw_weights(axis, floats, integers):
     """Shares per integer step: bars for the integers, a line for the floats with two bins per step."""
     are_integers = np.array_equal(integers, integers.round())
     if are_integers:
-        values, counts = np.unique(integers, return_counts=True)
-        axis.bar(values, 100 * counts / len(integers), width=0.8, color=COLOURS[0], label="integer")
+        values, counts = np.unique(integers.astype(int), return_counts=True)
+        bars = np.zeros(values[-1] - values[0] + 1)
+        bars[values - values[0]] = 100 * counts / len(integers)
+        edges = np.arange(values[0], values[-1] + 2) - 0.5
+        axis.stairs(bars, edges, fill=True, color=COLOURS[0], label="integer")  # one path for all bars
         reach = np.ceil(max(np.abs(floats).max(), np.abs(integers).max()) + 0.5)
         edges = np.linspace(-reach, reach, int(4 * reach) + 1 if reach < FINE_BINS else 2 * FINE_BINS + 1)
     else:  # 32 bits: float weights before and after finetuning

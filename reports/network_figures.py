@@ -65,7 +65,7 @@ def pareto_chart(tried, runs, ann_top1, images):
     others = [(row["name"], row["top1"], row["interval"], row["synops"]) for row in compared]
     caption = (
         f"Accuracy against synaptic operations for each image, on {images} test images, with 95 % intervals. Up is "
-        "more accurate, left is cheaper. Conversions without training are calibrated on as many images each. "
+        "more accurate, left is cheaper. Conversions without training are calibrated on fewer images than the run. "
     )
     missing = [row["name"] for row in runs[1:] if not row["synops"]]
     caption += "Open symbols are the runs compared, on their own images. " if others else ""

@@ -51,6 +51,7 @@ figure { margin: 1.2rem 0 1.6rem; }
 .panels { display: grid; gap: 0.4rem 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 .panels.narrow { grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
 .panels.single { max-width: 40rem; }
+svg * { stroke-linejoin: round; stroke-linecap: butt; }
 .panels svg { width: 100%; height: auto; display: block; max-height: 80rem; }
 dt { font-weight: 600; margin-top: 0.5rem; } dd { margin: 0 0 0 1rem; }
 @media print { .copy button { display: none; } }

@@ -37,14 +37,14 @@ class Clock:
         }
 
 
-def estimate(args, seconds, samples, repaired, alternatives):
+def estimate(args, seconds, samples, repaired, alternatives, calibration):
     """Seconds that a report takes, without the training of presets.
 
     seconds: those of the conversion by stage (`pipeline.Networks`). samples: test images measured there. repaired,
-    alternatives: how many conversions of each kind the report makes.
+    alternatives: how many conversions of each kind the report makes, on `calibration` images each.
     """
     images = args.analysis_images
-    convert = seconds["trans_ann2snn_weight"] * min(1.0, images / args.calibration_samples)
+    convert = seconds["trans_ann2snn_weight"] * min(1.0, calibration / args.calibration_samples)
     simulate = seconds["validate_snn"] * images / samples
     total = repaired * (convert + simulate) + alternatives * (convert + (1 + WATCHED) * simulate)
     if args.sweep:
