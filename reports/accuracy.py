@@ -19,7 +19,8 @@ def accuracy_facts(accuracies):
     """
     images = accuracies["snn"]["samples"]
     right = {kind: accuracies[kind]["answers"]["right"].numpy() for kind in KINDS}  # bool [T or 1, N]
-    facts = {kind: {**share(right[kind][-1]), "loss": accuracies[kind]["loss"]} for kind in KINDS}
+    measured = {kind: {key: accuracies[kind][key] for key in ("top1", "loss")} for kind in KINDS}
+    facts = {kind: {**share(right[kind][-1]), **measured[kind]} for kind in KINDS}
     steps = {t: each for t, each in enumerate(right["snn"], start=1)}
     facts["by_timestep"] = {t: accuracies["snn"]["top1_by_timestep"][t - 1] for t in steps}
     facts["bands"] = {t: list(wilson(int(each.sum()), images)) for t, each in steps.items()}

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from reports.drawing import COLOURS, INK, PAPER, SOFT, Chart, Panel, bars_height, label
 from reports.errors import PARTS
 
-HATCHES = ("", "//", "..", "xx", "--", "\\\\", "++")
+HATCHES = ("", "//", "||", "xx", "--", "\\\\", "++")  # straight lines: dots are large in an SVG
 MOST_PANELS = 6  # three rows of two: about one screen of a figure
 BINS = 48  # edges of a histogram: bins of about 5 pixels in a panel
 FINE_BINS = 64  # integers up to this size get two bins each (at most 257 edges), larger ones share 128 bins
@@ -142,7 +142,7 @@ def draw_weights(axis, floats, integers):
         bars = np.zeros(values[-1] - values[0] + 1)
         bars[values - values[0]] = 100 * counts / len(integers)
         edges = np.arange(values[0], values[-1] + 2) - 0.5
-        axis.stairs(bars, edges, fill=True, color=COLOURS[0], label="integer")  # one path for all bars
+        axis.stairs(bars, edges, fill=True, color=COLOURS[0], label="integer", rasterized=len(bars) > FINE_BINS)
         reach = np.ceil(max(np.abs(floats).max(), np.abs(integers).max()) + 0.5)
         edges = np.linspace(-reach, reach, int(4 * reach) + 1 if reach < FINE_BINS else 2 * FINE_BINS + 1)
     else:  # 32 bits: float weights before and after finetuning
