@@ -35,6 +35,7 @@ def main(args):
     from finetuning.long_runs import open_progress
     from pipeline import accuracy_table, check_command_line, choose_measure, load_network, make
     from reports.analysis import analyse, summary_rows, write_report
+    from reports.compare import read_runs
     from runtime.device import choose_device, seed_everything
     from runtime.files import check_folder
     from runtime.packages import REPORT_PACKAGES, check_packages
@@ -46,18 +47,19 @@ def main(args):
     check_packages("analyse_error.py", *REPORT_PACKAGES)
     folder = f"analysis/{safe_name(args.net_name)}" if args.out is None else args.out
     check_folder(folder)
+    read_runs(args.compare)
     device = choose_device(args.device)
     seed_everything(args.seed)
     choose_input(args)
 
-    test_loader, _, train_loader, train_val_loader = get_dataset(args)
+    loaders = test_loader, _, train_loader, train_val_loader = get_dataset(args)
     net, args = load_network(args, train_loader.dataset)
     criterion, evaluate = choose_measure(args)
-    measure = partial(evaluate, loader=test_loader, device=device, criterion=criterion)
-    loaders = train_loader, train_val_loader
-    with open_progress(args, os.path.join(folder, "training.state"), net, loaders) as progress:
-        made = make(args, net, loaders, criterion, device, measure, progress=progress)
-        analysis = analyse(args, made, (test_loader, train_loader, train_val_loader), device)
+    measure = partial(evaluate, loader=test_loader, device=device, criterion=criterion, keep_answers=True)
+    trained_on = train_loader, train_val_loader
+    with open_progress(args, os.path.join(folder, "training.state"), net, trained_on) as progress:
+        made = make(args, net, trained_on, criterion, device, measure, progress=progress)
+        analysis = analyse(args, made, loaders, device)
         write_report(folder, analysis)
         progress.remove_state()
 
@@ -65,6 +67,7 @@ def main(args):
     print(format_table(summary_rows(analysis.result)))
     print("\n".join(analysis.result["verdict"]))
     print(f"Save the report in {folder}/report.html")
+    print(f"next: {analysis.result['next']['command']}  # {analysis.result['next']['reason']}")
 
 
 def safe_name(net_name):

@@ -40,6 +40,7 @@ def main(args):
 
     # find every error in the command line before the work begins
     check_command_line(args)
+    check_shared(args)
     device = join(args.device)
     if is_first():
         check_outputs(args)
@@ -47,17 +48,18 @@ def main(args):
     choose_input(args)
     clock = Stopwatch()
 
-    test_loader, _, train_loader, train_val_loader = in_turn(lambda: get_dataset(args))
+    loaders = test_loader, _, train_loader, train_val_loader = in_turn(lambda: get_dataset(args))
     net, args = load_network(args, train_loader.dataset)
     start_alike(net)
     if is_first():
         check_room(args.save_file, weight_bytes(net))
     clock.lap("data")
     criterion, evaluate = choose_measure(args)
-    measure = partial(evaluate, loader=test_loader, device=device, criterion=criterion)
-    loaders = train_loader, train_val_loader
-    with open_progress(args, f"{args.save_file}.state", net, loaders, is_first()) as progress:
-        made = make(args, net, loaders, criterion, device, measure, clock, progress, qnet_keeper(args))
+    details = {"keep_answers": True} if args.report else {}
+    measure = partial(evaluate, loader=test_loader, device=device, criterion=criterion, **details)
+    trained_on = train_loader, train_val_loader
+    with open_progress(args, f"{args.save_file}.state", net, trained_on, is_first()) as progress:
+        made = make(args, net, trained_on, criterion, device, measure, clock, progress, qnet_keeper(args))
         if not leave():
             return
         # save hours of work before printing, because stdout may be closed by now
@@ -66,11 +68,22 @@ def main(args):
     print_results(args, made)
     export(args, made, test_loader)
     if args.report:
-        report(args, made, (test_loader, *loaders), device)
+        report(args, made, loaders, device)
+
+
+def check_shared(args):
+    """Raise ValueError if several processes share the run and it wants the report, which needs every image's answer."""
+    from runtime.processes import started
+
+    if args.report and started() > 1:
+        raise ValueError(
+            f"--report is for a run of one process, this one has {started()}: leave it out, and give --report in a "
+            f"second run with --qnet"
+        )
 
 
 def check_outputs(args):
-    """Raise OSError if a result cannot be written, and ValueError if two results have the same file."""
+    """Raise OSError if a result cannot be written or compared, and ValueError if two results have the same file."""
     from export.formats import check_exports
     from finetuning.saved import file_of_qnet, learns_qnet
     from runtime.files import check_different, check_folder, check_writable
@@ -83,6 +96,10 @@ def check_outputs(args):
     pages = [os.path.join(args.report, page) for page in ("report.html", "report.json")] if args.report else []
     results = args.save_file, qnet, args.qnet, f"{args.save_file}.state", args.results, args.report
     check_different(*results, *pages, *check_exports(args))
+    if args.report and args.compare:
+        from reports.compare import read_runs
+
+        read_runs(args.compare)
 
 
 def qnet_keeper(args):
@@ -167,7 +184,7 @@ def export(args, made, loader):
 
 
 def report(args, made, loaders, device):
-    """Write the error analysis to `args.report`. loaders: (test images, training images, calibration images)."""
+    """Write the error analysis to `args.report`. loaders: as `get_dataset` returns them."""
     from reports.analysis import analyse, write_report
     from runtime.files import after_writing
 

@@ -146,7 +146,7 @@ def without_effect(args, given):
     if not (args.spike_epochs or args.spike_epochs_unlabelled):
         note("there are no --spike_epochs", "spike_lr", "spike_gradient")
     if getattr(args, "report", "") is None:
-        note("there is no --report", "analysis_images", "sweep")
+        note("there is no --report", "analysis_images", "sweep", "try_presets", "compare")
     if args.dataset in WITHOUT_FILES or os.path.isdir(args.dataset) or names_code(args.dataset):
         note(f"--dataset {args.dataset} does not need it", "dataset_root")
     if names_code(args.dataset) or args.dataset == "COCO":

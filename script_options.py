@@ -152,12 +152,25 @@ class AnalysisOptions(Options):
 
     analysis_images: int = option(
         128,
-        "test images that the error analysis examines; also the number of images its alternatives calibrate on",
+        "test images that the error analysis examines; also the number of images that its alternatives are chosen on, "
+        "and calibrated on (at most 128)",
         "output",
         span=Whole(2),
         metavar="N",
     )
     sweep: bool = option(False, "also try other weight bits and timesteps, each finetuned and converted anew", "output")
+    try_presets: bool = option(
+        False, "the error analysis also tries the presets that train, which takes as long as they do", "output"
+    )
+    compare: tuple = option(
+        (),
+        "results of other runs that the error analysis shows beside this one: report.json, files of --results, or "
+        "those of other tools",
+        "output",
+        parse="names",
+        metavar="FILE.json,...",
+        default_help="none",
+    )
 
 
 @dataclass(frozen=True)

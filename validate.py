@@ -34,7 +34,7 @@ def validate_snn(snn, loader, device, criterion, timesteps):
     return result["top1"], result["loss"]
 
 
-def evaluate(net, loader, device, criterion, timesteps=None, every_step=False):
+def evaluate(net, loader, device, criterion, timesteps=None, every_step=False, keep_answers=False):
     """Top-1 accuracy of a network on all samples of `loader`; `timesteps` is given for a spiking one.
 
     loader: batches as `batches.split_batch` takes them; labels are classes [B] or [B, 1], or a row of shares [B, C].
@@ -43,10 +43,12 @@ def evaluate(net, loader, device, criterion, timesteps=None, every_step=False):
 
     Returns a dict: top1 and (for five classes or more) top5 in percent, loss, samples; for a spiking network also
     firing_rate, spikes per neuron and step by layer, and with `every_step` top1_by_timestep, percent after step
-    1, 2, ... `timesteps`, all from the same simulation. Afterwards the network is back on its device and in its mode.
+    1, 2, ... `timesteps`, all from the same simulation. With `keep_answers` there is also answers, a dict of every
+    image's `classes` and `targets`, int64 [N], and `right`, bool [T, N] (T = 1 without every_step), on the CPU.
+    Afterwards the network is back on its device and in its mode.
     Raises ValueError where the loader is empty, labels do not fit the outputs, or the loss is not a number.
     """
-    return validate(net, loader, device, Top1(criterion, every_step), timesteps)
+    return validate(net, loader, device, Top1(criterion, every_step, keep_answers), timesteps)
 
 
 @torch.no_grad()
@@ -138,14 +140,18 @@ def mean_of(measured):
 class Top1:
     """The metric of classifiers (see `validate`): top-1 accuracy, and top-5 for five classes or more, in percent."""
 
-    def __init__(self, criterion, every_step=False):
+    def __init__(self, criterion, every_step=False, keep_answers=False):
         self.criterion, self.every_step = criterion, every_step
+        self.kept = {"classes": [], "targets": [], "right": []} if keep_answers else None
 
     def measure_batch(self, inputs, outputs, targets):
         last = tuple(x[-1] for x in outputs)  # [B, ...] of every output
         scores = outputs[main_output([x.shape for x in last], targets)]  # [T, B, C]
         targets = fit_labels(scores[-1], targets)
-        hits = 100.0 * hits_of(scores, targets, self.criterion).double().mean(1).cpu()  # [T]
+        right = hits_of(scores, targets, self.criterion)  # [T, B]
+        if self.kept is not None:
+            self.keep(scores[-1], targets, right)
+        hits = 100.0 * right.double().mean(1).cpu()  # [T]
         means = {"top1": hits[-1], "loss": loss_of(self.criterion, one_or_all(last), targets).item()}
         if self.every_step:
             means["top1_by_timestep"] = hits
@@ -154,8 +160,28 @@ class Top1:
             means["top5"] = 100.0 * (best == as_classes(targets)[:, None]).any(1).double().mean().cpu()
         return means
 
+    def keep(self, scores, targets, right):
+        """Append the answers of one batch. scores: after the last step, [B, C], or [B] or [B, 1] of two classes."""
+        if is_single(scores, targets):
+            classes, targets = scores.flatten() > border_of(self.criterion), targets.flatten() > 0.5
+        else:
+            classes, targets = scores.argmax(-1), as_classes(targets)
+        for store, values in zip(self.kept.values(), (classes.long(), targets.long(), right)):
+            store.append(values.cpu())
+
     def summary(self):
-        return {}
+        return {} if self.kept is None else {"answers": {key: torch.cat(x, -1) for key, x in self.kept.items()}}
+
+
+def is_single(scores, targets):
+    """Whether scores are one number for each image, which decides between two classes."""
+    return scores.shape == targets.shape and (targets.dim() == 1 or targets.shape[1] == 1)
+
+
+def border_of(criterion):
+    """The single score above which an image is of class 1."""
+    of_probabilities = isinstance(criterion, nn.BCELoss) or criterion is nn.functional.binary_cross_entropy
+    return 0.5 if of_probabilities else 0.0
 
 
 def hits_of(outputs, targets, criterion):
@@ -163,10 +189,8 @@ def hits_of(outputs, targets, criterion):
 
     A single score means class 1 if it is above 0, or above 0.5 if the criterion treats it as a probability.
     """
-    if outputs.shape[1:] == targets.shape and (targets.dim() == 1 or targets.shape[1] == 1):
-        of_probabilities = isinstance(criterion, nn.BCELoss) or criterion is nn.functional.binary_cross_entropy
-        border = 0.5 if of_probabilities else 0.0
-        return ((outputs > border) == (targets > 0.5)).flatten(1)
+    if is_single(outputs[-1], targets):
+        return ((outputs > border_of(criterion)) == (targets > 0.5)).flatten(1)
     return outputs.argmax(-1) == as_classes(targets)
 
 

@@ -1,11 +1,13 @@
 """Measure which changes regain accuracy: float weights in one layer at a time, and conversions with other flags.
 
 Every variant is converted, corrected and measured with the same numbers of images, and so is the conversion "as asked
-for". The results are therefore comparable.
+for" (CONTROL). The results are therefore comparable, image by image.
 """
 
 import copy
 import sys
+import time
+from dataclasses import dataclass, field
 
 import torch
 from tqdm import tqdm
@@ -14,11 +16,21 @@ from conversion.correction import correct_spikes
 from options import FLOAT_BITS
 from pipeline import convert_by_options, with_levels
 from quantization import init_quantize_net, quantize_finetune
-from reports.observe import spikes_of
+from reports.accuracy import share
+from reports.energy import count_operations
+from reports.observe import count_spikes, spikes_of
+from reports.presets import conversion_changes, other_presets, preset_namespace, train_preset
+from reports.statistics import to_hex
+from runtime.batches import first_inputs
 from runtime.device import seed_everything
+from spike_simulator import cut, node_shapes
 
+CONTROL = "as asked for"
 MOST_TIMESTEPS = 65536
+MOST_REPAIRED = 4  # layers that are converted anew with float weights; the ANN alone says which are worth it
 NOT_ON_SPIKES = "not finetuned on spikes"
+MOST_CALIBRATION = 128  # images that each variant calibrates on: a conversion costs more than its measurement
+BATCH = 32  # images at a time, at most
 
 
 def score_error(outputs, others, expected):
@@ -32,45 +44,100 @@ def score_error(outputs, others, expected):
 
 @torch.no_grad()
 def measure(net, images, targets, expected, batch=32):
-    """Measure a network on images [B, C, H, W] with labels [B]; returns "error", "loss", "top1" and "same_class".
+    """Measure a network on images [B, C, H, W] with labels [B]; returns a dict of "error", "loss", "same_class", and:
 
-    error: `score_error`, in percent. top1: accuracy in percent. same_class: percentage of images with the class that
-    the float ANN chooses. expected: the class scores of the float ANN, [B, classes].
+    top1, interval, images: accuracy in percent, its 95 % interval, the number of images. right: which of them, as
+    `statistics.to_hex`. error: `score_error`, in percent. same_class: percentage of images with the class that the
+    float ANN chooses. expected: the class scores of the float ANN, [B, classes].
     """
     outputs = torch.cat([net(part) for part in images.split(batch)])
+    right = (outputs.argmax(1) == targets).cpu().numpy()
     return {
         "error": score_error(outputs, expected, expected),
         "loss": torch.nn.functional.cross_entropy(outputs, targets).item(),
-        "top1": 100 * (outputs.argmax(1) == targets).double().mean().item(),
+        **share(right),
         "same_class": 100 * (outputs.argmax(1) == expected.argmax(1)).double().mean().item(),
+        "right": to_hex(right),
     }
+
+
+@torch.no_grad()
+def measure_price(snn, shapes, images, targets):
+    """Accuracy of a converted network on images [B, ...] with labels [B], and its synaptic operations per image.
+
+    shapes: node -> shape of a sample. Returns top1, interval, images, right, synops.
+    """
+    size = max(1, min(BATCH, cut(snn, (images,), snn.timesteps)[0]))
+    right, spikes = [], {}
+    for part, labels in zip(images.split(size), targets.split(size)):
+        outputs, counts = count_spikes(snn, part)
+        right.append(outputs.argmax(1) == labels)
+        for node, count in counts.items():
+            spikes[node] = spikes.get(node, 0) + count / len(images)
+    right = torch.cat(right).cpu().numpy()
+    operations = count_operations(snn, shapes, spikes, snn.timesteps)
+    return {**share(right), "right": to_hex(right), "synops": sum(each["synops"] for each in operations.values())}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # layers
 
 
-def repair_layers(args, qnet, loader, device, images, targets, expected):
-    """Op name -> `measure` of the conversion with float weights in that layer alone, smallest error first.
+def repair_layers(args, qnet, loader, device, images, targets, expected, names=None):
+    """Op name -> `measure` of the conversion with float weights in that layer alone, in the order of the layers.
 
-    The entry "as asked for" is the conversion without float weights. Thresholds do not change; the correction is made
-    anew for every entry. Float weights in all layers (32 bits) give an empty dictionary.
+    The entry CONTROL is the conversion without float weights. Thresholds do not change; the correction is made
+    anew for every entry. Float weights in all layers (32 bits) give an empty dictionary. names: layers to repair, all
+    if None (`layers_worth_repairing`).
     """
     if args.weight_bitwidth == FLOAT_BITS:
         return {}
-    plain = convert_by_options(qnet, loader, device, args, calibration_samples=args.analysis_images, correction="none")
+    samples = calibration_images(args)
+    plain = convert_by_options(qnet, loader, device, args, calibration_samples=samples, correction="none")
     scales = input_scales(plain, images[:1])
     results = {}
-    for name in tqdm([None, *qnet.weighted_layers()], "repair layers", leave=False, delay=1):
+    chosen = [name for name in qnet.weighted_layers() if names is None or name in names]
+    for name in tqdm([None, *chosen], "repair layers", leave=False, delay=1):
         snn, ann = copy.deepcopy(plain), copy.deepcopy(qnet)
         if name is not None:
             repair(snn, ann, name, unrounded_weight(qnet.ops[name].op), scales)
         if args.correction != "none":
             with_bias = args.correction == "bias"
-            correct_spikes(snn, ann, loader, device, args.analysis_images, with_bias, args.hold_back)
+            correct_spikes(snn, ann, loader, device, samples, with_bias, args.hold_back)
         snn.set_engine(args.engine, args.memory_budget)
-        results[name or "as asked for"] = measure(snn, images, targets, expected)
-    return dict(sorted(results.items(), key=lambda item: item[1]["error"]))
+        results[name or CONTROL] = measure(snn, images, targets, expected)
+    return results
+
+
+def calibration_images(args):
+    """How many images each variant calibrates on, and its control, too."""
+    return min(args.analysis_images, MOST_CALIBRATION)
+
+
+@torch.no_grad()
+def layers_worth_repairing(args, net, qnet, loader, device, most=MOST_REPAIRED):
+    """At most `most` op names: the layers whose float weights bring the quantized ANN closest to the float one.
+
+    The calibration images decide, without spikes, so that the images on which layers are compared have no part in it.
+    """
+    layers = qnet.weighted_layers()
+    if args.weight_bitwidth == FLOAT_BITS or len(layers) <= most:
+        return list(layers)
+    (images,), ann = first_inputs(loader, device, calibration_images(args)), copy.deepcopy(qnet)
+    expected, errors = class_scores(net, images), {}
+    for name in layers:
+        weight = ann.ops[name].op.weight
+        rounded = weight.detach().clone()
+        weight.copy_(unrounded_weight(layers[name]))
+        errors[name] = score_error(class_scores(ann, images), expected, expected)
+        weight.copy_(rounded)
+    return sorted(errors, key=errors.get)[:most]
+
+
+@torch.no_grad()
+def class_scores(net, images):
+    """The class scores of images, [B, classes]."""
+    return torch.cat([net(part) for part in images.split(BATCH)])
 
 
 def unrounded_weight(layer):
@@ -124,38 +191,83 @@ def input_scales(snn, image):
 # flags
 
 
-def alternatives(args, net, qnet):
-    """Flags -> (network to convert, changed options, note) for the alternatives to `args`.
+@dataclass
+class Alternative:
+    """A conversion with other flags.
 
-    The note says which steps an alternative leaves out, such as "not finetuned".
+    network: to convert. changes: conversion options that differ. note: steps that are left out, such as "not
+    finetuned". train: a function () -> spiking network, instead of `network`, where a preset trains.
     """
-    bits, T = args.weight_bitwidth, args.timesteps
+
+    network: object = None
+    changes: dict = field(default_factory=dict)
+    note: str = ""
+    train: object = None
+
+
+def alternatives(args, net, qnet, trained=None):
+    """Flags -> Alternative to `args`, CONTROL first.
+
+    trained: a function (namespace) -> spiking network for the presets that train; None leaves them out.
+    """
+    asked_for = Alternative(qnet, note=NOT_ON_SPIKES if trains_on_spikes(args) else "")
+    found = {**other_weights(args, net, qnet), **other_conversions(args, qnet)}
+    if trains_on_spikes(args):
+        for each in found.values():
+            each.note = ", ".join(filter(None, (each.note, NOT_ON_SPIKES)))
+    return {CONTROL: asked_for, **found, **presets(args, net, trained)}
+
+
+def trains_on_spikes(args):
+    """Whether the network is finetuned on its own spikes; the alternatives never are."""
+    return bool(args.spike_epochs or args.spike_epochs_unlabelled)
+
+
+def other_weights(args, net, qnet):
+    """Flags -> Alternative with other weight bits, or with a scale per channel."""
+    bits, found = args.weight_bitwidth, {}
     weights, spikes = args.per_channel in ("weights", "both"), args.per_channel in ("spikes", "both")
-    asked_for = qnet, {}, NOT_ON_SPIKES if args.spike_epochs or args.spike_epochs_unlabelled else ""
-    found = {}
     if bits != FLOAT_BITS:
-        found[f"--weight_bitwidth {FLOAT_BITS}"] = net, {"weight_bitwidth": FLOAT_BITS}, "not finetuned"
+        found[f"--weight_bitwidth {FLOAT_BITS}"] = Alternative(net, {"weight_bitwidth": FLOAT_BITS}, "not finetuned")
     if min([bits] if isinstance(bits, int) else bits) < 8:
-        found["--weight_bitwidth 8"] = requantized(net, 8, weights), {"weight_bitwidth": 8}, "not finetuned"
+        again = requantized(net, 8, weights)
+        found["--weight_bitwidth 8"] = Alternative(again, {"weight_bitwidth": 8}, "not finetuned")
     if bits != FLOAT_BITS and not weights:
         again, per_channel = requantized(unquantized(qnet), bits, True), "both" if spikes else "weights"
-        found[f"--per_channel {per_channel}"] = again, {"per_channel": per_channel}, "rounded anew, not finetuned again"
-    if 2 * T <= MOST_TIMESTEPS:
-        found[f"--timesteps {2 * T}"] = qnet, {"timesteps": 2 * T}, ""
-    if args.listen != T:
-        found[f"--listen {T}"] = qnet, {"listen": T}, ""
+        note = "rounded anew, not finetuned again" if args.finetune_epochs else ""
+        found[f"--per_channel {per_channel}"] = Alternative(again, {"per_channel": per_channel}, note)
+    return found
+
+
+def other_conversions(args, qnet):
+    """Flags -> Alternative that converts the same weights in another way."""
+    T, weights = args.timesteps, args.per_channel in ("weights", "both")
     is_learnt = args.activation_levels is not None  # finetuning learnt lambda, so no flag chooses it
+    changes = []
+    if 2 * T <= MOST_TIMESTEPS:
+        changes.append(("timesteps", 2 * T))
+    if args.listen != T:
+        changes.append(("listen", T))
     if args.threshold != "mse" and not is_learnt:
-        found["--threshold mse"] = qnet, {"threshold": "mse"}, ""
-    if not spikes and not is_learnt:
-        per_channel = "both" if weights else "spikes"
-        found[f"--per_channel {per_channel}"] = qnet, {"per_channel": per_channel}, ""
+        changes.append(("threshold", "mse"))
+    if args.per_channel not in ("spikes", "both") and not is_learnt:
+        changes.append(("per_channel", "both" if weights else "spikes"))
     if args.correction == "none":
-        found["--correction potential"] = qnet, {"correction": "potential"}, ""
-    if args.spike_epochs or args.spike_epochs_unlabelled:
-        later = {flags: ", ".join(filter(None, (note, NOT_ON_SPIKES))) for flags, (*_, note) in found.items()}
-        found = {flags: (*found[flags][:2], note) for flags, note in later.items()}
-    return {"as asked for": asked_for, **found}
+        changes.append(("correction", "potential"))
+    return {f"--{name} {value}": Alternative(qnet, {name: value}) for name, value in changes}
+
+
+def presets(args, net, trained=None):
+    """Flags -> Alternative of every other preset; of those that train only with `trained` (see `alternatives`)."""
+    found = {}
+    for name, needs_training in other_presets(args).items():
+        namespace = preset_namespace(args, name)
+        if not needs_training:
+            again = requantized(net, namespace.weight_bitwidth, namespace.per_channel in ("weights", "both"))
+            found[f"--preset {name}"] = Alternative(again, conversion_changes(namespace))
+        elif trained is not None:
+            found[f"--preset {name}"] = Alternative(train=lambda namespace=namespace: trained(namespace))
+    return found
 
 
 def requantized(net, bits, per_channel):
@@ -174,17 +286,33 @@ def unquantized(qnet):
     return net
 
 
-def try_alternatives(args, net, qnet, loader, device, images, targets, expected):
-    """Flags -> `measure`, duration in timesteps and note of every alternative conversion, smallest error first."""
-    results = {}
-    for flags, (network, changes, note) in tqdm(alternatives(args, net, qnet).items(), "alternatives", leave=False):
-        options = {"calibration_samples": args.analysis_images, **changes}
-        snn = try_to_convert(flags, network, loader, device, args, **options)
+def try_alternatives(args, net, qnet, loader, device, images, targets, expected, reported=None, train_loader=None):
+    """Flags -> `measure`, duration in timesteps and note of every alternative conversion, in the order of the trials.
+
+    reported: the Sample of test images on which `measure_price` gives the entry "test"; None leaves it out.
+    train_loader: training images for the presets that train; None leaves these presets out.
+    """
+
+    def trained(namespace):
+        return train_preset(namespace, net, train_loader, loader, device)
+
+    results, shapes = {}, node_shapes(qnet, images[:1])
+    known = alternatives(args, net, qnet, None if train_loader is None else trained)
+    for flags, each in tqdm(known.items(), "alternatives", leave=False):
+        started = time.process_time()
+        options = {"calibration_samples": calibration_images(args), **each.changes}
+        snn = each.train() if each.train else try_to_convert(flags, each.network, loader, device, args, **options)
         if snn is None:
             continue
-        duration = snn.duration()
-        results[flags] = {**measure(snn, images, targets, expected), "duration": duration, "note": note}
-    return dict(sorted(results.items(), key=lambda item: item[1]["error"]))
+        seconds = time.process_time() - started
+        results[flags] = {
+            **measure(snn, images, targets, expected),
+            **{"duration": snn.duration(), "note": each.note, "cpu_seconds": round(seconds, 2)},
+            "bits": each.changes.get("weight_bitwidth", args.weight_bitwidth),
+        }
+        if reported is not None:
+            results[flags]["test"] = measure_price(snn, shapes, reported.images, reported.targets)
+    return results
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,7 +334,7 @@ def sweep(args, net, train_loader, loader, device, images, targets, bit_widths, 
         results[bits] = {}
         for T in timesteps:
             listen = args.listen if args.listen == "auto" else min(args.listen, T)
-            options = {"timesteps": T, "listen": listen, "calibration_samples": args.analysis_images}
+            options = {"timesteps": T, "listen": listen, "calibration_samples": calibration_images(args)}
             flags = f"--weight_bitwidth {bits} --timesteps {T}"
             snn = try_to_convert(flags, qnet, loader, device, with_bits, **options)
             results[bits][T] = None if snn is None else measure(snn, images, targets, expected)["top1"]

@@ -1,203 +1,224 @@
 """Write the report as one HTML page that opens from disk, needs no internet, and fits a phone.
 
-All names that come from a user or a neural network are escaped.
+All names that come from a user or a neural network are escaped. `reports/style.py` has the style and the script.
 """
 
-import base64
+import re
 from html import escape
 
 from quantization import weights_in_words
-from reports.errors import PARTS
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 60rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.6rem; line-height: 1.2; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin-top: 2rem; }
-.verdict { border-left: 4px solid #0173b2; padding: 0.1rem 1rem; background: #f4f7fa; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; margin: 0.8rem 0; }
-table { border-collapse: collapse; font-size: 0.85rem; }
-th, td { border-bottom: 1px solid #ddd; padding: 0.25rem 0.7rem 0.25rem 0; text-align: left; white-space: nowrap; }
-td.number, th.number { text-align: right; }
-th { border-bottom: 2px solid #999; vertical-align: bottom; }
-figure { margin: 1.5rem 0; }
-img { max-width: 100%; min-width: 34rem; height: auto; display: block; }
-@media (min-width: 38rem) { img { min-width: 0; } }
-figcaption, .note { font-size: 0.85rem; color: #444; }
-details { margin: 0.8rem 0; }
-"""
+from reports import tables
+from reports.drawing import share_styles
+from reports.glossary import GLOSSARY
+from reports.style import SCRIPT, STYLE
+from reports.tables import table
 
 
 def report_page(result, pictures):
-    """The page as text. result: that of an `analysis.Analysis`. pictures: name -> (PNG bytes, caption)."""
+    """The page as text. result: that of an `analysis.Analysis`. pictures: name -> (SVG texts, Chart)."""
     title = f"{result['net']} on {result['flags']['dataset']}"
     sections = [
-        f"<h1>Error analysis: {escape(title)}</h1>",
-        f"<p>{escape(what_was_converted(result))}</p>",
-        '<div class="verdict">' + "".join(f"<p>{escape(sentence)}</p>" for sentence in result["verdict"]) + "</div>",
-        section("Accuracy", top1_table(result), picture(pictures, "accuracy"), picture(pictures, "sweep")),
         section(
-            "Options that regain accuracy",
-            picture(pictures, "alternatives"),
-            alternatives_table(result),
-            picture(pictures, "repaired_layers"),
+            "Accuracy", picture(pictures, "accuracy"), tables.differences_table(result), picture(pictures, "sweep")
         ),
-        section("Layers", picture(pictures, "error_parts"), layer_table(result), PARTS_NOTE),
-        section("Spikes", *(picture(pictures, name) for name in ("firing_rate", "density", "neurons"))),
+        section("Accuracy and cost", picture(pictures, "pareto"), comparison(result)),
+        section(
+            "What would regain accuracy",
+            paragraphs(result["verdict"][1:]),
+            picture(pictures, "alternatives"),
+            tables.alternatives_table(result),
+            picture(pictures, "repaired_layers"),
+            tables.repairs_table(result),
+        ),
+        section("Classes", picture(pictures, "classes"), tables.classes_table(result)),
+        section("Layers", picture(pictures, "error_parts"), tables.layer_table(result)),
+        section(
+            "Spikes", *(picture(pictures, name) for name in ("firing_rate", "density", "neurons")), saturated(result)
+        ),
         section("Weights", picture(pictures, "weights")),
-        section("Energy and latency", energy(result), picture(pictures, "operations"), operations_table(result)),
-        section(f"Hardware {result['hardware']['name']}", hardware(result)),
-        section("How it was made", flags_table(result)),
+        section("Energy and latency", tables.energy_table(result), picture(pictures, "operations"), operations(result)),
+        section(f"Hardware {result['hardware']['name']}", tables.hardware_table(result)),
+        section("Glossary", glossary()),
+        section("How it was made", seconds(result), tables.flags_table(result)),
     ]
-    return page(title, "\n".join(sections))
+    sections = [each for each in sections if each]
+    body, rules = share_styles("\n".join(sections))
+    return page(title, first_screen(result, title), body, STYLE + rules)
 
 
-def page(title, body):
-    """An HTML document."""
+def page(title, first, body, style):
+    """An HTML document with a list of its sections between the first screen and the rest."""
+    heads = re.findall(r'<h2 id="([^"]+)">(.*?)</h2>', body)
+    links = "".join(f'<li><a href="#{name}">{words}</a></li>' for name, words in heads)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        f"<title>{escape(title)}: report</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n{first}\n"
+        f'<nav aria-label="Contents"><ul>{links}</ul></nav>\n{body}\n</main>\n<script>{SCRIPT}</script>\n'
+        "</body>\n</html>\n"
     )
 
 
 def section(title, *parts):
-    """A heading and the parts under it."""
-    return f"<h2>{escape(title)}</h2>\n" + "\n".join(part for part in parts if part)
+    """A heading and the parts under it; nothing where all parts are empty."""
+    parts = [part for part in parts if part]
+    name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+    return (
+        f'<section aria-labelledby="{name}">\n<h2 id="{name}">{escape(title)}</h2>\n'
+        + "\n".join(parts)
+        + "\n</section>"
+        if parts
+        else ""
+    )
+
+
+def paragraphs(sentences):
+    return "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
 
 
 def picture(pictures, name):
-    """A figure with its caption and the image embedded in the page; empty if the picture does not exist."""
+    """A chart as a figure of its panels, which stand below each other on a phone; empty if the chart does not exist."""
     if name not in pictures:
         return ""
-    png, caption = pictures[name]
-    data = base64.b64encode(png).decode()
-    image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
-    return f'<figure><div class="scroll">{image}</div><figcaption>{escape(caption)}</figcaption></figure>'
-
-
-def table(rows):
-    """A table of rows of cells; the first row is the head, and columns of numbers are right-aligned."""
-    numeric = [all(looks_numeric(row[i]) for row in rows[1:]) for i in range(len(rows[0]))]
-
-    def line(row, tag):
-        cells = (f"<{tag}{' class=number' * right}>{escape(str(cell))}</{tag}>" for cell, right in zip(row, numeric))
-        return "<tr>" + "".join(cells) + "</tr>"
-
-    body = "\n".join(line(row, "td") for row in rows[1:])
-    return f'<div class="scroll"><table>\n{line(rows[0], "th")}\n{body}\n</table></div>'
-
-
-def looks_numeric(cell):
-    """Whether a cell is a number, or a placeholder for one."""
-    text = str(cell).replace(",", "").replace("...", "")
-    return text in ("", "-", "float") or text.lstrip("+-")[:1].isdigit()
-
-
-def what_was_converted(result):
-    """The network and its conversion in one paragraph."""
-    flags = result["flags"]
-    weights = flags["ann_weight"] or "random or built-in weights"
+    svgs, chart = pictures[name]
+    kind = "single" if len(svgs) == 1 else "narrow" if chart.columns > 2 else ""
+    panels = "".join(f"<div>{svg}</div>" for svg in svgs)
+    described = escape(f"{chart.title}. {chart.caption}", quote=True)
     return (
-        f"{result['net']} ({weights}) with {weights_in_words(flags['weight_bitwidth'])}, finetuned for "
-        f"{flags['finetune_epochs']} epochs ({flags['spike_epochs']} more on its spikes), converted for "
-        f"{flags['timesteps']} timesteps with reset by {flags['reset_mode']}. The accuracies are measured on "
-        f"{result['samples']} test images, the results for layers and alternatives on {result['analysis_images']} of "
-        "them."
+        f'<figure>\n<h3>{escape(chart.title)}</h3>\n<div class="panels {kind}" role="img" aria-label="{described}">'
+        f"{panels}</div>\n<figcaption>{escape(chart.caption)}</figcaption>\n</figure>"
     )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# tables
+# the first screen
 
 
-def top1_table(result):
-    """Top-1 and loss of the three networks."""
-    names = {"ann": "float ANN", "qnet": "quantized ANN", "snn": f"SNN, T={result['flags']['timesteps']}"}
-    rows = [("network", "top-1 %", "loss")]
-    for key, name in names.items():
-        rows.append((name, f"{result['accuracy'][key]['top1']:.2f}", f"{result['accuracy'][key]['loss']:.4f}"))
-    return table(rows)
+def first_screen(result, title):
+    """What a user asks first: accuracy, timesteps, energy, chip, and what to try next."""
+    answers = (timesteps_answer, energy_answer, chip_answer)
+    return (
+        f"<h1>{escape(title)}: a spiking network</h1>\n"
+        f'<p class="note">{escape(what_was_converted(result))}</p>\n'
+        f"{tables.top1_table(result)}\n{paragraphs(result['verdict'][:1])}\n"
+        f'<div class="answers">{"".join(answer(*each(result)) for each in answers)}</div>\n{next_step(result)}'
+    )
 
 
-def alternatives_table(result):
-    """A row for every alternative conversion."""
-    rows = [("flags", "error %", "top-1 %", "loss", "same class as ANN %", "steps between images", "to the answer", "")]
-    for flags, each in result["alternatives"].items():
-        numbers = (f"{each['error']:.2f}", f"{each['top1']:.2f}", f"{each['loss']:.4f}", f"{each['same_class']:.1f}")
-        rows.append((flags, *numbers, each["duration"]["interval"], each["duration"]["latency"], each["note"]))
-    return table(rows)
+def answer(title, big, words):
+    """A box with one number in large letters."""
+    return (
+        f'<div class="answer"><h2>{escape(title)}</h2><p class="big">{escape(big)}</p>'
+        f'<p class="note">{escape(words)}</p></div>'
+    )
 
 
-def layer_table(result):
-    """A row for every layer of neurons."""
-    head = ("layer", "module path", "Vthr", "lambda", "spikes per neuron and step", "RMS activation", "RMS error")
-    rows = [(*head, *PARTS.values(), "membrane bits seen", "at most")]
-    for name, each in result["layers"].items():
-        spans = range_in_words(each["Vthr"]), range_in_words(each["lambda"])
-        first = (name, each["path"], *spans, f"{each['firing_rate']:.4f}")
-        errors = (f"{each['rms_activation']:.4f}", f"{each['rms_error']:.4f}")
-        parts = (f"{each['rms_of_parts'][part]:.4f}" for part in PARTS)
-        rows.append((*first, *errors, *parts, each["bits_observed"] or "float", each["bits_bound"] or "float"))
-    return table(rows)
+def what_was_converted(result):
+    """The network and its conversion in one sentence."""
+    flags = result["flags"]
+    weights = flags["ann_weight"] or "random or built-in weights"
+    epochs = f", finetuned for {flags['finetune_epochs']} epochs" if flags["finetune_epochs"] else ""
+    later = flags["spike_epochs"] + flags["spike_epochs_unlabelled"]
+    epochs += f", {later} more on its spikes" if later else ""
+    preset = f" Preset {flags['preset']}." if flags.get("preset", "specification") != "specification" else ""
+    return (
+        f"{result['net']} ({weights}), {weights_in_words(flags['weight_bitwidth'])}{epochs}, T = {flags['timesteps']} "
+        f"timesteps, reset by {flags['reset_mode']}.{preset}"
+    )
 
 
-PARTS_NOTE = (
-    '<p class="note">RMS over all neurons and images, in units of activation. For each neuron the parts add up to the '
-    "error; their RMS values do not. Membrane bits: the width of two's complement integers that hold every potential "
-    "that occurred, or every potential that any input could cause.</p>"
-)
+def timesteps_answer(result):
+    """The fewest timesteps within a point of the ANN."""
+    fewest, images, T = result["accuracy"]["fewest_timesteps"], result["samples"], result["flags"]["timesteps"]
+    title = "Timesteps within 1 point of the ANN"
+    if fewest["measured"] is None:
+        return title, f"more than {T}", f"measured on {images} test images"
+    sure = f"the 95 % interval agrees from T = {fewest['sure']} on"
+    if fewest["sure"] is None:
+        sure = f"more images are needed to be sure, the 95 % interval is too wide up to T = {T}"
+    return title, f"T = {fewest['measured']}", f"as measured on {images} test images; {sure}"
 
 
-def energy(result):
-    """Joules per image with the constants of the estimate, and the latency."""
-    rows = [("arithmetic", "pJ per accumulate", "pJ per MAC", "ANN, J per image", "SNN, J per image", "SNN / ANN")]
-    for name, each in result["energy"].items():
-        ratio = f"{each['snn'] / each['ann']:.2f}" if each["ann"] else "-"
-        joules = f"{each['ann']:.3g}", f"{each['snn']:.3g}"
-        rows.append((name, each["pj_per_ac"], each["pj_per_mac"], *joules, ratio))
+def energy_answer(result):
+    """The energy of the SNN in shares of the ANN's."""
+    ratios = {name: each["snn"] / each["ann"] for name, each in result["energy"].items() if each["ann"]}
+    if not ratios:
+        return "Energy against the ANN", "-", "no operations"
+    name, *others = sorted(ratios, key=lambda name: name != "INT8")
+    more = "".join(f", {ratios[other]:.2f} x in {other}" for other in others)
+    images = result["analysis_images"]
+    words = f"arithmetic in {name}{more}; an estimate without memory and communication, from {images} test images"
+    return "Energy against the ANN", f"{ratios[name]:.2f} x", words
+
+
+def chip_answer(result):
+    """Whether the network fits the chip."""
+    hardware = result["hardware"]
+    asked = "the chip asked for" if hardware["is_asked_for"] else "the default chip; --hardware names one"
+    if not hardware["over"]:
+        return f"Hardware {hardware['name']}", "fits", f"every layer is within the limits of {asked}"
+    over = hardware["over"]
+    names = ", ".join(over[:3]) + (", ..." if len(over) > 3 else "")
+    return f"Hardware {hardware['name']}", "does not fit", f"{len(over)} over the limits of {asked}: {names}"
+
+
+def next_step(result):
+    """The command to try next, to copy."""
+    step = result["next"]
+    return (
+        '<div class="next"><h2>Try next</h2>'
+        f'<div class="copy"><code>{escape(step["command"])}</code><button type="button">Copy</button></div>'
+        f'<p class="note">{escape(step["reason"][:1].upper() + step["reason"][1:])}.</p></div>'
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# parts of sections
+
+
+def comparison(result):
+    """The table of the runs compared, if there are any."""
+    return tables.runs_table(result) if len(result["compare"]) > 1 else ""
+
+
+def saturated(result):
+    """The saturated channels of every layer, by name."""
+    rows = [("layer", "module path", "channels that spike at every step, with their share of neurons and images")]
+    for name, layer in result["layers"].items():
+        if layer["saturated"]:
+            told = ", ".join(f"{each['name']} ({100 * each['share']:.0f} %)" for each in layer["saturated"])
+            rows.append((name, layer["path"], told))
+    images = f"{result['analysis_images']} test images"
+    if len(rows) == 1:
+        return f'<p class="note">No channel is saturated in 5 % or more of its neurons and images ({images}).</p>'
+    return table(rows, f"Saturated channels, {images}: those of 5 % or more, at most five for each layer")
+
+
+def operations(result):
+    """Operations and what the numbers leave out."""
     steps = result["duration"]
     note = (
-        "This estimate covers arithmetic only, without memory, communication and leakage. Its constants are for 45 nm "
+        "The estimate covers arithmetic only, without memory, communication and leakage. Its constants are for 45 nm "
         "(Horowitz, Computing's Energy Problem, ISSCC 2014). The SNN accumulates once per spike and synapse, adds "
         "biases (and the image's current) at every step, and multiplies in layers that read the image or stay ANN. "
-        f"Timesteps per image: every layer fires for {steps['firing']}, the next image starts after "
+        f"Timesteps for an image: every layer fires for {steps['firing']}, the next image starts after "
         f"{steps['interval']}, the answer is ready after {steps['latency']}."
     )
-    return table(rows) + f'<p class="note">{escape(note)}</p>'
+    return tables.operations_table(result) + f'<p class="note">{escape(note)}</p>'
 
 
-def operations_table(result):
-    """Operations per image, a row for every layer."""
-    keys = ("ann_mac", "ann_ac", "synops", "snn_ac", "snn_mac")
-    head = ("ANN MACs", "ANN adds", "synaptic operations", "all SNN accumulates", "SNN MACs")
-    rows = [("layer", "module path", *head)]
-    operations = result["operations"]
-    for name, each in operations.items():
-        if any(each[key] for key in keys):
-            rows.append((name, each["path"], *(f"{each[key]:,.0f}" for key in keys)))
-    rows.append(("all", "", *(f"{sum(each[key] for each in operations.values()):,.0f}" for key in keys)))
-    return table(rows)
+def glossary():
+    """The words of the report as a list."""
+    rows = "".join(f"<dt>{escape(word)}</dt><dd>{escape(words)}</dd>" for word, words in GLOSSARY.items())
+    return f"<dl>{rows}</dl>"
 
 
-def hardware(result):
-    """The chip's limits, layer by layer, and the width of the membrane potential."""
-    bounds = [each["bits_bound"] for each in result["layers"].values() if each["bits_bound"]]
-    seen = [each["bits_observed"] for each in result["layers"].values() if each["bits_observed"]]
-    note = f"Hardware {result['hardware']['name']} specifies no width of the membrane potential"
-    if bounds:
-        note += f"; this network needs {max(seen)} bits for all potentials that occurred, {max(bounds)} for any input"
-    return table(result["hardware"]["rows"]) + f'<p class="note">{escape(note)}.</p>'
-
-
-def flags_table(result):
-    """Seed, versions and all flags."""
-    rows = [("flag", "value"), ("seed", result["seed"])]
-    rows += [(f"version of {name}", version) for name, version in result["versions"].items()]
-    rows += [(f"--{name}" if name != "net_name" else name, value) for name, value in sorted(result["flags"].items())]
-    return f"<details><summary>Seed, versions and all flags</summary>{table(rows)}</details>"
-
-
-def range_in_words(values):
-    """`least...largest` of a pair, or one number if both are equal."""
-    least, most = values
-    return f"{least:.4g}" if least == most else f"{least:.4g}...{most:.4g}"
+def seconds(result):
+    """How long the report took."""
+    times = result["seconds"]
+    used, conversion = sum(times["report_cpu"].values()), sum(times["conversion"].values())
+    words = (
+        f"The conversion and its measurement took {conversion:.0f} s, this report {used:.0f} s of CPU time (estimated "
+        f"before: {times['estimate']:.0f} s). report.json has all numbers of this page."
+    )
+    return f"<p>{escape(words)}</p>"

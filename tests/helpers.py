@@ -38,7 +38,7 @@ def python(*arguments):
 def errors_of(stderr):
     """The lines of stderr but for progress bars, warnings, and what the run says of its images."""
     lines = [re.sub(r"\x1b\[\w", "", line).split("\r")[-1].strip() for line in stderr.split("\n")]
-    said = re.compile(r"%\||warning|^images ", re.IGNORECASE)
+    said = re.compile(r"%\||warning|^images |^report: ", re.IGNORECASE)
     return [line for line in lines if line and not said.search(line)]
 
 

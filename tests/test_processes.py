@@ -359,6 +359,15 @@ CONVERT = ["ann2snn.py", "example_net", "--ann_weight", WEIGHTS, "--device", "cp
 
 
 @pytest.mark.slow
+def test_the_report_needs_one_process(tmp_path):
+    run = start(2, *CONVERT, "--report", str(tmp_path / "report"))
+    assert run.returncode and lines_of(run.stderr) == [
+        "error: --report is for a run of one process, this one has 2: leave it out, and give --report in a second run "
+        "with --qnet"
+    ]
+
+
+@pytest.mark.slow
 def test_without_training_the_result_is_that_of_one_process(tmp_path):
     """The file byte for byte, with thresholds and weights, and every figure."""
     printed, files, results = [], [], []

@@ -1,0 +1,52 @@
+"""The presets as alternatives to a conversion: the options that each stands for, and the training that some do."""
+
+import copy
+from argparse import Namespace
+from dataclasses import fields
+
+import torch
+
+from finetuning.on_spikes import finetune_on_spikes
+from options import PRESETS, ConversionOptions, QuantizeOptions, SpikeFinetuneOptions, defaults, preset_options
+from pipeline import Networks, convert_by_options, quantize
+from runtime.device import seed_everything
+
+LEFT_OPEN = "what a layer leaves open"  # help group of the options that a network may need; they stay as they are
+OPTIONS = (QuantizeOptions, ConversionOptions, SpikeFinetuneOptions)
+
+
+def preset_namespace(args, name):
+    """The options of a run with `--preset name`: timesteps, network, data and what layers leave open as in `args`."""
+    kept = {each.name for cls in OPTIONS for each in fields(cls) if each.metadata["group"] == LEFT_OPEN}
+    kept |= {"timesteps", "equalize"}  # the networks at hand are equalized, or not
+    plain = {key: value for key, value in defaults(*OPTIONS).items() if key not in kept}
+    chosen = preset_options(name, args.timesteps)
+    return Namespace(**{**vars(args), **plain, **chosen, "preset": name})
+
+
+def other_presets(args):
+    """Name -> whether it trains, for every preset but that of `args`."""
+    names = [name for name in PRESETS if name != getattr(args, "preset", "specification")]
+    return {name: trains(preset_namespace(args, name)) for name in names}
+
+
+def trains(args):
+    """Whether a run trains: on labels, on its own spikes, or the rounding of its weights."""
+    return bool(args.finetune_epochs or args.spike_epochs or args.spike_epochs_unlabelled or args.rounding == "learnt")
+
+
+def conversion_changes(args):
+    """The conversion options of `args`, but those that `load_network` has applied, and the calibration images."""
+    names = [each.name for each in fields(ConversionOptions) if each.metadata["group"] != LEFT_OPEN]
+    return {name: getattr(args, name) for name in names if name != "calibration_samples"}
+
+
+def train_preset(args, net, train_loader, calibration_loader, device):
+    """The spiking network of a preset that trains, made as `pipeline.make` makes it; `net` does not change."""
+    criterion, made = torch.nn.CrossEntropyLoss(), Networks(copy.deepcopy(net))
+    seed_everything(args.seed)
+    args.equalize = False  # `net` is what equalizing gave
+    quantize(args, made, (train_loader, calibration_loader), criterion, device)
+    made.snn = convert_by_options(made.qnet, calibration_loader, device, args)
+    networks = made.snn, made.qnet, made.ann
+    return finetune_on_spikes(*networks, train_loader, calibration_loader, criterion, device, args).to(device).eval()
