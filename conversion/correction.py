@@ -221,7 +221,7 @@ def add_spikes(current):
 def sections(snn):
     """`before, reads`: for every op that fires, the ops between it and the neurons before, and what they read.
 
-    before: op name -> entries, in order. reads: op name -> the nodes of inputs and of neurons that it and these ops read.
+    before: op name -> entries, in order. reads: op name -> the nodes of inputs and of neurons that they read.
     """
     before, reads, known = {}, {}, set(snn.inputs_nodes)
     for name in snn.neurons():

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from quantization import sampling_stride
 from runtime.batches import batches_of, on_device, split_batch
 
+MOST_BYTES = 2**27  # of the largest layer's float32 activations in one pass; larger batches pass in parts
 MOST_SAMPLES = 1_000_000  # pooled activations per layer
 ERROR_SAMPLES = 200_000  # of them, on which the error of a lambda is measured
 LEAST_SHARE = 1 / 16  # smallest lambda of a channel, relative to its layer's: below, integer weights become too coarse
@@ -94,7 +95,9 @@ def pool_activations(dag, loader, device, samples, wanted, with_channels=False, 
 
     for batch in batches_of(tqdm(loader, "calibrate", leave=False, delay=1)):
         inputs = on_device(split_batch(batch)[0], device, samples - done)
-        dag.forward_ann(inputs, watch)
+        images = max(1, MOST_BYTES // (4 * dag.largest_sample(inputs)))
+        for part in zip(*(x.split(images) for x in inputs)):
+            dag.forward_ann(part, watch)
         done += len(inputs[0])
         if done >= samples:
             break
@@ -121,8 +124,8 @@ class Pool:
     """A sample of evenly spaced elements, at most `most`, from the activations of `samples` images.
 
     is_kept: keep the sample; without it, only `is_finite` is known: whether no element of the sample is NaN or
-    infinite. with_channels: also keep the channel of each element. count, dim: number of channels and of dimensions of the
-    activations. largest: with `with_largest`, the largest activation of each channel, [C], over all elements.
+    infinite. with_channels: also keep the channel of each element. count, dim: number of channels and of dimensions of
+    the activations. largest: with `with_largest`, the largest activation of each channel, [C], over all elements.
     """
 
     def __init__(self, most, samples, is_kept=True, with_channels=False, with_largest=False):
