@@ -75,7 +75,7 @@ def set_integers(snn, plan, loader, device, options):
     Returns node -> shape of one sample, from the calibration.
     """
     known = options.calibration_samples, options.threshold, options.timesteps, options.spikes_per_channel
-    statistics, shapes = calibrate(snn, loader, device, *known)
+    statistics, shapes = calibrate(snn, plan, loader, device, *known)
     windows = windows_of(snn, options.timesteps) if options.listens_to_windows else {}
     learnt = use_learnt_scales(snn, statistics) and not (windows and snn.scales_of_conversion is None)
     stretch_scales(statistics, windows, options.timesteps)

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from kernels.counts_cpu import can_count, count_spikes
+from kernels.memory_order import order
 from runtime.batches import batches_of, on_device, split_batch
 from spike_simulator import Stages, bound_currents, counting_of, current_into, one_thread_per_operator, run_ops
 from spike_tensor import Counting, Memory, SpikeTensor, decode
@@ -26,6 +28,7 @@ from spike_tensor import Counting, Memory, SpikeTensor, decode
 MOST_IMAGES = 256  # a channel's mean activation needs few images
 MOST_BYTES = 2**28  # limit for the spikes of the largest layer, over all images of a correction
 MOST_IN_A_BYTE = 255
+MOST_KEPT = 2**29  # bytes of the currents into one layer that are kept; the others are computed for every round
 CHUNK_BYTES = 2**25  # limit for the float32 currents of the largest layer, over the images of one thread
 TRIAL_IMAGES = 64  # images on which `SHARES` are tried: a channel has hundreds of neurons in most layers
 SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)  # candidates of hold_back "auto"; above 1/2 the error changes slowly
@@ -69,6 +72,7 @@ class CorrectionImages:
         self.values = [dict(known) for known in self.activations]
         self.counting = counting
         self.steps = 1 if self.counts else snn.timesteps  # counts have one step for all T
+        self.before, self.reads = sections(snn)
 
     @property
     def counts(self):
@@ -77,40 +81,37 @@ class CorrectionImages:
 
     def correct(self, name, pool, with_bias, hold_back):
         """Hold back and correct the neurons of op `name`. All layers before it must be corrected already."""
-        entry, neuron = self.snn.ops[name], self.snn.ops[name].op.neuron
-        before, _ = self.trace_back(entry.inputs)
 
         def each(function, *lists):
             """Apply `function` to the entries of the lists, one call per chunk, on all threads."""
             return list(pool.map(torch.no_grad()(function), *lists))
 
-        carrier = carrier_of(self.snn, name) if with_bias else None
-        targets = each(lambda known: self.activation_of(name, before, known), self.activations)
-
-        def current_of(known):
-            return self.current_into(name, before, known)
-
-        kept = each(current_of, self.values) if self.counts else None  # T currents would take too much memory
+        neuron, carrier = self.snn.ops[name].op.neuron, carrier_of(self.snn, name)
+        is_whole = neuron.largest_current is not None and not (carrier is not None and has_float_bias(carrier))
+        carrier = carrier if with_bias else None
+        targets = each(partial(self.activation_of, name), self.activations)
+        currents = KeptCurrents(partial(self.current_into, name), self.values, is_whole)
 
         def each_current(function, chunks=None):
             """Apply `function(current, target)` to every chunk, or to the first ones."""
-            if kept is not None:
-                return each(function, kept[:chunks], targets[:chunks])
-
-            def work(known, target):
-                return function(current_of(known), target)
-
-            return each(work, self.values[:chunks], targets[:chunks])
+            return each(lambda n, target: function(currents.of(n), target), range(len(targets[:chunks])), targets)
 
         share = self.best_shares(name, each_current, targets, carrier) if hold_back == "auto" else hold_back
-        hold_back_neuron(self.snn, self.qnet, name, share)
-        decode = partial(self.decoded_counts, at_rest=self.note_rest(name, before)) if self.counts else decoded_steps
-        correct_means(neuron, each_current, carrier, self.timesteps, decode)
-        self.note_rest(name, before)
-        spikes = each(lambda known: self.spikes_of(name, before, known), self.values)
-        for activations, values, target, sent in zip(self.activations, self.values, targets, spikes):
-            activations[entry.out], values[entry.out] = target, sent
-        self.forget_read(name)
+        currents.add(hold_back_neuron(self.snn, self.qnet, name, share))
+        decode = partial(self.decoded_counts, at_rest=self.note_rest(name)) if self.counts else decoded_steps
+        currents.add(correct_means(neuron, each_current, carrier, self.timesteps, decode))
+        self.note_rest(name)
+        self.keep(name, targets, each(lambda n: self.spikes_of(name, currents.take(n)), range(len(targets))))
+
+    def keep(self, name, targets, spikes):
+        """Note the activations and spikes of op `name`, for every chunk; drop the nodes that no op behind it needs."""
+        out, later = self.snn.ops[name].out, list(self.reads)[list(self.reads).index(name) + 1 :]
+        wanted = set().union(*(self.reads[other] for other in later))
+        for store, values in ((self.activations, targets), (self.values, spikes)):
+            for known, value in zip(store, values):
+                known[out] = value
+                for node in set(known) - wanted:
+                    del known[node]
 
     def best_shares(self, name, each_current, targets, carrier):
         """The share of `SHARES` with the least squared error after the correction, for every channel of op `name`.
@@ -132,31 +133,22 @@ class CorrectionImages:
         errors = torch.stack([trial.error for trial in trials])  # [shares, C, 1, 1]
         return torch.tensor(SHARES, device=errors.device)[errors.argmin(0)]
 
-    def trace_back(self, nodes):
-        """`names, nodes`: the ops between the known nodes and `nodes`, in order, and every node that is read there."""
-        known, wanted, names = set(self.values[0]), set(nodes), []
-        for name, entry in reversed(self.snn.ops.items()):
-            out = entry.out
-            if out in wanted and out not in known:
-                names.insert(0, name)
-                wanted.update(entry.inputs)
-        return names, wanted
-
-    def current_into(self, name, before, known):
-        """The current into the neuron of op `name`, computed with the ops `before` it from the nodes `known`."""
-        values, memory = self.read_by([*before, name], known), Memory(self.timesteps, self.counting)
-        run_ops([self.snn.ops[each] for each in before], values, self.steps, memory)
-        entry = self.snn.ops[name]
+    def current_into(self, name, known):
+        """The current into the neuron of op `name`, computed from the values of the nodes `known`."""
+        entry, packed = self.snn.ops[name], (PackedSpikes, PackedCounts)
+        read = {node: known[node] for node in self.reads[name]}
+        values = {node: each.unpack() if isinstance(each, packed) else each for node, each in read.items()}
+        run_ops(self.before[name], values, self.steps, Memory(self.timesteps, self.counting))
         return current_into(entry.op, [values[node] for node in entry.inputs], self.steps)
 
-    def note_rest(self, name, before):
+    def note_rest(self, name):
         """Measure the current into the neuron of op `name` in a step without spikes, and return it; None for steps."""
         if not self.counts:
             return None
-        known = {node: at_rest(value) for node, value in self.read_by([*before, name], self.values[0]).items()}
-        current = self.current_into(name, before, known).total().to(self.counting.dtype)
-        self.counting.at_rest[self.snn.ops[name].op.neuron] = current
-        return current
+        current = self.current_into(name, {node: at_rest(self.values[0][node]) for node in self.reads[name]})
+        total = current.total().to(self.counting.dtype)
+        self.counting.at_rest[self.snn.ops[name].op.neuron] = total
+        return total
 
     def decoded_counts(self, neuron, current, added, at_rest):
         """As `decoded_steps`, for a current of counts; at_rest: the current of a step without spikes."""
@@ -166,44 +158,99 @@ class CorrectionImages:
         spikes = neuron(current, Memory(self.timesteps, counting))
         return decode(spikes.data, spikes.scale_factor, self.timesteps)
 
-    def spikes_of(self, name, before, known):
+    def spikes_of(self, name, current):
         """The spikes of op `name`, or their counts, packed on a CPU."""
-        values, memory = self.read_by([*before, name], known), Memory(self.timesteps, self.counting)
-        run_ops([self.snn.ops[each] for each in (*before, name)], values, self.steps, memory)
-        spikes = values[self.snn.ops[name].out]
+        spikes = self.snn.ops[name].op.send(current, Memory(self.timesteps, self.counting))
         if self.counts:
             return PackedCounts(spikes) if self.timesteps <= MOST_IN_A_BYTE else spikes
         return PackedSpikes(spikes) if spikes.data.device.type == "cpu" else spikes
 
-    def read_by(self, names, known):
-        """Node -> value, for the known nodes that these ops read, with spikes unpacked."""
-        nodes = {node for name in names for node in self.snn.ops[name].inputs} & set(known)
-        packed = PackedSpikes, PackedCounts
-        return {n: known[n].unpack() if isinstance(known[n], packed) else known[n] for n in nodes}
-
-    def activation_of(self, name, before, known):
+    def activation_of(self, name, known):
         """The activation of op `name` in the ANN, [B, ...]."""
-        values = dict(known)
-        run_ops([self.qnet.ops[each] for each in (*before, name)], values)
+        values, entries = dict(known), [self.qnet.ops[entry.name] for entry in self.before[name]]
+        run_ops([*entries, self.qnet.ops[name]], values)
         return values[self.qnet.ops[name].out].contiguous()  # means of floats depend on the memory order
 
-    def forget_read(self, name):
-        """Drop the nodes that no op behind `name` needs."""
-        names = list(self.snn.ops)
-        later = names[names.index(name) + 1 :]
-        _, wanted = self.trace_back([node for n in later for node in self.snn.ops[n].inputs])
-        for store in (*self.values, *self.activations):
-            for node in set(store) - wanted:
-                del store[node]
+
+class KeptCurrents:
+    """The currents into one neuron, for every chunk of images: those of the first chunks are kept, within `MOST_KEPT`.
+
+    compute: function from a dict node -> value to a Current. values: such a dict for every chunk. is_whole: whether the
+    currents are integers, so that the order of a sum does not matter.
+    """
+
+    def __init__(self, compute, values, is_whole):
+        self.compute, self.values, self.is_whole, self.kept = compute, values, is_whole, {}
+
+    def of(self, n):
+        """The current of chunk number n."""
+        if n in self.kept:
+            return self.kept[n]
+        current = self.compute(self.values[n])
+        if self.is_whole and current.spikes is not None and current.data.dtype == torch.float32:
+            add_spikes(current)
+        current.data = current.data.contiguous(memory_format=order(current.data))  # now, not for every count
+        if (n + 1) * current.data.nbytes <= MOST_KEPT:
+            self.kept[n] = current
+        return current
+
+    def take(self, n):
+        """As `of`, for the last time: the memory is free then."""
+        current = self.of(n)
+        self.kept.pop(n, None)
+        return current
+
+    def add(self, current):
+        """Note that the biases give `current` more at every step from now on."""
+        if current.any():
+            self.kept = {n: shifted(kept, current) for n, kept in self.kept.items()} if self.is_whole else {}
+
+
+def add_spikes(current):
+    """Add the spikes that belong to a current to its data, in place.
+
+    It goes step by step, so that the products stay in the cache.
+    """
+    spikes, weight = current.spikes
+    steps = current.data.unflatten(0, (current.timesteps, -1)), spikes.unflatten(0, (current.timesteps, -1))
+    for step, sent in zip(*steps):  # [B, ...]
+        step.add_(sent * weight.to(step.dtype))
+    current.spikes = None
+
+
+def sections(snn):
+    """`before, reads`: for every op that fires, the ops between it and the neurons before, and what they read.
+
+    before: op name -> entries, in order. reads: op name -> the nodes of inputs and of neurons that they read.
+    """
+    before, reads, known = {}, {}, set(snn.inputs_nodes)
+    for name in snn.neurons():
+        wanted, entries = set(snn.ops[name].inputs), []
+        for entry in reversed(snn.ops.values()):
+            if entry.out in wanted - known:
+                entries.insert(0, entry)
+                wanted.update(entry.inputs)
+        before[name], reads[name] = entries, wanted & known
+        known.add(snn.ops[name].out)
+    return before, reads
 
 
 def decoded_steps(neuron, current, added):
     """The activation [B, ...] that a neuron decodes to, for its current plus a constant `added` at every step."""
-    return neuron(shifted(current, added) if added.any() else current).to_float()
+    timesteps, in_float32 = current.timesteps, neuron.membrane_type(current.timesteps) == torch.float32
+    takes = neuron.spike_type == torch.uint8 and in_float32 and current.data.dtype == torch.float32
+    if not (takes and can_count(current.data) and current.spikes is None):
+        return neuron(shifted(current, added) if added.any() else current).to_float()
+    numbers = timesteps, neuron.listen, neuron.most_spikes(timesteps), neuron.reset_mode == "subtraction"
+    rows = 1 if current.constant else timesteps
+    counts = count_spikes(current.data, rows, added, neuron.Vthr, neuron.initial_potential, *numbers)
+    return decode(counts, neuron.scale_factor, timesteps)
 
 
 def at_rest(value):
     """No spike at all: the first sample of a node's value, with zeros in the place of counts."""
+    if isinstance(value, PackedCounts):
+        value = value.unpack()
     if isinstance(value, SpikeTensor):
         return SpikeTensor.like(torch.zeros_like(value.data[:1]), value.timesteps, value.scale_factor)
     return value[:1]
@@ -280,13 +327,17 @@ def bias_beyond(snn, qnet, name):
 
 
 def hold_back_neuron(snn, qnet, name, share):
-    """Start the neuron of op `name` lower; its bias returns the difference over T steps (`current_held_back`)."""
+    """Start the neuron of op `name` lower; its bias returns the difference over T steps (`current_held_back`).
+
+    Returns the current per step that the bias gets.
+    """
     lower, current = held_back(snn, qnet, name, share)
     neuron = snn.ops[name].op.neuron
     if lower.any():
         neuron.initial_potential = neuron.initial_potential - lower
     if current.any():
         add_bias(carrier_of(snn, name), neuron, current)
+    return current
 
 
 def held_back(snn, qnet, name, share):
@@ -326,13 +377,14 @@ def correct_means(neuron, each_current, carrier, timesteps, decode):
 
     Without a `carrier` the whole shift goes into the initial potential. With a `carrier`, a layer with a bias, the
     integer part of shift / T is added to that bias at every step, and only the rest goes into the initial potential
-    (bias shift of Li et al., A Free Lunch From ANN, ICML 2021).
+    (bias shift of Li et al., A Free Lunch From ANN, ICML 2021). Returns the current per step that the bias gets.
     """
     search = ShiftSearch(neuron, carrier, timesteps, decode)
     search_shifts([search], each_current)
     current = search.shift(search.best)
     if carrier is not None:
         add_bias(carrier, neuron, current)
+    return current
 
 
 def search_shifts(searches, each_current, rounds=4):
@@ -383,20 +435,20 @@ class ShiftSearch:
     def sums(self, current, target, added):
         """Over the images of a chunk: the sum of ANN activation minus decoded rate, and of its square.
 
-        [C, 1, 1] or [N]; means over the places of a channel. The square is 0 if this is no trial. added: the current of
-        the shift.
+        [C, 1, 1] or [N]; means over the places of a channel. The square is left out if this is no trial. added: the
+        current of the shift.
         """
         added = added if self.held is None else added + self.held
         difference = target - self.decode(self.neuron, current, added)
-        square = torch.zeros_like(difference) if self.held is None else difference.square()
-        return over_places(difference).sum(0), over_places(square).sum(0)
+        measured = [difference] if self.held is None else [difference, difference.square()]
+        return [over_places(each).sum(0) for each in measured]
 
-    def update(self, difference, error):
-        """Note the mean difference and squared error that were measured at `total`, and move on."""
+    def update(self, difference, error=None):
+        """Note the mean difference and, for a trial, the squared error that were measured at `total`, and move on."""
         is_nearer = difference.abs() < self.nearest
         self.nearest = torch.where(is_nearer, difference.abs(), self.nearest)
         self.best = torch.where(is_nearer, self.total, self.best)
-        self.error = torch.where(is_nearer, error, self.error)
+        self.error = self.error if error is None else torch.where(is_nearer, error, self.error)
         self.total = self.total + difference * self.per_activation
 
 

@@ -28,6 +28,17 @@ class Plan:
         ceiling = float("inf") if entry.op.ceiling is None else entry.op.ceiling
         return ceiling * timesteps / self.windows.get(entry.name, timesteps)
 
+    def measured(self, dag):
+        """Names of the ops whose statistics a conversion reads, in order: those of spikes, and of currents with a
+        unit of their own. The currents of layers with trained weights and of adds take any unit.
+        """
+        names = []
+        for name, entry in dag.ops.items():
+            op, kind = entry.op, self.kinds[entry.out]
+            if op.is_measured and (kind == SPIKES or (kind == CURRENT and not (op.is_trained or op.adds))):
+                names.append(name)
+        return names
+
 
 def plan_conversion(dag, ann_layers=()):
     """The Plan of a network: the kind of every value, and the ops that fire.

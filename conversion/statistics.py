@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from quantization import sampling_stride
 from runtime.batches import batches_of, on_device, split_batch
 
+MOST_BYTES = 2**27  # of the largest layer's float32 activations in one pass; larger batches pass in parts
 MOST_SAMPLES = 1_000_000  # pooled activations per layer
 ERROR_SAMPLES = 200_000  # of them, on which the error of a lambda is measured
 LEAST_SHARE = 1 / 16  # smallest lambda of a channel, relative to its layer's: below, integer weights become too coarse
@@ -26,20 +28,23 @@ class LayerStatistics:
     square_o: float
 
 
-def calibrate(dag, loader, device, samples, threshold, timesteps, per_channel=False):
+def calibrate(dag, plan, loader, device, samples, threshold, timesteps, per_channel=False):
     """`statistics, shapes` of an ANN on the first `samples` images of `loader`.
 
-    statistics: op name -> LayerStatistics, with scales that `threshold` chooses for T timesteps (`choose_lambdas`), one
-    a layer or one a channel. shapes: node -> shape of one sample. Raises ValueError for no images and for NaN.
+    statistics: op name -> LayerStatistics, for the ops whose statistics a conversion by `plan` reads (`Plan.measured`),
+    with scales that `threshold` chooses for T timesteps (`choose_lambdas`), one a layer or one a channel. shapes: node
+    -> shape of one sample. Raises ValueError for no images, and for NaN in any layer.
     """
-    pools, shapes = pool_activations(dag, loader, device, samples, per_channel)
-    statistics = {}
+    wanted, statistics = plan.measured(dag), {}
+    pools, shapes = pool_activations(dag, loader, device, samples, wanted, per_channel, threshold == "max")
     for name, pool in pools.items():
-        outputs = pool.values()
-        if not torch.isfinite(outputs).all():
+        if not pool.is_finite:
             raise ValueError(f"{dag.where(name)} has NaN or infinite activations, train the network again")
+    for name in wanted:
+        pool = pools.pop(name)
         max_o, scales = lambdas_of(pool, threshold, timesteps, per_channel)
-        statistics[name] = LayerStatistics(max_o.item(), scales.cpu(), outputs.double().square().mean().item())
+        square_o = pool.values().double().square().mean().item()
+        statistics[name] = LayerStatistics(max_o.item(), scales.cpu(), square_o)
     return statistics, shapes
 
 
@@ -50,7 +55,8 @@ def lambdas_of(pool, threshold, timesteps, per_channel, samples=ERROR_SAMPLES):
     """
     outputs, largest = pool.values(), pool.largest
     channels = torch.zeros_like(outputs, dtype=torch.long)
-    max_o = choose_lambdas(outputs, channels, 1, largest.max().reshape(1), threshold, timesteps, samples).squeeze()
+    most = None if largest is None else largest.max().reshape(1)
+    max_o = choose_lambdas(outputs, channels, 1, most, threshold, timesteps, samples).squeeze()
     if not per_channel:
         return max_o, max_o
     scales = choose_lambdas(outputs, pool.channels(), pool.count, largest, threshold, timesteps, samples)
@@ -63,7 +69,7 @@ def choose_lambdas(values, channels, count, largest, threshold, timesteps, sampl
 
     threshold: "max" for the largest activation, a number for that quantile of the activations, "mse" for the least mean
     squared error after T timesteps. values, channels: sampled activations and their channels, [N]. count: C. largest:
-    largest activation of each channel, [C], over all elements, not only the sampled ones.
+    largest activation of each channel, [C], over all elements, not only the sampled ones; read for "max" alone.
     """
     if threshold == "mse":
         return least_error_scales(values, channels, count, timesteps, samples)
@@ -71,10 +77,11 @@ def choose_lambdas(values, channels, count, largest, threshold, timesteps, sampl
 
 
 @torch.no_grad()
-def pool_activations(dag, loader, device, samples, with_channels=False):
+def pool_activations(dag, loader, device, samples, wanted, with_channels=False, with_largest=False):
     """`pools, shapes` for the first `samples` images: op name -> Pool of its activations; node -> shape of a sample.
 
-    Raises ValueError if there are no images.
+    wanted: the ops whose samples are kept; of the others it is only known whether they are finite. with_channels,
+    with_largest: as in Pool. Raises ValueError if there are no images.
     """
     pools, shapes, done = {}, {}, 0
 
@@ -83,12 +90,14 @@ def pool_activations(dag, loader, device, samples, with_channels=False):
         shapes[entry.out] = tuple(activation.shape[1:])
         if entry.op.is_measured:
             if name not in pools:
-                pools[name] = Pool(MOST_SAMPLES, samples, with_channels)
+                pools[name] = Pool(MOST_SAMPLES, samples, name in wanted, with_channels, with_largest)
             pools[name].add(activation)
 
     for batch in batches_of(tqdm(loader, "calibrate", leave=False, delay=1)):
         inputs = on_device(split_batch(batch)[0], device, samples - done)
-        dag.forward_ann(inputs, watch)
+        images = max(1, MOST_BYTES // (4 * dag.largest_sample(inputs)))
+        for part in zip(*(x.split(images) for x in inputs)):
+            dag.forward_ann(part, watch)
         done += len(inputs[0])
         if done >= samples:
             break
@@ -114,12 +123,14 @@ def use_learnt_scales(snn, statistics):
 class Pool:
     """A sample of evenly spaced elements, at most `most`, from the activations of `samples` images.
 
-    with_channels: also keep the channel of each element. count, dim: number of channels and of dimensions of the
-    activations. largest: the largest activation of each channel, [C], over all elements.
+    is_kept: keep the sample; without it, only `is_finite` is known: whether no element of the sample is NaN or
+    infinite. with_channels: also keep the channel of each element. count, dim: number of channels and of dimensions of
+    the activations. largest: with `with_largest`, the largest activation of each channel, [C], over all elements.
     """
 
-    def __init__(self, most, samples, with_channels=False):
-        self.most, self.samples, self.with_channels = most, samples, with_channels
+    def __init__(self, most, samples, is_kept=True, with_channels=False, with_largest=False):
+        self.most, self.samples, self.is_kept, self.is_finite = most, samples, is_kept, True
+        self.with_channels, self.with_largest = with_channels, with_largest
         self.parts, self.seen, self.stride = [], 0, None
         self.channel_parts, self.count, self.dim, self.largest = [], 1, 0, None
 
@@ -128,15 +139,19 @@ class Pool:
         size = values[0].numel()
         self.stride = self.stride or sampling_stride(size * self.samples, self.most, size)
         first, self.count, self.dim = -self.seen % self.stride, values.shape[1], values.dim()
-        largest = values.amax([d for d in range(values.dim()) if d != 1])  # [C]
-        self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
-        self.parts.append(as_in_memory(values)[first :: self.stride].clone())
+        part = as_in_memory(values)[first :: self.stride].clone()
         self.seen += values.numel()
+        self.is_finite = self.is_finite and bool(torch.isfinite(part).all())
+        if not self.is_kept:
+            return
+        self.parts.append(part)
+        if self.with_largest:
+            largest = values.amax([d for d in range(values.dim()) if d != 1])  # [C]
+            self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
         if self.with_channels:
             place = torch.arange(first, values.numel(), self.stride)
-            run = (
-                1 if has_channels_last(values) else values[0, 0].numel()
-            )  # number of adjacent elements of one channel in memory
+            # number of adjacent elements of one channel in memory
+            run = 1 if has_channels_last(values) else values[0, 0].numel()
             self.channel_parts.append((place // run % self.count).to(torch.int32))
 
     def values(self):
@@ -161,7 +176,9 @@ def as_in_memory(values):
 def top(values, quantile):
     """A quantile of values [N], as a float."""
     rank = min(len(values), max(1, round(quantile * len(values))))
-    return values.kthvalue(rank).values.item()
+    if values.device.type != "cpu":
+        return values.kthvalue(rank).values.item()
+    return np.partition(values.numpy(), rank - 1)[rank - 1].item()  # several times as fast as kthvalue
 
 
 def positive_top(values, quantile):

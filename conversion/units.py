@@ -177,7 +177,7 @@ class Units:
     def mean_square(self, node):
         """The mean square of the activations of a node, as a float."""
         name = self.dag.writer(node)
-        while name not in self.statistics:  # a concatenation or a view is not measured: use its first input
+        while not self.dag.ops[name].op.is_measured:  # a concatenation or a view: use its first input
             name = self.dag.writer(self.dag.ops[name].inputs[0])
         return self.statistics[name].square_o
 

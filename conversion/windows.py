@@ -54,8 +54,8 @@ class Search:
     def __init__(self, net, loader, device, options):
         self.net, self.timesteps, samples = net, options.timesteps, options.calibration_samples
         self.per_channel, self.threshold = options.spikes_per_channel, options.threshold
-        self.pools, shapes = pool_activations(net, loader, device, samples, self.per_channel)
         plan = plan_conversion(net, options.ann_layers)
+        self.pools, shapes = pool_activations(net, loader, device, samples, plan.firing, self.per_channel, True)
         self.mixed = mixed_channels(net, plan, shapes)
         self.names = [name for name in plan.firing if self.pools[name].largest.max() > 0]
         self.inputs = first_inputs(loader, device, min(samples, SEARCH_IMAGES))

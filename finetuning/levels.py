@@ -43,8 +43,8 @@ def quantize_activations(net, loader, device, levels, ann_layers=(), calibration
     loader = reusable(loader_for(net, loader), calibration_samples)
     net = as_dag(net, loader).to(device).eval()
 
-    statistics, shapes = calibrate(net, loader, device, calibration_samples, "mse", levels, per_channel)
     plan = plan_conversion(net, ann_layers)
+    statistics, shapes = calibrate(net, plan, loader, device, calibration_samples, "mse", levels, per_channel)
     mixed = mixed_channels(net, plan, shapes)
     for name in plan.firing:
         op, scale = net.ops[name].op, statistics[name].scales

@@ -390,7 +390,7 @@ def assert_every_spike_is_reproduced(snn, images, timesteps):
 @torch.no_grad()
 def activations_of(dag, name, images):
     """The outputs of one op of an ANN, [N]."""
-    return pool_activations(dag, [(images, None)], "cpu", len(images))[0][name].values()
+    return pool_activations(dag, [(images, None)], "cpu", len(images), [name])[0][name].values()
 
 
 def sequential(*layers):
