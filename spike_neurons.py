@@ -167,24 +167,21 @@ class IFNeuron(nn.Module):
             return SpikeTensor.like(self.unroll(current, dtype), current.timesteps, self.scale_factor)
         membrane = memory.by_layer.get(self)
         if membrane is None:
-            shape = current.data.shape if current.constant else (-1, *current.data.shape[1:])
-            batch = len(current.data) // (1 if current.constant else current.timesteps)
-            membrane = self.initial_potential.to(dtype).expand(batch, *shape[1:])
-            membrane = torch.empty_like(membrane, memory_format=order(membrane)).copy_(membrane)
+            membrane = potentials_before(current, self.initial_potential.to(dtype))
+        if fires_with_convolution(self, current, membrane):
+            return fire_with_convolution(self, current, membrane, memory)
         exact_in_float32 = dtype == torch.float32 and current.data.dtype != torch.float64
         compiled = self.spike_type == torch.uint8 and exact_in_float32 and can_run_compiled(current.data)
-        spikes = []
+        sent = []
         for part in self.hear(current, membrane) if self.listen else [current]:
-            if compiled:
-                spikes.append(self.run_compiled(part, membrane))
-            else:
-                sent, membrane = self.run(part, membrane)
-                spikes.append(sent)
+            spikes, membrane, fired = (self.run_compiled if compiled else self.run)(part, membrane)
+            sent.append(spikes)
         memory.by_layer[self] = membrane
-        spikes = torch.cat(spikes) if len(spikes) > 1 else spikes[0]
+        fired = None if self.listen or self.window is not None else fired  # `fired` holds all spikes of one part
+        spikes = torch.cat(sent) if len(sent) > 1 else spikes
         if self.window is not None:
             spikes.unflatten(0, (current.timesteps, -1))[self.window :] = 0
-        return SpikeTensor(spikes, current.timesteps, self.scale_factor)  # [T*B, ...]
+        return SpikeTensor(spikes, current.timesteps, self.scale_factor, fired)  # [T*B, ...]
 
     def counts_suffice(self, timesteps):
         """Whether `count` gives the spikes of a simulation, if all input has arrived within `timesteps` steps."""
@@ -209,7 +206,7 @@ class IFNeuron(nn.Module):
             potential = total + (timesteps - 1) * counting.at_rest[self] + self.initial_potential
             counts = (potential / self.Vthr).floor_().clamp_(0, self.most_spikes(timesteps))
         if spike_tensor.firing_ratio_record:
-            note_firing_ratio(counts, timesteps)
+            note_firing_ratio(counts.sum(dtype=torch.float64).item(), counts.numel() * timesteps)
         return SpikeTensor.like(counts, 1, self.scale_factor)
 
     def count_in_turn(self, current, timesteps):
@@ -266,22 +263,50 @@ class IFNeuron(nn.Module):
         return potential + (potential.round() - potential).detach()
 
     def run(self, current, membrane):
-        """Spikes [T*B, ...] and the final membrane potentials [B, ...], step by step in plain PyTorch."""
+        """`spikes, membrane, fired`: spikes [T*B, ...], the final membrane potentials [B, ...], and None.
+
+        It computes step by step in plain PyTorch, and does not count the spikes.
+        """
         steps, Vthr = current.per_step(), self.Vthr.to(membrane.dtype)  # [T, B, ...]
         spikes = torch.empty(steps.shape, dtype=self.spike_type, device=steps.device)
         for t, step in enumerate(steps):
             membrane, spikes[t] = if_step(membrane, step.to(membrane.dtype), Vthr, self.reset_mode)
-        return spikes.flatten(0, 1), membrane
+        return spikes.flatten(0, 1), membrane, None
 
     def run_compiled(self, current, membrane):
-        """Spikes [T*B, ...] by a compiled kernel, which changes `membrane` in place."""
+        """As `run`, by a compiled kernel, which changes `membrane` in place and, on a CPU, counts the spikes."""
         steps, constant = (None, current.data) if current.constant else (current.data, None)
         subtract = self.reset_mode == "subtraction"
-        return if_steps(steps, constant, current.spikes, self.Vthr, membrane, subtract, current.timesteps)
+        spikes, fired = if_steps(steps, constant, current.spikes, self.Vthr, membrane, subtract, current.timesteps)
+        return spikes, membrane, fired
 
     def extra_repr(self):
         threshold = f"{self.Vthr:g}" if self.Vthr.numel() == 1 else f"{self.Vthr.min():g}..{self.Vthr.max():g}"
         return f"Vthr={threshold}, reset_mode={self.reset_mode}"
+
+
+def potentials_before(current, initial_potential):
+    """The membrane potentials [B, ...] before the first step of a current, in the type of `initial_potential`."""
+    shape = current.data.shape if current.pending is None else current.pending.shape
+    batch = shape[0] // (1 if current.constant else current.timesteps)
+    membrane = initial_potential.expand(batch, *shape[1:])
+    return torch.empty_like(membrane, memory_format=order(membrane)).copy_(membrane)
+
+
+def fires_with_convolution(neuron, current, membrane):
+    """Whether the convolution that is to compute `current` can compute the spikes at once: all are integers."""
+    if current.pending is None or neuron.listen or neuron.window is not None or neuron.spike_type != torch.uint8:
+        return False
+    whole = neuron.largest_current is not None and not neuron.initial_potential.is_floating_point()
+    return whole and current.pending.fits(current.spikes, neuron.Vthr, membrane)
+
+
+def fire_with_convolution(neuron, current, membrane, memory):
+    """As `IFNeuron.forward`, by a kernel that computes the pending convolution and the spikes in one pass."""
+    subtract, steps = neuron.reset_mode == "subtraction", current.timesteps
+    spikes, fired = current.pending.fire(current.spikes, neuron.Vthr, membrane, subtract, steps)
+    memory.by_layer[neuron] = membrane
+    return SpikeTensor(spikes, steps, neuron.scale_factor, fired)
 
 
 class ClipFloorShift(nn.Module):

@@ -27,14 +27,23 @@ def compiled(function):
 if njit is not None:
 
     @compiled
+    def number_of(spikes):
+        """The number of spikes among uint8 [N]. A 32-bit sum, because it is compiled to vectors of more elements."""
+        fired = np.int32(0)
+        for spike in spikes:
+            fired += np.int32(spike)
+        return fired
+
+    @compiled
     def run_neurons(current, constant, extra, extra_weight, Vthr, membrane, spikes, subtract):
         """Integrate and fire: spikes[t, i] = u_i >= Vthr, then u_i -= Vthr (if `subtract`) or u_i = 0.
 
         The current of neuron i at step t is constant[i], or current[t, i] + extra[t, i] * extra_weight; an empty array
         is left out. current, extra, spikes: [T, N]. constant: [N]. Vthr and extra_weight repeat over the neurons.
-        membrane, [N], holds u before and after.
+        membrane, [N], holds u before and after. Returns the number of spikes.
         """
         timesteps, neurons = spikes.shape
+        fired = 0
         chunk = len(Vthr)
         for start in range(0, neurons, chunk):
             stop = min(start + chunk, neurons)
@@ -63,6 +72,8 @@ if njit is not None:
                         fires = u[i] >= Vthr[i]
                         s[i] = fires
                         u[i] = u[i] - u[i] if fires else u[i]
+                fired += number_of(s)
+        return fired
 
     @compiled
     def run_learning_neurons(first, stop, steps, Vthr, start, potentials, spikes, listen, subtract):
@@ -123,13 +134,13 @@ if njit is not None:
 
 
 def if_steps_on_cpu(steps, constant, extra, Vthr, membrane, spikes, subtract, timesteps):
-    """Fill `spikes` with the kernel compiled by numba; arguments as for `neurons.if_steps`."""
+    """Fill `spikes` with the kernel compiled by numba, and return their number; arguments as for `if_steps`."""
     empty = torch.empty(0)
     Vthr = per_neuron(Vthr, membrane)
     weight = Vthr if extra is None else per_neuron(extra[1], membrane)
     period = math.lcm(len(Vthr), len(weight))
     chunk = period * -(-CHUNK // period)  # a multiple of both periods, so that each chunk starts with their first value
-    run_neurons(
+    return run_neurons(
         flat(empty if steps is None else steps, membrane, timesteps).numpy(),
         empty.numpy() if constant is None else flat(constant, membrane, 1)[0].numpy(),
         flat(empty.to(torch.uint8) if extra is None else extra[0], membrane, timesteps).numpy(),
