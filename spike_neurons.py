@@ -8,6 +8,7 @@ from kernels.currents import EXACT_IN_FLOAT32
 from kernels.integer_state import IntegerState
 from kernels.memory_order import order
 from kernels.neurons import can_run_compiled, if_steps, learning_steps, learning_steps_back
+from kernels.neurons_cpu import count_constant, count_whole
 from spike_tensor import Current, Memory, SpikeTensor, note_firing_ratio
 
 RESET_MODES = ("zero", "subtraction")
@@ -193,34 +194,21 @@ class IFNeuron(nn.Module):
 
         They know the sum of their currents before the first spike, so that they send clip(floor(u / Vthr), 0, T)
         spikes, or as many as their window takes, without a gap. current: that of the sum of all steps' spikes, with the
-        biases of one step, or the same at every step (`constant`). The quotient of whole numbers below 2^24 in float32,
-        or 2^53 in float64, never reaches the next whole number by rounding.
+        biases of one step, or the same at every step (`constant`).
         """
         counting, timesteps = memory.counting, memory.timesteps
         total = current.total().to(counting.dtype)  # [B, ...]
         if counting.measures:
-            counting.at_rest[self], counts = total, torch.zeros_like(total)
+            counting.at_rest[self], counts, fired = total, torch.zeros_like(total), 0
         elif current.constant:
-            counts = self.count_in_turn(current.data, timesteps).to(counting.dtype)
+            counts, fired = count_in_turn(self, current.data, timesteps, counting.counts_type), None
         else:
-            potential = total + (timesteps - 1) * counting.at_rest[self] + self.initial_potential
-            counts = (potential / self.Vthr).floor_().clamp_(0, self.most_spikes(timesteps))
+            at_rest = (timesteps - 1) * counting.at_rest[self] + self.initial_potential
+            counts, fired = count_at_once(self, total, at_rest, self.most_spikes(timesteps), counting.counts_type)
         if spike_tensor.firing_ratio_record:
-            note_firing_ratio(counts.sum(dtype=torch.float64).item(), counts.numel() * timesteps)
+            fired = counts.sum(dtype=torch.float64).item() if fired is None else fired
+            note_firing_ratio(fired, counts.numel() * timesteps)
         return SpikeTensor.like(counts, 1, self.scale_factor)
-
-    def count_in_turn(self, current, timesteps):
-        """The spike counts [B, ...] of a float current [B, ...] that is the same at every step.
-
-        It adds and subtracts in the order of the steps, because sums of floats depend on it.
-        """
-        membrane, counts = self.initial_potential.to(torch.float32).expand_as(current), torch.zeros_like(current)
-        for _ in range(timesteps):
-            membrane = membrane + current
-        for _ in range(self.most_spikes(timesteps)):
-            membrane, spike = if_step(membrane, torch.zeros((), device=current.device), self.Vthr, self.reset_mode)
-            counts += spike
-        return counts
 
     def hear(self, current, membrane):
         """Add the first `listen` steps to `membrane`, and return the currents of the T steps in which neurons fire.
@@ -283,6 +271,34 @@ class IFNeuron(nn.Module):
     def extra_repr(self):
         threshold = f"{self.Vthr:g}" if self.Vthr.numel() == 1 else f"{self.Vthr.min():g}..{self.Vthr.max():g}"
         return f"Vthr={threshold}, reset_mode={self.reset_mode}"
+
+
+def count_in_turn(neuron, current, timesteps, dtype):
+    """The spike counts, `dtype` [B, ...], of a float current [B, ...] that is the same at every step.
+
+    It adds and subtracts in the order of the steps, because sums of floats depend on it.
+    """
+    window = neuron.most_spikes(timesteps)
+    if learns_compiled(current):
+        return count_constant(current, neuron.initial_potential, neuron.Vthr, timesteps, window, dtype)
+    membrane, counts = neuron.initial_potential.to(torch.float32).expand_as(current), torch.zeros_like(current)
+    for _ in range(timesteps):
+        membrane = membrane + current
+    for _ in range(window):
+        membrane, spike = if_step(membrane, torch.zeros((), device=current.device), neuron.Vthr, neuron.reset_mode)
+        counts += spike
+    return counts.to(dtype)
+
+
+def count_at_once(neuron, total, at_rest, window, dtype):
+    """`counts, fired`: the spike counts, `dtype` [B, ...], and their sum, or None where it is not known.
+
+    total: the sum of all currents [B, ...] but for `at_rest`, broadcastable to it. All are whole numbers, below 2^24 in
+    float32 and below 2^53 in float64, so that no quotient reaches the next whole number by rounding.
+    """
+    if learns_compiled(total) and at_rest.shape[0] == 1:
+        return count_whole(total, at_rest[0], neuron.Vthr, window, dtype)
+    return ((total + at_rest) / neuron.Vthr).floor_().clamp_(0, window).to(dtype), None
 
 
 def potentials_before(current, initial_potential):

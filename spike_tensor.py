@@ -39,6 +39,7 @@ class SpikeTensor:
     """The spikes of one layer over all timesteps.
 
     data: [T*B, C, H, W] or [T*B, N], one timestep after the other; 0 or 1, or sums of spikes behind a folded pooling.
+    int8 for spike counts (`Counting`).
     timesteps: T. scale_factor: lambda, the activation that a value of 1 at every step stands for; a scalar or
     broadcastable to data[0].
     The constructor records a firing rate, because a neuron has fired. `like` does not: its spikes were recorded before.
@@ -149,8 +150,9 @@ class Counting:
     """What a simulation needs to compute spike counts of all steps at once (`spike_simulator.counting_of`).
 
     dtype: floating-point type in which all counts and currents are exact.
+    counts_type: type of the counts that neurons send: `dtype`, or int8 where none exceeds 127.
     at_rest: neuron -> its current in a step without any spike, [1, ...]: the biases. Filled while `measures`.
     """
 
     def __init__(self, dtype):
-        self.dtype, self.at_rest, self.measures = dtype, {}, True
+        self.dtype, self.counts_type, self.at_rest, self.measures = dtype, dtype, {}, True

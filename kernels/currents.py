@@ -33,6 +33,8 @@ class SpikeCurrents:
         return SpikeCurrents()
 
     def __call__(self, layer, spikes):
+        if spikes.dtype == torch.int8 and packs_counts(layer):
+            return self.packed(layer)(spikes.view(torch.uint8))
         if not is_whole(layer, spikes):
             return in_type(layer, spikes, torch.promote_types(spikes.dtype, torch.float32))
         made = self.made_for(layer)
@@ -50,6 +52,13 @@ class SpikeCurrents:
             state = self.state = IntegerState({}, layer.weight_q, layer.bias_q)
         return state.made
 
+    def packed(self, layer):
+        """The layer's Int8Weights."""
+        made = self.made_for(layer)
+        if "int8" not in made:
+            made["int8"] = Int8Weights(layer.weight_q, layer.bias_q, layer.int8_arguments())
+        return made["int8"]
+
     def pending(self, layer, spikes):
         """A PendingConvolution that the neurons behind the layer may compute, or None where no kernel suits it."""
         if spikes.device.type != "cpu" or not is_whole(layer, spikes):
@@ -59,6 +68,11 @@ class SpikeCurrents:
             made[key] = firing_convolution(layer, tuple(spikes.shape[1:]))
         kernel = made[key]
         return None if kernel is None else PendingConvolution(kernel, spikes, lambda: self(layer, spikes))
+
+
+def packs_counts(layer):
+    """Whether spike counts of at most 127 can be multiplied in integers; the neurons behind bound the currents."""
+    return layer.weight_q.dtype == torch.int8 and layer.packs_int8() and int8_is_exact(127)
 
 
 def is_whole(layer, spikes):

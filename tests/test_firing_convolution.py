@@ -32,7 +32,7 @@ def draw_integers(generator, least, most, shape, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: NAMES[kind.code])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     channels=st.sampled_from([(1, 16), (4, 32), (7, 16), (16, 48), (130, 16)]),
     sizes=st.sampled_from([((3, 3), 4, 8), ((1, 1), 5, 4), ((2, 3), 6, 6), ((3, 1), 4, 9)]),
@@ -59,24 +59,29 @@ def test_neurons_fire_as_behind_an_integer_convolution(
         return
     Vthr = draw_integers(generator, 1, 400 * largest, (channels[1], 1, 1) if per_channel else (), torch.int32)
     neuron = IFNeuron(Vthr, 1.0, 0, reset_mode, largest_current=1)
-    fires, membrane, expected = FiringConvolution(weight_q, bias_q, plan), None, None
+    fires, membrane = FiringConvolution(weight_q, bias_q, plan), None
     for count in steps:  # the second chunk starts from the potentials that the first one left
         spikes = draw_integers(generator, 0, largest, (count * images, channels[0], *size), torch.uint8)
         current = convolve(spikes, weight_q, bias_q, stride, padding, dilation)
         if membrane is None:
             membrane = torch.zeros(images, *current.shape[1:]).contiguous(memory_format=torch.channels_last)
-            expected = membrane.clone()
-        extra = rest = None
-        if "extra" in flows:
-            weight = draw_integers(generator, -9, 30, Vthr.shape, torch.int32)
-            extra = draw_integers(generator, 0, 1, current.shape, torch.uint8), weight
-        if "rest" in flows:
-            rest = draw_integers(generator, -90, 90, current.shape, torch.int32).float()
+        extra, rest = draw_others(generator, flows, current.shape, Vthr.shape)
         total = Current(current if rest is None else current + rest, count, False, extra)
-        wanted, expected, _ = neuron.run(total, expected)
+        wanted, expected, _ = neuron.run(total, membrane.clone())
         assert fires.fits(extra, rest, Vthr, membrane)
         sent, fired = fires(spikes, extra, rest, Vthr, membrane, reset_mode == "subtraction", count)
         assert torch.equal(sent, wanted) and torch.equal(membrane, expected) and fired == wanted.count_nonzero()
+
+
+def draw_others(generator, flows, shape, weight_shape):
+    """`extra, rest`: spikes with a weight, and a current, that flow into the neurons, too, if `flows` names them."""
+    extra = rest = None
+    if "extra" in flows:
+        weight = draw_integers(generator, -9, 30, weight_shape, torch.int32)
+        extra = draw_integers(generator, 0, 1, shape, torch.uint8), weight
+    if "rest" in flows:
+        rest = draw_integers(generator, -90, 90, shape, torch.int32).float()
+    return extra, rest
 
 
 def plan_with(kind, *arguments):
