@@ -222,7 +222,8 @@ class Part:
                 record.clear()
                 if every_step:
                     curve.append(self.outputs_so_far(values, trains, steps))
-                self.count(trains, steps)
+                is_read = not every_step or self.done + steps < self.timesteps  # the curve holds its own last counts
+                self.count(trains if is_read else {}, steps)
         outputs = [torch.cat(steps) for steps in zip(*curve)] if every_step else self.outputs(values)
         return outputs, mean_ratios(ratios, weights)
 
