@@ -8,6 +8,7 @@ from kernels.currents import EXACT_IN_FLOAT32
 from kernels.integer_state import IntegerState
 from kernels.memory_order import order
 from kernels.neurons import can_run_compiled, if_steps, learning_steps, learning_steps_back
+from kernels.neurons_cpu import count_constant, count_whole
 from spike_tensor import Current, Memory, SpikeTensor, note_firing_ratio
 
 RESET_MODES = ("zero", "subtraction")
@@ -167,24 +168,21 @@ class IFNeuron(nn.Module):
             return SpikeTensor.like(self.unroll(current, dtype), current.timesteps, self.scale_factor)
         membrane = memory.by_layer.get(self)
         if membrane is None:
-            shape = current.data.shape if current.constant else (-1, *current.data.shape[1:])
-            batch = len(current.data) // (1 if current.constant else current.timesteps)
-            membrane = self.initial_potential.to(dtype).expand(batch, *shape[1:])
-            membrane = torch.empty_like(membrane, memory_format=order(membrane)).copy_(membrane)
+            membrane = potentials_before(current, self.initial_potential.to(dtype))
+        if fires_with_convolution(self, current, membrane):
+            return fire_with_convolution(self, current, membrane, memory)
         exact_in_float32 = dtype == torch.float32 and current.data.dtype != torch.float64
         compiled = self.spike_type == torch.uint8 and exact_in_float32 and can_run_compiled(current.data)
-        spikes = []
+        sent = []
         for part in self.hear(current, membrane) if self.listen else [current]:
-            if compiled:
-                spikes.append(self.run_compiled(part, membrane))
-            else:
-                sent, membrane = self.run(part, membrane)
-                spikes.append(sent)
+            spikes, membrane, fired = (self.run_compiled if compiled else self.run)(part, membrane)
+            sent.append(spikes)
         memory.by_layer[self] = membrane
-        spikes = torch.cat(spikes) if len(spikes) > 1 else spikes[0]
+        fired = None if self.listen or self.window is not None else fired  # `fired` holds all spikes of one part
+        spikes = torch.cat(sent) if len(sent) > 1 else spikes
         if self.window is not None:
             spikes.unflatten(0, (current.timesteps, -1))[self.window :] = 0
-        return SpikeTensor(spikes, current.timesteps, self.scale_factor)  # [T*B, ...]
+        return SpikeTensor(spikes, current.timesteps, self.scale_factor, fired)  # [T*B, ...]
 
     def counts_suffice(self, timesteps):
         """Whether `count` gives the spikes of a simulation, if all input has arrived within `timesteps` steps."""
@@ -196,34 +194,21 @@ class IFNeuron(nn.Module):
 
         They know the sum of their currents before the first spike, so that they send clip(floor(u / Vthr), 0, T)
         spikes, or as many as their window takes, without a gap. current: that of the sum of all steps' spikes, with the
-        biases of one step, or the same at every step (`constant`). The quotient of whole numbers below 2^24 in float32,
-        or 2^53 in float64, never reaches the next whole number by rounding.
+        biases of one step, or the same at every step (`constant`).
         """
         counting, timesteps = memory.counting, memory.timesteps
         total = current.total().to(counting.dtype)  # [B, ...]
         if counting.measures:
-            counting.at_rest[self], counts = total, torch.zeros_like(total)
+            counting.at_rest[self], counts, fired = total, torch.zeros_like(total), 0
         elif current.constant:
-            counts = self.count_in_turn(current.data, timesteps).to(counting.dtype)
+            counts, fired = count_in_turn(self, current.data, timesteps, counting.counts_type), None
         else:
-            potential = total + (timesteps - 1) * counting.at_rest[self] + self.initial_potential
-            counts = (potential / self.Vthr).floor_().clamp_(0, self.most_spikes(timesteps))
+            at_rest = (timesteps - 1) * counting.at_rest[self] + self.initial_potential
+            counts, fired = count_at_once(self, total, at_rest, self.most_spikes(timesteps), counting.counts_type)
         if spike_tensor.firing_ratio_record:
-            note_firing_ratio(counts, timesteps)
+            fired = counts.sum(dtype=torch.float64).item() if fired is None else fired
+            note_firing_ratio(fired, counts.numel() * timesteps)
         return SpikeTensor.like(counts, 1, self.scale_factor)
-
-    def count_in_turn(self, current, timesteps):
-        """The spike counts [B, ...] of a float current [B, ...] that is the same at every step.
-
-        It adds and subtracts in the order of the steps, because sums of floats depend on it.
-        """
-        membrane, counts = self.initial_potential.to(torch.float32).expand_as(current), torch.zeros_like(current)
-        for _ in range(timesteps):
-            membrane = membrane + current
-        for _ in range(self.most_spikes(timesteps)):
-            membrane, spike = if_step(membrane, torch.zeros((), device=current.device), self.Vthr, self.reset_mode)
-            counts += spike
-        return counts
 
     def hear(self, current, membrane):
         """Add the first `listen` steps to `membrane`, and return the currents of the T steps in which neurons fire.
@@ -266,22 +251,78 @@ class IFNeuron(nn.Module):
         return potential + (potential.round() - potential).detach()
 
     def run(self, current, membrane):
-        """Spikes [T*B, ...] and the final membrane potentials [B, ...], step by step in plain PyTorch."""
+        """`spikes, membrane, fired`: spikes [T*B, ...], the final membrane potentials [B, ...], and None.
+
+        It computes step by step in plain PyTorch, and does not count the spikes.
+        """
         steps, Vthr = current.per_step(), self.Vthr.to(membrane.dtype)  # [T, B, ...]
         spikes = torch.empty(steps.shape, dtype=self.spike_type, device=steps.device)
         for t, step in enumerate(steps):
             membrane, spikes[t] = if_step(membrane, step.to(membrane.dtype), Vthr, self.reset_mode)
-        return spikes.flatten(0, 1), membrane
+        return spikes.flatten(0, 1), membrane, None
 
     def run_compiled(self, current, membrane):
-        """Spikes [T*B, ...] by a compiled kernel, which changes `membrane` in place."""
+        """As `run`, by a compiled kernel, which changes `membrane` in place and, on a CPU, counts the spikes."""
         steps, constant = (None, current.data) if current.constant else (current.data, None)
         subtract = self.reset_mode == "subtraction"
-        return if_steps(steps, constant, current.spikes, self.Vthr, membrane, subtract, current.timesteps)
+        spikes, fired = if_steps(steps, constant, current.spikes, self.Vthr, membrane, subtract, current.timesteps)
+        return spikes, membrane, fired
 
     def extra_repr(self):
         threshold = f"{self.Vthr:g}" if self.Vthr.numel() == 1 else f"{self.Vthr.min():g}..{self.Vthr.max():g}"
         return f"Vthr={threshold}, reset_mode={self.reset_mode}"
+
+
+def count_in_turn(neuron, current, timesteps, dtype):
+    """The spike counts, `dtype` [B, ...], of a float current [B, ...] that is the same at every step.
+
+    It adds and subtracts in the order of the steps, because sums of floats depend on it.
+    """
+    window = neuron.most_spikes(timesteps)
+    if learns_compiled(current):
+        return count_constant(current, neuron.initial_potential, neuron.Vthr, timesteps, window, dtype)
+    membrane, counts = neuron.initial_potential.to(torch.float32).expand_as(current), torch.zeros_like(current)
+    for _ in range(timesteps):
+        membrane = membrane + current
+    for _ in range(window):
+        membrane, spike = if_step(membrane, torch.zeros((), device=current.device), neuron.Vthr, neuron.reset_mode)
+        counts += spike
+    return counts.to(dtype)
+
+
+def count_at_once(neuron, total, at_rest, window, dtype):
+    """`counts, fired`: the spike counts, `dtype` [B, ...], and their sum, or None where it is not known.
+
+    total: the sum of all currents [B, ...] but for `at_rest`, broadcastable to it. All are whole numbers, below 2^24 in
+    float32 and below 2^53 in float64, so that no quotient reaches the next whole number by rounding.
+    """
+    if learns_compiled(total) and at_rest.shape[0] == 1:
+        return count_whole(total, at_rest[0], neuron.Vthr, window, dtype)
+    return ((total + at_rest) / neuron.Vthr).floor_().clamp_(0, window).to(dtype), None
+
+
+def potentials_before(current, initial_potential):
+    """The membrane potentials [B, ...] before the first step of a current, in the type of `initial_potential`."""
+    shape = current.data.shape if current.pending is None else current.pending.shape
+    batch = shape[0] // (1 if current.constant else current.timesteps)
+    membrane = initial_potential.expand(batch, *shape[1:])
+    return torch.empty_like(membrane, memory_format=order(membrane)).copy_(membrane)
+
+
+def fires_with_convolution(neuron, current, membrane):
+    """Whether the convolution that is to compute `current` can compute the spikes at once: all are integers."""
+    if current.pending is None or neuron.listen or neuron.window is not None or neuron.spike_type != torch.uint8:
+        return False
+    whole = neuron.largest_current is not None and not neuron.initial_potential.is_floating_point()
+    return whole and current.pending.fits(current.spikes, neuron.Vthr, membrane)
+
+
+def fire_with_convolution(neuron, current, membrane, memory):
+    """As `IFNeuron.forward`, by a kernel that computes the pending convolution and the spikes in one pass."""
+    subtract, steps = neuron.reset_mode == "subtraction", current.timesteps
+    spikes, fired = current.pending.fire(current.spikes, neuron.Vthr, membrane, subtract, steps)
+    memory.by_layer[neuron] = membrane
+    return SpikeTensor(spikes, steps, neuron.scale_factor, fired)
 
 
 class ClipFloorShift(nn.Module):

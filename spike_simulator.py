@@ -114,6 +114,8 @@ def simulate(dag, inputs, timesteps, every_step=False, watch=None):
     """
     stages = Stages(dag)
     counting = counting_of(dag, stages, inputs, timesteps) if watch is None else None
+    if counting is not None and counts_fit_bytes(stages, timesteps) and counting.dtype == torch.float32:
+        counting.counts_type = torch.int8
     images, steps = cut(dag, inputs, timesteps if counting is None else 1, stages)
     parts = [inputs] if watch is not None else list(zip(*(x.split(images) for x in inputs)))
 
@@ -220,7 +222,8 @@ class Part:
                 record.clear()
                 if every_step:
                     curve.append(self.outputs_so_far(values, trains, steps))
-                self.count(trains, steps)
+                is_read = not every_step or self.done + steps < self.timesteps  # the curve holds its own last counts
+                self.count(trains if is_read else {}, steps)
         outputs = [torch.cat(steps) for steps in zip(*curve)] if every_step else self.outputs(values)
         return outputs, mean_ratios(ratios, weights)
 
@@ -315,6 +318,11 @@ def counting_of(dag, stages, inputs, timesteps):
     CountedPart(dag, stages, [x[:1] for x in inputs], timesteps, counting).run(False)
     counting.measures = False
     return None if any(counting.at_rest[neuron].any() for neuron in early) else counting
+
+
+def counts_fit_bytes(stages, timesteps):
+    """Whether spike counts, and their sums in the windows of folded poolings, are at most 127."""
+    return timesteps * max(getattr(entry.op, "largest_input", 1) for entry in stages.between) <= 127
 
 
 IMAGE = float("inf")  # the image's current never ends

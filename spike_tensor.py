@@ -28,32 +28,31 @@ def record_firing_ratios():
         firing_ratios.clear()
 
 
-def note_firing_ratio(data, timesteps=1):
-    """Append spikes per neuron and timestep to this thread's record in a simulation, else to `firing_ratios`.
-
-    data: spikes, or spike counts of `timesteps` steps.
-    """
+def note_firing_ratio(fired, neurons_and_steps):
+    """Append spikes per neuron and timestep to this thread's record in a simulation, else to `firing_ratios`."""
     record = getattr(of_this_thread, "ratios", None)
     record = firing_ratios if record is None else record
-    record.append(data.sum(dtype=torch.float32).item() / (data.numel() * timesteps))
+    record.append(fired / neurons_and_steps)
 
 
 class SpikeTensor:
     """The spikes of one layer over all timesteps.
 
     data: [T*B, C, H, W] or [T*B, N], one timestep after the other; 0 or 1, or sums of spikes behind a folded pooling.
+    int8 for spike counts (`Counting`).
     timesteps: T. scale_factor: lambda, the activation that a value of 1 at every step stands for; a scalar or
     broadcastable to data[0].
     The constructor records a firing rate, because a neuron has fired. `like` does not: its spikes were recorded before.
+    fired: the number of spikes where it is known; otherwise they are counted for the record.
     """
 
     fresh = False  # whether the spikes come directly from a neuron and are 0 or 1
 
-    def __init__(self, data, timesteps, scale_factor):
+    def __init__(self, data, timesteps, scale_factor, fired=None):
         self.data, self.timesteps, self.scale_factor = data, timesteps, torch.as_tensor(scale_factor)
         self.fresh = True
         if firing_ratio_record:
-            note_firing_ratio(data)
+            note_firing_ratio(data.count_nonzero().item() if fired is None else fired, data.numel())
 
     @classmethod
     def like(cls, data, timesteps, scale_factor):
@@ -80,7 +79,9 @@ class SpikeTensor:
         before: spike counts of the `steps_before` earlier steps, [B, ...].
         """
         spikes = self.data.unflatten(0, (self.timesteps, -1))  # [T, B, ...]
-        counts = spikes.cumsum(0, dtype=self.scale_factor.dtype) + before
+        counts = torch.empty_like(spikes, dtype=self.scale_factor.dtype)  # in the memory order of the spikes
+        for step, count in zip(spikes, counts):  # faster than cumsum, which reads every neuron with large strides
+            before = torch.add(step, before, out=count)
         steps = torch.arange(1, self.timesteps + 1, device=spikes.device) + steps_before
         return decode(counts, self.scale_factor, steps.view(-1, *[1] * (spikes.dim() - 1))).flatten(0, 1)
 
@@ -96,10 +97,23 @@ class Current:
     data: [T*B, ...], or [B, ...] if the current is the same at every step (`constant`). float32 or float64; on a GPU
     also int32, or float16 if it represents the currents exactly.
     spikes: (spikes [T*B, ...], weight) that also belong to the current and are not added yet, or None.
+    pending: a `kernels.firing_convolution.PendingConvolution` that has yet to compute `data`, or None. Neurons that can
+    compute it together with their spikes do so; for everyone else reading `data` computes it.
     """
 
-    def __init__(self, data, timesteps, constant=False, spikes=None):
-        self.data, self.timesteps, self.constant, self.spikes = data, timesteps, constant, spikes
+    def __init__(self, data, timesteps, constant=False, spikes=None, pending=None):
+        self.computed, self.timesteps, self.constant, self.spikes = data, timesteps, constant, spikes
+        self.pending = pending
+
+    @property
+    def data(self):
+        if self.pending is not None:
+            self.computed, self.pending = self.pending.compute(), None
+        return self.computed
+
+    def with_spikes(self, spikes, weight):
+        """This current and, not added yet, spikes [T*B, ...] times their weight."""
+        return Current(self.computed, self.timesteps, self.constant, (spikes, weight), self.pending)
 
     def like(self, data):
         """Another current of the same duration."""
@@ -136,8 +150,9 @@ class Counting:
     """What a simulation needs to compute spike counts of all steps at once (`spike_simulator.counting_of`).
 
     dtype: floating-point type in which all counts and currents are exact.
+    counts_type: type of the counts that neurons send: `dtype`, or int8 where none exceeds 127.
     at_rest: neuron -> its current in a step without any spike, [1, ...]: the biases. Filled while `measures`.
     """
 
     def __init__(self, dtype):
-        self.dtype, self.at_rest, self.measures = dtype, {}, True
+        self.dtype, self.counts_type, self.at_rest, self.measures = dtype, dtype, {}, True

@@ -10,6 +10,7 @@ import functools
 import torch
 
 from kernels.currents_gpu import GpuWeights
+from kernels.firing_convolution import FiringConvolution, PendingConvolution, plan_tiles
 from kernels.integer_state import IntegerState
 from kernels.memory_order import order
 
@@ -32,17 +33,57 @@ class SpikeCurrents:
         return SpikeCurrents()
 
     def __call__(self, layer, spikes):
-        if spikes.dtype != torch.uint8 or layer.weight_q.dtype != torch.int8:  # the reference engine, float weights
+        if spikes.dtype == torch.int8 and packs_counts(layer):
+            return self.packed(layer)(spikes.view(torch.uint8))
+        if not is_whole(layer, spikes):
             return in_type(layer, spikes, torch.promote_types(spikes.dtype, torch.float32))
+        made = self.made_for(layer)
+        # on a CPU the algorithm does not depend on the batch size
+        key = (spikes.device, spikes.shape if spikes.device.type != "cpu" else spikes.shape[1:])
+        run = made.get(key)
+        if run is None:
+            run = made[key] = choose(layer, spikes, made)
+        return run(spikes)
+
+    def made_for(self, layer):
+        """The choices for the layer's integers as they are: a dict, empty after a change."""
         state = self.state  # read once, because each simulating thread may set it
         if state is None or not state.holds(layer.weight_q, layer.bias_q) or len(state.made) > MOST_SHAPES:
             state = self.state = IntegerState({}, layer.weight_q, layer.bias_q)
-        # on a CPU the algorithm does not depend on the batch size
-        key = (spikes.device, spikes.shape if spikes.device.type != "cpu" else spikes.shape[1:])
-        run = state.made.get(key)
-        if run is None:
-            run = state.made[key] = choose(layer, spikes, state.made)
-        return run(spikes)
+        return state.made
+
+    def packed(self, layer):
+        """The layer's Int8Weights."""
+        made = self.made_for(layer)
+        if "int8" not in made:
+            made["int8"] = Int8Weights(layer.weight_q, layer.bias_q, layer.int8_arguments())
+        return made["int8"]
+
+    def pending(self, layer, spikes):
+        """A PendingConvolution that the neurons behind the layer may compute, or None where no kernel suits it."""
+        if spikes.device.type != "cpu" or not is_whole(layer, spikes):
+            return None
+        made, key = self.made_for(layer), ("fires", spikes.shape[1:])
+        if key not in made:
+            made[key] = firing_convolution(layer, tuple(spikes.shape[1:]))
+        kernel = made[key]
+        return None if kernel is None else PendingConvolution(kernel, spikes, lambda: self(layer, spikes))
+
+
+def packs_counts(layer):
+    """Whether spike counts of at most 127 can be multiplied in integers; the neurons behind bound the currents."""
+    return layer.weight_q.dtype == torch.int8 and layer.packs_int8() and int8_is_exact(127)
+
+
+def is_whole(layer, spikes):
+    """Whether spikes and weights are integers: not those of the reference engine, nor float weights."""
+    return spikes.dtype == torch.uint8 and layer.weight_q.dtype == torch.int8
+
+
+def firing_convolution(layer, sample):
+    """The FiringConvolution of a layer for input of the shape `sample`, or None if it has none."""
+    plan = plan_tiles(layer.weight_q, layer.int8_arguments(), sample, layer.largest_input)
+    return None if plan is None else FiringConvolution(layer.weight_q, layer.bias_q, plan)
 
 
 def choose(layer, spikes, made):

@@ -14,7 +14,9 @@ def can_run_compiled(tensor):
 
 
 def if_steps(steps, constant, extra, Vthr, membrane, subtract, timesteps):
-    """The spikes, uint8 [T*B, ...], of integrate-and-fire neurons.
+    """`spikes, fired`: the spikes, uint8 [T*B, ...], of integrate-and-fire neurons, and their number.
+
+    On a GPU `fired` is None, because the CPU would have to wait for it.
 
     steps: currents [T*B, ...] or None; float32, on a GPU also float16 or integers. constant: current [B, ...] that is
     the same at every step, or None. extra: (uint8 spikes [T*B, ...], weight) whose product is added to the current, or
@@ -25,8 +27,7 @@ def if_steps(steps, constant, extra, Vthr, membrane, subtract, timesteps):
     shape = (timesteps * len(membrane), *membrane.shape[1:])
     spikes = torch.empty(shape, dtype=torch.uint8, device=membrane.device, memory_format=order(membrane))
     run = neurons_cpu.if_steps_on_cpu if membrane.device.type == "cpu" else neurons_gpu.if_steps_on_gpu
-    run(steps, constant, extra, Vthr, membrane, spikes, subtract, timesteps)
-    return spikes
+    return spikes, run(steps, constant, extra, Vthr, membrane, spikes, subtract, timesteps)
 
 
 def learning_steps(steps, Vthr, start, listen, subtract):

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from kernels.memory_order import flat, per_neuron
+from kernels.memory_order import flat, order, per_neuron
 
 try:
     from numba import njit
@@ -27,14 +27,23 @@ def compiled(function):
 if njit is not None:
 
     @compiled
+    def number_of(spikes):
+        """The number of spikes, or sum of counts, [N]. In 32 bits, because vectors hold more of them."""
+        fired = np.int32(0)
+        for spike in spikes:
+            fired += np.int32(spike)
+        return fired
+
+    @compiled
     def run_neurons(current, constant, extra, extra_weight, Vthr, membrane, spikes, subtract):
         """Integrate and fire: spikes[t, i] = u_i >= Vthr, then u_i -= Vthr (if `subtract`) or u_i = 0.
 
         The current of neuron i at step t is constant[i], or current[t, i] + extra[t, i] * extra_weight; an empty array
         is left out. current, extra, spikes: [T, N]. constant: [N]. Vthr and extra_weight repeat over the neurons.
-        membrane, [N], holds u before and after.
+        membrane, [N], holds u before and after. Returns the number of spikes.
         """
         timesteps, neurons = spikes.shape
+        fired = 0
         chunk = len(Vthr)
         for start in range(0, neurons, chunk):
             stop = min(start + chunk, neurons)
@@ -63,6 +72,53 @@ if njit is not None:
                         fires = u[i] >= Vthr[i]
                         s[i] = fires
                         u[i] = u[i] - u[i] if fires else u[i]
+                fired += number_of(s)
+        return fired
+
+    @compiled
+    def run_counting_neurons(current, start, Vthr, counts, steps, window):
+        """Fill the spike counts of neurons that hear a constant current for `steps` steps before they fire.
+
+        current: float32 [N]. start, Vthr: float32, repeated over the neurons. counts: [N]. window: steps in which they
+        fire; each spike subtracts Vthr. Sums are rounded in the order of the steps.
+        """
+        chunk = len(Vthr)
+        u, n = np.empty(chunk, np.float32), np.empty(chunk, np.float32)
+        for first in range(0, len(current), chunk):
+            size = min(chunk, len(current) - first)
+            c = current[first : first + size]
+            for i in range(size):
+                u[i] = start[i]
+                n[i] = np.float32(0)
+            for _ in range(steps):
+                for i in range(size):
+                    u[i] += c[i]
+            for _ in range(window):
+                for i in range(size):
+                    fires = u[i] >= Vthr[i]
+                    n[i] += np.float32(1) if fires else np.float32(0)
+                    u[i] = u[i] - Vthr[i] if fires else u[i]
+            for i in range(size):
+                counts[first + i] = n[i]
+
+    @compiled
+    def run_whole_counts(total, at_rest, Vthr, counts, window):
+        """Fill the spike counts of neurons that know the sum of their currents: clip(floor(u / Vthr), 0, window).
+
+        total: float32 [N], the sum of the currents but for `at_rest`, float32, which repeats over the neurons as Vthr
+        does: currents of no spikes and initial potentials. All are whole numbers below 2^24. Returns the sum of counts.
+        """
+        fired, chunk, most = 0, len(Vthr), np.float32(window)
+        for first in range(0, len(total), chunk):
+            size = min(chunk, len(total) - first)
+            c, n = total[first : first + size], counts[first : first + size]
+            for i in range(size):
+                # a quotient of whole numbers below 2^24 never reaches the next whole number by rounding
+                count = np.floor((c[i] + at_rest[i]) / Vthr[i])
+                count = count if count > np.float32(0) else np.float32(0)
+                n[i] = count if count < most else most
+            fired += number_of(n)
+        return fired
 
     @compiled
     def run_learning_neurons(first, stop, steps, Vthr, start, potentials, spikes, listen, subtract):
@@ -122,19 +178,48 @@ if njit is not None:
                 of_steps[t, b] = m
 
 
+def count_constant(current, start, Vthr, steps, window, dtype):
+    """The spike counts, `dtype` [B, ...], of neurons that hear a constant float32 current [B, ...] before they fire.
+
+    start, Vthr: initial potential and threshold, broadcastable to a sample. See `run_counting_neurons`.
+    """
+    counts = torch.empty_like(current, dtype=dtype, memory_format=order(current))
+    start, Vthr = in_chunks(per_neuron(start, current), per_neuron(Vthr, current))
+    flat_counts = flat(counts, counts, 1)[0].numpy()
+    run_counting_neurons(flat(current, current, 1)[0].numpy(), start, Vthr, flat_counts, steps, window)
+    return counts
+
+
+def count_whole(total, at_rest, Vthr, window, dtype):
+    """`counts, fired`: spike counts, `dtype` [B, ...], of neurons that know their whole current, and their sum.
+
+    total: float32 [B, ...]. at_rest, Vthr: broadcastable to a sample. See `run_whole_counts`.
+    """
+    counts = torch.empty_like(total, dtype=dtype, memory_format=order(total))
+    at_rest, Vthr = in_chunks(per_neuron(at_rest, total), per_neuron(Vthr, total))
+    flat_counts = flat(counts, counts, 1)[0].numpy()
+    return counts, run_whole_counts(flat(total, total, 1)[0].numpy(), at_rest, Vthr, flat_counts, window)
+
+
+def in_chunks(first, second):
+    """Two tensors of one period each, repeated to arrays of one chunk, which both periods divide."""
+    period = math.lcm(len(first), len(second))
+    chunk = period * -(-CHUNK // period)  # each chunk starts with the first value of both
+    return first.repeat(chunk // len(first)).numpy(), second.repeat(chunk // len(second)).numpy()
+
+
 def if_steps_on_cpu(steps, constant, extra, Vthr, membrane, spikes, subtract, timesteps):
-    """Fill `spikes` with the kernel compiled by numba; arguments as for `neurons.if_steps`."""
+    """Fill `spikes` with the kernel compiled by numba, and return their number; arguments as for `if_steps`."""
     empty = torch.empty(0)
     Vthr = per_neuron(Vthr, membrane)
     weight = Vthr if extra is None else per_neuron(extra[1], membrane)
-    period = math.lcm(len(Vthr), len(weight))
-    chunk = period * -(-CHUNK // period)  # a multiple of both periods, so that each chunk starts with their first value
-    run_neurons(
+    weight, Vthr = in_chunks(weight, Vthr)
+    return run_neurons(
         flat(empty if steps is None else steps, membrane, timesteps).numpy(),
         empty.numpy() if constant is None else flat(constant, membrane, 1)[0].numpy(),
         flat(empty.to(torch.uint8) if extra is None else extra[0], membrane, timesteps).numpy(),
-        weight.repeat(chunk // len(weight)).numpy(),
-        Vthr.repeat(chunk // len(Vthr)).numpy(),
+        weight,
+        Vthr,
         flat(membrane, membrane, 1)[0].numpy(),
         flat(spikes, membrane, timesteps).numpy(),
         subtract,

@@ -200,5 +200,5 @@ def as_pair(value):
 
 
 def widened(data):
-    """uint8 spikes as float32, in which sums are exact; other types unchanged."""
-    return data.to(torch.float32) if data.dtype == torch.uint8 else data
+    """Spikes or counts in bytes as float32, in which sums are exact; other types unchanged."""
+    return data.to(torch.float32) if data.dtype in (torch.uint8, torch.int8) else data

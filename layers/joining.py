@@ -52,10 +52,14 @@ class SpikeAdd(SpikeLayer):
         """The sum as a Current. Spikes beside a current are only attached to it; the neuron adds them."""
         is_plain = isinstance(x, Current) and weight_x is None and not x.constant and x.spikes is None
         if is_plain and isinstance(y, SpikeTensor):
-            return Current(x.data, x.timesteps, spikes=(y.data, weight_y))
+            return x.with_spikes(y.data, weight_y)
         x, y = self.to_current(x, weight_x), self.to_current(y, weight_y)
         if x.constant and y.constant:
             return x.like(x.total() + y.total())
+        if x.pending is None or (y.pending is not None and y.pending.work > x.pending.work):
+            x, y = y, x
+        if x.pending is not None and not y.constant:  # the smaller convolution is computed, the larger one can wait
+            return Current(None, x.timesteps, spikes=x.spikes, pending=x.pending.plus(y.total()))
         return Current((x.per_step() + y.per_step()).flatten(0, 1), x.timesteps)
 
     @staticmethod

@@ -90,7 +90,8 @@ class WeightedLayer(SpikeLayer, abstract=True):
 
     def current(self, x):
         if isinstance(x, SpikeTensor):
-            return Current(self.current_of(x.data), x.timesteps)
+            pending = None if self.learns else self.spike_currents().pending(self, x.data)
+            return Current(self.current_of(x.data) if pending is None else None, x.timesteps, pending=pending)
         return x.like(self.operate(x.data, self.weight, self.bias) / self.unit)  # the real-valued image
 
     def current_of(self, spikes):
@@ -98,9 +99,13 @@ class WeightedLayer(SpikeLayer, abstract=True):
         if self.learns:
             bias_q = None if self.bias_q is None else self.whole(self.bias / self.per_output_unit())
             return self.operate(spikes, self.whole(self.weight * self.weight_scale), bias_q)
+        return self.spike_currents()(self, spikes)
+
+    def spike_currents(self):
+        """The SpikeCurrents of this layer."""
         if self.currents is None:
             self.currents = SpikeCurrents()
-        return self.currents(self, spikes)
+        return self.currents
 
     def whole(self, values):
         """`values` rounded, with the gradient of `values`; unchanged for float weights."""

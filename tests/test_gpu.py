@@ -51,10 +51,10 @@ def test_compiled_neurons_fire_as_the_plain_ones(shape, granularity, kind):
         steps, constant, extra, membrane = neuron_inputs(shape, 5, seed, kind)
         given = steps.half() if kind == "half" else constant if steps is None else steps
         neuron = IFNeuron(thresholds(shape, granularity, seed), 1.0, 0, reset_mode, largest_current=30)
-        plain, potentials = neuron.run(Current(given.float(), 5, steps is None, extra), membrane.clone())
+        plain, potentials, _ = neuron.run(Current(given.float(), 5, steps is None, extra), membrane.clone())
         extra = None if extra is None else tuple(each.cuda() for each in extra)
         on_gpu = torch.empty_like(membrane, memory_format=order(membrane), device="cuda").copy_(membrane)
-        spikes = neuron.cuda().run_compiled(Current(given.cuda(), 5, steps is None, extra), on_gpu)
+        spikes, _, _ = neuron.cuda().run_compiled(Current(given.cuda(), 5, steps is None, extra), on_gpu)
         assert torch.equal(spikes.cpu(), plain) and torch.equal(on_gpu.cpu(), potentials)
 
 

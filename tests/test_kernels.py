@@ -46,9 +46,10 @@ def test_compiled_neurons_fire_as_the_plain_ones(shape, timesteps, granularity, 
     steps, constant, extra, membrane = neuron_inputs(shape, timesteps, seed, kind)
     neuron = IFNeuron(thresholds(shape, granularity, seed), 1.0, 0, reset_mode, largest_current=30)
     current = Current(constant if steps is None else steps, timesteps, steps is None, extra)
-    plain, potentials = neuron.run(current, membrane.clone())
-    spikes = neuron.run_compiled(current, membrane)
+    plain, potentials, _ = neuron.run(current, membrane.clone())
+    spikes, _, fired = neuron.run_compiled(current, membrane)
     assert torch.equal(spikes, plain) and torch.equal(membrane, potentials)
+    assert fired == plain.count_nonzero()
 
 
 @settings(max_examples=60, deadline=None)

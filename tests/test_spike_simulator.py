@@ -134,6 +134,8 @@ def test_spike_tensor_decodes_what_is_known_after_each_step():
     train = SpikeTensor(spikes, 3, 6.0)
     assert train.to_float().tolist() == [[4.0], [4.0]]
     assert train.to_float_every_step().unflatten(0, (3, 2)).squeeze(-1).tolist() == [[6, 0], [3, 3], [4, 4]]
+    later = train.to_float_every_step(torch.tensor([[2.0], [3.0]]), steps_before=3)
+    assert later.flatten().tolist() == pytest.approx([4.5, 4.5, 3.6, 4.8, 4, 5])
 
 
 @pytest.mark.parametrize("timesteps", [1, 255, 256, 700])

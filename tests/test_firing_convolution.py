@@ -1,0 +1,187 @@
+"""Convolutions whose neurons fire in the same kernel: the spikes of an int64 convolution and of plain neurons."""
+
+import copy
+
+import numpy as np
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from helpers import Function, assert_every_spike_is_reproduced, conv, convert, with_statistics
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+pytest.importorskip("numba")
+
+import kernels.currents
+from kernels import firing_convolution
+from kernels.firing_convolution import FiringConvolution, plan_tiles
+from spike_neurons import IFNeuron
+from spike_tensor import Current, Memory
+
+if not firing_convolution.usable_instructions():
+    pytest.skip("no vector instructions for these kernels, or numba does not compile", allow_module_level=True)
+
+NAMES = {0: "VNNI, 512 bits", 1: "VNNI, 256 bits", 2: "AVX2"}
+KINDS = firing_convolution.usable_instructions()
+
+
+def draw_integers(generator, least, most, shape, dtype):
+    return torch.randint(least, most + 1, tuple(shape), generator=generator, dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: NAMES[kind.code])
+@settings(max_examples=30, deadline=None)
+@given(
+    channels=st.sampled_from([(1, 16), (4, 32), (7, 16), (16, 48), (130, 16)]),
+    sizes=st.sampled_from([((3, 3), 4, 8), ((1, 1), 5, 4), ((2, 3), 6, 6), ((3, 1), 4, 9)]),
+    stride=st.sampled_from([(1, 1), (2, 1), (2, 2)]),
+    padding=st.sampled_from([(0, 0), (1, 1), (0, 2)]),
+    dilation=st.sampled_from([(1, 1), (2, 1)]),
+    images=st.integers(1, 3),
+    steps=st.sampled_from([(1,), (4,), (3, 2)]),
+    largest=st.sampled_from([1, 1, 4, 255]),
+    bits=st.sampled_from([2, 4, 8]),
+    flows=st.sampled_from(["", "bias", "bias extra", "rest", "bias extra rest"]),
+    reset_mode=st.sampled_from(["zero", "subtraction"]),
+    per_channel=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_neurons_fire_as_behind_an_integer_convolution(
+    kind, channels, sizes, stride, padding, dilation, images, steps, largest, bits, flows, reset_mode, per_channel, seed
+):
+    generator, (kernel, *size), bound = torch.Generator().manual_seed(seed), sizes, 2 ** (bits - 1) - 1
+    weight_q = draw_integers(generator, -bound, bound, (channels[1], channels[0], *kernel), torch.int8)
+    bias_q = draw_integers(generator, -50, 50, channels[1:], torch.int32) if "bias" in flows else None
+    plan = plan_with(kind, weight_q, (stride, padding, dilation, 1), (channels[0], *size), largest)
+    if plan is None:
+        return
+    Vthr = draw_integers(generator, 1, 400 * largest, (channels[1], 1, 1) if per_channel else (), torch.int32)
+    neuron = IFNeuron(Vthr, 1.0, 0, reset_mode, largest_current=1)
+    fires, membrane = FiringConvolution(weight_q, bias_q, plan), None
+    for count in steps:  # the second chunk starts from the potentials that the first one left
+        spikes = draw_integers(generator, 0, largest, (count * images, channels[0], *size), torch.uint8)
+        current = convolve(spikes, weight_q, bias_q, stride, padding, dilation)
+        if membrane is None:
+            membrane = torch.zeros(images, *current.shape[1:]).contiguous(memory_format=torch.channels_last)
+        extra, rest = draw_others(generator, flows, current.shape, Vthr.shape)
+        total = Current(current if rest is None else current + rest, count, False, extra)
+        wanted, expected, _ = neuron.run(total, membrane.clone())
+        assert fires.fits(extra, rest, Vthr, membrane)
+        sent, fired = fires(spikes, extra, rest, Vthr, membrane, reset_mode == "subtraction", count)
+        assert torch.equal(sent, wanted) and torch.equal(membrane, expected) and fired == wanted.count_nonzero()
+
+
+def draw_others(generator, flows, shape, weight_shape):
+    """`extra, rest`: spikes with a weight, and a current, that flow into the neurons, too, if `flows` names them."""
+    extra = rest = None
+    if "extra" in flows:
+        weight = draw_integers(generator, -9, 30, weight_shape, torch.int32)
+        extra = draw_integers(generator, 0, 1, shape, torch.uint8), weight
+    if "rest" in flows:
+        rest = draw_integers(generator, -90, 90, shape, torch.int32).float()
+    return extra, rest
+
+
+def plan_with(kind, *arguments):
+    """A TilePlan with the given instructions."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(firing_convolution, "usable_instructions", lambda: (kind,))
+        return plan_tiles(*arguments)
+
+
+def convolve(spikes, weight_q, bias_q, stride, padding, dilation):
+    """The currents of the integer reference, float32."""
+    config = {"stride": stride, "padding": padding, "dilation": dilation, "groups": 1}
+    current = reference.convolve(spikes.numpy().astype(np.int64), weight_q.numpy().astype(np.int64), config)
+    return torch.from_numpy(current).float() + (0 if bias_q is None else bias_q.view(-1, 1, 1))
+
+
+def test_sums_of_16_bits_go_to_the_potentials_in_time():
+    """With AVX2, products of the largest inputs and weights: one more position of the kernel would overflow."""
+    kind = KINDS[-1]
+    if kind.product is not None:
+        pytest.skip("no AVX2")
+    for channels, largest, at_once in ((16, 1, 9), (64, 1, 8), (512, 1, 1), (516, 1, 1), (520, 1, 0), (4, 129, 1)):
+        weight_q = torch.full((16, channels, 3, 3), 127, dtype=torch.int8)
+        plan = plan_with(kind, weight_q, ((1, 1), (0, 0), (1, 1), 1), (channels, 3, 10), largest)
+        assert (0 if plan is None else plan.taps_at_once) == at_once
+        if plan is not None:
+            spikes = torch.full((1, channels, 3, 10), largest, dtype=torch.uint8)
+            membrane = torch.zeros(1, 16, 1, 8).contiguous(memory_format=torch.channels_last)
+            Vthr = torch.tensor(2**24 - 1, dtype=torch.int32)
+            sent, fired = FiringConvolution(weight_q, None, plan)(spikes, None, None, Vthr, membrane, True, 1)
+            assert fired == 0 and not sent.any() and (membrane == 127 * 9 * channels * largest).all()
+
+
+@pytest.mark.parametrize(
+    "weight, conv, sample",
+    [
+        ((16, 4, 3, 3), ((1, 1), (1, 1), (1, 1), 2), (8, 6, 6)),  # groups
+        ((12, 8, 3, 3), ((1, 1), (1, 1), (1, 1), 1), (8, 6, 6)),  # 12 channels are no whole vectors
+        ((16, 8, 3, 3), ((1, 1), (1, 1), (1, 1), 1), (7, 6, 6)),  # other channels than the input's
+        ((16, 8, 3, 3), ((1, 1), (0, 0), (1, 1), 1), (8, 2, 2)),  # an input smaller than the kernel
+    ],
+)
+def test_convolutions_without_a_plan(weight, conv, sample):
+    assert plan_tiles(torch.ones(weight, dtype=torch.int8), conv, sample, 1) is None
+
+
+def residual_network():
+    """Two residual blocks, with an identity and with a convolution beside them, wide enough for whole vectors."""
+    torch.manual_seed(0)
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        x = F.relu(x + self.second(F.relu(self.body(x))))
+        x = F.relu(self.down(x) + self.shortcut(x))
+        return self.fc(x.mean((2, 3)))
+
+    layers = {"first": conv(2, 16), "body": conv(16, 16), "second": conv(16, 16)}
+    layers |= {"down": conv(16, 32, stride=2), "shortcut": conv(16, 32, 1, stride=2), "fc": nn.Linear(32, 4)}
+    return with_statistics(Function(forward, **layers))
+
+
+def test_a_network_fires_in_its_convolutions(monkeypatch):
+    """The spikes of the reference; a `watch` reads the same currents; other integers are packed anew."""
+    calls = []
+    fire = FiringConvolution.__call__
+    monkeypatch.setattr(FiringConvolution, "__call__", lambda self, *given: calls.append(self) or fire(self, *given))
+    net, images = residual_network(), torch.rand(8, 2, 8, 8)
+    snn = convert(net, images, 16, 8)
+    alone = copy.deepcopy(snn)
+    calls.clear()  # those of the correction
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels.currents, "plan_tiles", lambda *arguments: None)
+        expected = alone(images[:5], every_step=True)
+    assert not calls
+    assert torch.equal(snn(images[:5], every_step=True), expected) and calls
+    assert_every_spike_is_reproduced(snn, images[:3], 16)
+    layer = next(entry.op for entry in snn.ops.values() if getattr(entry.op, "bias_q", None) is not None)
+    with torch.no_grad():
+        layer.bias_q += 40
+    changed = snn(images[:5])
+    assert not torch.equal(changed, expected[-1])
+    assert torch.equal(changed, copy.deepcopy(snn)(images[:5]))
+
+
+def test_a_pending_current_is_computed_for_whoever_reads_it():
+    generator = torch.Generator().manual_seed(0)
+    weight_q = draw_integers(generator, -7, 7, (16, 3, 3, 3), torch.int8)
+    plan = plan_tiles(weight_q, ((1, 1), (1, 1), (1, 1), 1), (3, 4, 4), 1)
+    spikes = draw_integers(generator, 0, 1, (6, 3, 4, 4), torch.uint8)
+    current = convolve(spikes, weight_q, None, (1, 1), (1, 1), (1, 1))
+    fires = FiringConvolution(weight_q, None, plan)
+    pending = firing_convolution.PendingConvolution(fires, spikes, lambda: current)
+    doubled = Current(None, 3, pending=pending.plus(current).plus(current))
+    extra = draw_integers(generator, 0, 1, current.shape, torch.uint8), torch.tensor(5)
+    joined = Current(None, 3, pending=pending).with_spikes(*extra)
+    assert pending.shape == current.shape and torch.equal(doubled.data, 3 * current) and doubled.pending is None
+    assert torch.equal(joined.total(), current + 5 * extra[0])
+    for reset_mode in ("zero", "subtraction"):
+        for source in (Current(None, 3, pending=pending.plus(current)), Current(2 * current, 3)):
+            neuron = IFNeuron(torch.tensor(20), 1.0, torch.tensor(10), reset_mode, largest_current=1)
+            train = neuron(source, Memory(3))
+            wanted, _, _ = neuron.run(Current(2 * current, 3), torch.full((2, 16, 4, 4), 10.0))
+            assert torch.equal(train.data, wanted)
