@@ -23,7 +23,7 @@ from kernels.counts_cpu import can_count, count_spikes
 from kernels.memory_order import order
 from runtime.batches import batches_of, on_device, split_batch
 from spike_simulator import Stages, bound_currents, counting_of, current_into, one_thread_per_operator, run_ops
-from spike_tensor import Counting, Memory, SpikeTensor, decode
+from spike_tensor import Counting, Current, Memory, SpikeTensor, decode
 
 MOST_IMAGES = 256  # a channel's mean activation needs few images
 MOST_BYTES = 2**28  # limit for the spikes of the largest layer, over all images of a correction
@@ -189,7 +189,8 @@ class KeptCurrents:
         current = self.compute(self.values[n])
         if self.is_whole and current.spikes is not None and current.data.dtype == torch.float32:
             add_spikes(current)
-        current.data = current.data.contiguous(memory_format=order(current.data))  # now, not for every count
+        data = current.data.contiguous(memory_format=order(current.data))  # now, not for every count
+        current = Current(data, current.timesteps, current.constant, current.spikes)
         if (n + 1) * current.data.nbytes <= MOST_KEPT:
             self.kept[n] = current
         return current

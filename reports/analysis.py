@@ -41,7 +41,7 @@ from spike_simulator import node_shapes
 SWEPT_BITS = (2, 3, 4, 6, 8)  # weight bits of a sweep, besides those asked for
 MOST_SWEPT_TIMESTEPS = 6  # numbers of timesteps in a sweep, besides the one asked for
 # flags of files, which change nothing in a report
-FILES = ("report", "results", "save_file", "out", "debug", *(each.flag for each in EXPORTS))
+FILES = ("report", "results", "save_file", "out", "debug", "resume", "log", *(each.flag for each in EXPORTS))
 NEXT_FOLDER = "next_report"
 MORE_IMAGES = 4  # times the images: differences half as large become visible
 

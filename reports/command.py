@@ -3,17 +3,21 @@
 import shlex
 from dataclasses import fields
 
-from options import defaults, preset_options
+from options import QuantizeOptions, defaults, preset_options
 from reports.presets import preset_namespace
-from script_options import CONVERSION, AnalysisOptions
+from script_options import CONVERSION, AnalysisOptions, LongRunOptions
 
+ONCE = {**defaults(LongRunOptions), "compare": ()}  # options of one run, which its repetition does not need
 
 def command_of(args, report, **changes):
     """The ann2snn.py command of `args` with `changes`, option -> value, and with `report`, the folder of its report.
 
-    Flags whose value is the default, or that of the preset, are left out, and so are the runs to compare with.
+    Flags whose value is the default, or that of the preset, are left out, and so are those of `ONCE`. A quantized
+    network (--qnet) stays, unless the changes need another one.
     """
-    given = {**vars(args), "compare": (), **changes}
+    given = {**vars(args), **ONCE, **changes}
+    if {"preset", *(each.name for each in fields(QuantizeOptions))} & set(changes):
+        given["qnet"] = None
     preset = given.get("preset", "specification")
     T, bits = given["timesteps"], given["weight_bitwidth"]
     own_bits = preset_options(preset, T).get("weight_bitwidth")
@@ -43,7 +47,7 @@ def command_with(args, flags, report):
     """The command of an alternative. flags: its name, such as "--timesteps 32" or "--preset exact"."""
     changes = changes_of(flags)
     if "preset" in changes:
-        return command_of(preset_namespace(args, changes["preset"]), report)
+        return command_of(preset_namespace(args, changes["preset"]), report, preset=changes["preset"])
     return command_of(args, report, **changes)
 
 

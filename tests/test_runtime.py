@@ -186,11 +186,11 @@ def test_a_folder_that_could_not_be_filled_does_not_stay(tmp_path):
 
 
 def test_a_report_may_name_a_file_whose_name_is_no_utf8(tmp_path, monkeypatch):
-    monkeypatch.setattr("reports.figures.draw_figures", lambda *args: {})
+    monkeypatch.setattr("reports.figures.draw_charts", lambda *args: {})
     monkeypatch.setattr("reports.html.report_page", lambda *args: "<p>/data/\udcff.pth</p>")
-    write_report(str(tmp_path), Analysis({"name": "\udcff"}, {}))
+    write_report(str(tmp_path), Analysis({"name": "\udcff", "seconds": {"conversion": {}, "estimate": 1.0}}, {}))
     assert (tmp_path / "report.html").read_text() == "<p>/data/\\udcff.pth</p>"
-    assert json.loads((tmp_path / "report.json").read_text()) == {"name": "\udcff"}
+    assert json.loads((tmp_path / "report.json").read_text())["name"] == "\udcff"
 
 
 def test_room_is_looked_for(tmp_path, monkeypatch):
