@@ -40,7 +40,6 @@ def main(args):
 
     # find every error in the command line before the work begins
     check_command_line(args)
-    check_shared(args)
     device = join(args.device)
     if is_first():
         check_outputs(args)
@@ -71,8 +70,14 @@ def main(args):
         report(args, made, loaders, device)
 
 
-def check_shared(args):
-    """Raise ValueError if several processes share the run and it wants the report, which needs every image's answer."""
+def check_outputs(args):
+    """Raise OSError if a result cannot be written or compared, and ValueError if two results have the same file.
+
+    Also ValueError if several processes share the run and it wants the report, which needs every image's answer.
+    """
+    from export.formats import check_exports
+    from finetuning.saved import file_of_qnet, learns_qnet
+    from runtime.files import check_different, check_folder, check_writable
     from runtime.processes import started
 
     if args.report and started() > 1:
@@ -80,14 +85,6 @@ def check_shared(args):
             f"--report is for a run of one process, this one has {started()}: leave it out, and give --report in a "
             f"second run with --qnet"
         )
-
-
-def check_outputs(args):
-    """Raise OSError if a result cannot be written or compared, and ValueError if two results have the same file."""
-    from export.formats import check_exports
-    from finetuning.saved import file_of_qnet, learns_qnet
-    from runtime.files import check_different, check_folder, check_writable
-
     check_writable(args.save_file)
     check_writable(args.results)
     qnet = file_of_qnet(args.save_file) if learns_qnet(args) else None

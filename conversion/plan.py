@@ -30,14 +30,24 @@ class Plan:
 
     def measured(self, dag):
         """Names of the ops whose statistics a conversion reads, in order: those of spikes, and of currents with a
-        unit of their own. The currents of layers with trained weights and of adds take any unit.
+        unit of their own. The currents of layers with trained weights and of adds take any unit, unless a concatenation
+        or a view hands them on: it has the statistics of its first input (`Units.mean_square`).
         """
-        names = []
+        names = set()
         for name, entry in dag.ops.items():
             op, kind = entry.op, self.kinds[entry.out]
             if op.is_measured and (kind == SPIKES or (kind == CURRENT and not (op.is_trained or op.adds))):
-                names.append(name)
-        return names
+                names.add(name)
+            if not op.is_measured and kind == CURRENT:
+                names.add(first_measured(dag, name))
+        return [name for name in dag.ops if name in names]
+
+
+def first_measured(dag, name):
+    """The name of op `name`, or of the first op before it whose activations are measured, along first inputs."""
+    while not dag.ops[name].op.is_measured:
+        name = dag.writer(dag.ops[name].inputs[0])
+    return name
 
 
 def plan_conversion(dag, ann_layers=()):

@@ -8,6 +8,7 @@ their rounding errors.
 import torch
 
 from conversion.lambdas import Groups, largest_spikes, mixed_channels, spike_targets
+from conversion.plan import first_measured
 from options import FLOAT_BITS
 from quantization import largest_integer, quantize_layer, round_layer
 from spike_layers import ANALOG, CURRENT, SPIKES
@@ -176,10 +177,7 @@ class Units:
 
     def mean_square(self, node):
         """The mean square of the activations of a node, as a float."""
-        name = self.dag.writer(node)
-        while not self.dag.ops[name].op.is_measured:  # a concatenation or a view: use its first input
-            name = self.dag.writer(self.dag.ops[name].inputs[0])
-        return self.statistics[name].square_o
+        return self.statistics[first_measured(self.dag, self.dag.writer(node))].square_o
 
     def integers(self, op):
         """`W_q, s_w` of a layer: those of the quantization if its weights still fit them, else quantized now.

@@ -5,6 +5,7 @@ with open_progress(args, "out_snn.pth.state", net, loaders) as progress:
     progress.remove_state()         # the result is written
 """
 
+import os
 from dataclasses import fields
 
 from finetuning.log import Log
@@ -29,7 +30,8 @@ def open_progress(args, path, net, loaders, writes=True):
     files cannot be written, and ValueError if --resume cannot go on from `path`.
     """
     if writes:
-        check_writable(path)
+        folder = os.path.dirname(path) or "."
+        check_writable(path) if os.path.isdir(folder) else check_folder(folder)
         check_folder(args.log)
     state = State(path, identity(args, net), loaders, args.resume, writes)
     log = Log(args.log, args.resume) if args.log and writes else None

@@ -144,6 +144,7 @@ class State:
         begun = time.monotonic()
         contents = {"format": FORMAT, "options": self.options, "done": self.done, "randomness": self.randomness()}
         try:
+            os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
             write_torch(self.path, {**contents, **position})
             self.exists = True
         except OSError as error:

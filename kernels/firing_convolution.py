@@ -120,10 +120,7 @@ def plan_tiles(weight_q, conv, sample, largest):
         return None
     stride, padding, dilation, _ = conv
     channels, kernel = len(weight_q), tuple(weight_q.shape[2:])
-    out_shape = sizes = [
-        (size + 2 * pad - step * (extent - 1) - 1) // jump + 1
-        for size, pad, step, extent, jump in zip(sample[1:], padding, dilation, kernel, stride)
-    ]
+    out_shape = sizes = output_sizes(sample[1:], kernel, stride, padding, dilation)
     if min(sizes) < 1:
         return None
     if kernel == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0):
@@ -133,17 +130,17 @@ def plan_tiles(weight_q, conv, sample, largest):
         tile = best_tile(sizes[1], channels, instructions) if taps_at_once else None
         if tile is not None:
             conv = tuple(stride), tuple(padding), tuple(dilation)
-            return TilePlan(
-                tuple(sample),
-                (channels, *sizes),
-                (channels, *out_shape),
-                conv,
-                kernel,
-                *tile,
-                instructions,
-                taps_at_once,
-            )
+            shapes = tuple(sample), (channels, *sizes), (channels, *out_shape)
+            return TilePlan(*shapes, conv, kernel, *tile, instructions, taps_at_once)
     return None
+
+
+def output_sizes(sizes, kernel, stride, padding, dilation):
+    """Height and width of the output of a convolution, from those of its input."""
+    return [
+        (size + 2 * pad - step * (extent - 1) - 1) // jump + 1
+        for size, pad, step, extent, jump in zip(sizes, padding, dilation, kernel, stride)
+    ]
 
 
 def most_taps(weight_q, largest, instructions):

@@ -122,7 +122,7 @@ class WeightedLayer(SpikeLayer, abstract=True):
     # how it is computed (`kernels.currents`)
 
     def int8_arguments(self):
-        """(stride, padding, dilation, groups) of a convolution, None for a linear layer."""
+        """(stride, padding, dilation, groups) of a convolution; None for a linear layer and for padding by name."""
         return None
 
     def packs_int8(self):
@@ -267,6 +267,8 @@ class SpikeConv2d(WeightedLayer, nn.Conv2d):
         return has_kernel and convolves_on_gpu(self.largest_input, device)
 
     def int8_arguments(self):
+        if isinstance(self.padding, str):
+            return None
         return list(self.stride), list(self.padding), list(self.dilation), self.groups
 
     def extra_repr(self):

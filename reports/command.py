@@ -9,6 +9,7 @@ from script_options import CONVERSION, AnalysisOptions, LongRunOptions
 
 ONCE = {**defaults(LongRunOptions), "compare": ()}  # options of one run, which its repetition does not need
 
+
 def command_of(args, report, **changes):
     """The ann2snn.py command of `args` with `changes`, option -> value, and with `report`, the folder of its report.
 

@@ -1,34 +1,38 @@
 """The figure of a search: accuracy against steps per image, and against synaptic operations."""
 
-from reports.figures import COLOURS, new_figure, render
+from functools import partial
+
+from reports.drawing import COLOURS, SOFT, Chart, Panel
 from searching.choice import gain, pareto_front
 
-__all__ = ["draw_front", "render"]
 MARKERS = "osD^vP*X"
 
 
-def draw_front(rows, ann_hits, limits):
-    """A Figure with two panels: points of top-1 against the float network, over steps and over synaptic operations.
+def front_chart(rows, ann_hits, limits):
+    """A Chart of two panels: points of top-1 against the float network, over steps and over synaptic operations.
 
     Filled markers are on the Pareto front, open ones are not; a line joins the best at each price. Colours and markers
     stand for weight bits.
     """
-    figure, axes = new_figure(9, 4, columns=2, sharey=True)
     rows = [row for row in rows if row.is_complete and row.hits and not limits.over(row)]
     front = {row.key for row in pareto_front(rows, ann_hits, limits)}
-    panels = {"interval": "steps from image to image (log2)", "synops": "synaptic operations per image"}
-    for axis, (name, title) in zip(axes[0], panels.items()):
-        for index, bits in enumerate(sorted({row.bits for row in rows})):
-            same = [row for row in rows if row.bits == bits]
-            draw_rows(axis, same, name, ann_hits, front, COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)])
-        axis.axhline(0, color="0.2", linestyle=":", linewidth=1)
-        axis.set_xlabel(title)
-    axes[0, 0].set_xscale("log", base=2)
-    axes[0, 0].xaxis.set_major_formatter("{x:g}")
-    axes[0, 1].set_xscale("log")
-    axes[0, 0].set_ylabel("points of top-1 against the float network")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    return figure
+    prices = {"interval": "steps from image to image (log2)", "synops": "synaptic operations per image"}
+    panels = [Panel(partial(draw_prices, rows, name, ann_hits, front, title)) for name, title in prices.items()]
+    panels[0].legend = 4
+    return Chart("Accuracy of the trials, and what they cost", "", panels)
+
+
+def draw_prices(rows, name, ann_hits, front, title, axis):
+    """One panel. name: the price of a row, on the x axis with `title`."""
+    for index, bits in enumerate(sorted({row.bits for row in rows})):
+        same = [row for row in rows if row.bits == bits]
+        draw_rows(axis, same, name, ann_hits, front, COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)])
+    axis.axhline(0, color=SOFT, linestyle=":", linewidth=1)
+    axis.set_xlabel(title)
+    axis.set_ylabel("points of top-1 against the float ANN")
+    axis.set_xscale("log", base=2 if name == "interval" else 10)
+    if name == "interval":
+        axis.xaxis.set_major_formatter("{x:g}")
 
 
 def draw_rows(axis, rows, name, ann_hits, front, colour, marker):

@@ -69,14 +69,14 @@ def minutes_of(left):
 
 
 def write_pages(folder, record, ann_hits, limits, commands):
-    """Write commands.txt and the figures front.png and front.svg into a folder, whose other files stay."""
+    """Write commands.txt and the figure front.png into a folder, whose other files stay."""
     script = "".join(f"# {title}\n{command}\n" for title, command in commands)
     files = {"commands.txt": script.encode(errors="surrogateescape")}
     if any(row.hits for row in record.rows.values()):
-        from searching.figures import draw_front, render
+        from reports.drawing import render_png
+        from searching.figures import front_chart
 
-        figure = draw_front(list(record.rows.values()), ann_hits, limits)
-        files |= {f"front.{kind}": render(figure, kind) for kind in ("png", "svg")}
+        files["front.png"] = render_png(front_chart(list(record.rows.values()), ann_hits, limits))
     write_folder(folder, files)
 
 

@@ -330,7 +330,7 @@ def test_the_winners_command_gives_the_accuracy_that_was_recorded(tmp_path, caps
     printed = capsys.readouterr().out
     commands = [line.split() for line in (tmp_path / "commands.txt").read_text().splitlines() if line[0] != "#"]
     assert all(" ".join(command) in printed for command in commands)
-    assert {path.name for path in tmp_path.iterdir()} == {"front.png", "front.svg", "trials.jsonl", "commands.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"front.png", "trials.jsonl", "commands.txt"}
     for command in commands:
         args = ann2snn.parse_args(command[2:])
         choose_input(args)
