@@ -108,8 +108,9 @@ def fill_in_preset(args, given, speaks):
     """Set the options of `args.preset` that the command line did not give."""
     chosen = of_preset(args, given)
     chosen = {name: value for name, value in chosen.items() if name not in given}
-    if "finetune_epochs" in given and not args.finetune_epochs and args.rounding != "learnt":
-        chosen.pop("activation_levels", None)  # only finetuning and learnt rounding learn their lambdas
+    merged = {**vars(args), **chosen}
+    if not merged["finetune_epochs"] and (merged["rounding"] != "learnt" or "threshold" in given):
+        chosen.pop("activation_levels", None)  # finetuning and learnt rounding alone learn lambdas, unless a flag does
     for name, value in chosen.items():
         setattr(args, name, value)
     if chosen and speaks:

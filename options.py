@@ -531,16 +531,17 @@ def finetuned(timesteps, bits):
 def exact(timesteps, bits):
     """Options without labels under which no spike is early or late, at the price of T more steps per image.
 
-    The activations of the quantized ANN are still rounded to T levels. Few bits have to be rounded with care, and a
-    scale per channel of the spikes would round them a second time.
+    The activations of the quantized ANN are still rounded to T levels. Where these are few, weights and lambdas are
+    learnt on rounded activations, so that each layer makes up for the errors before it. Few bits have to be rounded
+    with care, and a scale per channel of the spikes would round them a second time.
     """
     is_coarse = isinstance(bits, int) and bits <= FEW_BITS
-    scales = {"threshold": "max" if timesteps >= MANY_LEVELS else "mse", "per_channel": "both"}
-    return {
-        **{"weight_bitwidth": 8, "finetune_epochs": 0},
-        **({"rounding": "learnt", "threshold": "mse", "per_channel": "weights"} if is_coarse else scales),
-        **{"listen": timesteps},
-    }
+    if is_coarse or timesteps < MANY_LEVELS:
+        scales = {"threshold": "mse", "per_channel": "weights" if is_coarse else "both", "rounding": "learnt"}
+    else:
+        scales = {"threshold": "max", "per_channel": "both"}
+    levels = {"activation_levels": timesteps} if timesteps < MANY_LEVELS else {}
+    return {**{"weight_bitwidth": 8, "finetune_epochs": 0}, **scales, **levels, "listen": timesteps}
 
 
 PRESETS = {

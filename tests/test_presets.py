@@ -27,6 +27,7 @@ FINETUNED = {
     "spike_epochs": 10,
 }
 EXACT = {"weight_bitwidth": 8, "finetune_epochs": 0, "per_channel": "both"}
+LEARNT = {"threshold": "mse", "rounding": "learnt"}
 CASES = [
     *(("specification", timesteps, {}) for timesteps in (1, 16, 256)),
     *(
@@ -35,7 +36,10 @@ CASES = [
     ),
     *(("calibrated", timesteps, MANY_STEPS) for timesteps in (33, 64, 256)),
     *(("finetuned", timesteps, {**FINETUNED, "activation_levels": min(timesteps, 8)}) for timesteps in (4, 8, 9, 16)),
-    *(("exact", timesteps, {**EXACT, "threshold": "mse", "listen": timesteps}) for timesteps in (1, 15)),
+    *(
+        ("exact", timesteps, {**EXACT, **LEARNT, "activation_levels": timesteps, "listen": timesteps})
+        for timesteps in (1, 15)
+    ),
     *(("exact", timesteps, {**EXACT, "threshold": "max", "listen": timesteps}) for timesteps in (16, 65536)),
 ]
 
@@ -78,7 +82,10 @@ def test_without_a_preset_it_is_the_specification():
         ("--preset exact --weight_bitwidth 4", "rounding", "learnt"),
         ("--preset exact --weight_bitwidth 4", "per_channel", "weights"),
         ("--preset exact --weight_bitwidth 4 --rounding nearest", "rounding", "nearest"),
-        ("--preset exact --weight_bitwidth 5", "rounding", "nearest"),
+        ("--preset exact --weight_bitwidth 5 --timesteps 16", "rounding", "nearest"),
+        ("--preset exact --timesteps 8 --rounding nearest", "activation_levels", None),
+        ("--preset exact --timesteps 8 --threshold max", "activation_levels", None),
+        ("--preset exact --timesteps 8 --threshold max", "rounding", "learnt"),
         ("--preset exact --weight_bitwidth 4,8", "rounding", "nearest"),
     ],
 )
@@ -94,7 +101,8 @@ def test_without_finetuning_a_preset_has_no_levels_to_learn():
 def test_one_line_on_stderr_says_what_a_preset_sets(script, capsys):
     parsed("--preset exact --timesteps 4 --weight_bitwidth 6", script)
     assert capsys.readouterr().err == (
-        "preset exact: --finetune_epochs 0 --threshold mse --per_channel both --listen 4\n"
+        "preset exact: --finetune_epochs 0 --threshold mse --per_channel both --rounding learnt --activation_levels 4 "
+        "--listen 4\n"
     )
     parsed("--preset specification", script)
     assert capsys.readouterr().err == ""

@@ -234,8 +234,9 @@ def test_the_command_of_other_flags(capsys):
 
 def test_presets_stand_for_their_options():
     args = flags_of("--timesteps", "8", "--per_channel", "both", "--maxpool", "or", "--hold_back", "0.5")
-    assert other_presets(args) == {"calibrated": True, "finetuned": True, "exact": False}
+    assert other_presets(args) == {"calibrated": True, "finetuned": True, "exact": True}
     args.timesteps = 64
+    assert other_presets(args)["exact"] is False
     assert other_presets(args)["calibrated"] is False
     options = preset_namespace(args, "calibrated")
     own = options_by_name("calibrated", {"timesteps": 64})

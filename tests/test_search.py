@@ -34,7 +34,7 @@ from searching.choice import (
 from searching.costs import Clock, Costs
 from searching.images import split_images
 from searching.record import Record, Row
-from searching.trials import CONVERT, LABELS, STAGES, UNLABELLED, Shared, Trial, plan, stage_of, with_fewer_epochs
+from searching.trials import LABELS, LEARN, STAGES, UNLABELLED, Shared, Trial, plan, stage_of, with_fewer_epochs
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = f"{ROOT}/checkpoint/example_net_ann.pth"
@@ -69,7 +69,7 @@ def test_trials_are_all_different_in_order_of_cost_and_hold_every_preset():
     assert stages == sorted(stages) and len({trial.key() for trial in trials}) == len(trials)
     assert {trial.preset for trial in trials} == {"", "specification", "calibrated", "exact", "finetuned"}
     by_name = {trial.name(): shared.args(trial) for trial in trials}
-    assert stage_of(by_name["--preset exact"]) == CONVERT and by_name["--preset exact"].listen == 4
+    assert stage_of(by_name["--preset exact"]) == LEARN and by_name["--preset exact"].listen == 4
     assert stage_of(by_name["--preset calibrated"]) == UNLABELLED and stage_of(by_name["--preset finetuned"]) == LABELS
     assert {args.avgpool for args in by_name.values()} == {"spike", "fold"}
     assert all(args.timesteps == 4 and args.weight_bitwidth == 8 for args in by_name.values())
