@@ -39,8 +39,9 @@ AT_A_TIME = 8  # images: the activations of 224x224 pixels then take some 100 MB
 def with_windows(net, loader, device, options):
     """A copy of an ANN in which every op that will fire has as many activation levels as its window has steps.
 
-    net: a SpikeDAGModule, ready to convert; activation levels that it has are replaced. options: `options.ConversionOptions`. The windows are the shortest with
-    which the network keeps `KEPT` of the classes that it has with T levels; T in all layers if none are short enough.
+    net: a SpikeDAGModule, ready to convert; activation levels that it has are replaced. options:
+    `options.ConversionOptions`. The windows are the shortest with which the network keeps `KEPT` of the classes that it
+    has with T levels; T in all layers if none are short enough.
     """
     net = copy.deepcopy(net).to(device).eval()
     for entry in net.ops.values():
