@@ -3,7 +3,8 @@
     python3 benchmarks/simulate.py --networks resnet20 vgg9_bn --timesteps 16 32 --save_file simulate.json
 
 All contenders take turns, so that changes in the machine's speed affect all of them. A ratio is computed within each
-round; the table shows the median over the rounds. SpikingJelly (single-step and multi-step, each with its IFNode) takes
+round; the table shows the median over the rounds. "with accuracy" is `validate.evaluate`, what ann2snn.py runs: with
+the accuracy after every step, and firing rates. SpikingJelly (single-step and multi-step, each with its IFNode) takes
 part if it is installed. `--special` adds thresholds per channel, `--listen T` and folded poolings, whose fast path
 differs; `--memory` adds the peak memory of a process that only simulates.
 """
@@ -33,6 +34,7 @@ def parse_args(argv=None):
     parser.add_argument("--networks", nargs="+", default=["resnet20", "vgg9_bn", "example_net"], help="%(default)s")
     parser.add_argument("--timesteps", nargs="+", type=whole_number(1), default=[16, 32], help="%(default)s")
     parser.add_argument("--batch", nargs="+", type=whole_number(1), default=[100], help="images (%(default)s)")
+    parser.add_argument("--bits", type=whole_number(1, 8), default=8, help="weight bits (%(default)s)")
     parser.add_argument("--rounds", type=whole_number(1), default=5, help="turns of every contender (%(default)s)")
     parser.add_argument("--threads", type=whole_number(1), default=None, help="CPU threads (all cores)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (%(default)s)")
@@ -74,7 +76,8 @@ def main(args):
     results = {"machine": describe_machine(device), "rows": []}
     cases = [(net, T, B) for net in args.networks for T in args.timesteps for B in args.batch]
     for net, timesteps, batch in cases:
-        rows = time_contenders(net, timesteps, batch, device, args.rounds, args.reference, args.special)
+        case = net, timesteps, batch, device
+        rows = time_contenders(*case, args.rounds, args.reference, args.special, bits=args.bits)
         if args.memory:
             add_memory(rows, net, timesteps, batch, device)
         results["rows"] += rows
@@ -86,13 +89,13 @@ def main(args):
         write_json(args.save_file, results)
 
 
-def time_contenders(net_name, timesteps, batch, device, rounds, with_reference, with_special=False):
+def time_contenders(net_name, timesteps, batch, device, rounds, with_reference, with_special=False, bits=8):
     """One row for each contender on one network."""
     import torch
 
-    contenders = build_contenders(net_name, timesteps, batch, device, with_reference)
+    contenders = build_contenders(net_name, timesteps, batch, device, with_reference, bits)
     if with_special:
-        contenders |= special_contenders(net_name, timesteps, batch, device)
+        contenders |= special_contenders(net_name, timesteps, batch, device, bits)
     seconds = {name: [] for name in contenders}
     with torch.no_grad():
         for run in contenders.values():  # a first run, not counted, compiles and chooses kernels
@@ -135,20 +138,31 @@ def summarise(name, net_name, timesteps, batch, seconds):
     }
 
 
-def build_contenders(net_name, timesteps, batch, device, with_reference):
+def build_contenders(net_name, timesteps, batch, device, with_reference, bits=8):
     """Name -> a function that runs one batch. Raises ValueError where the two engines differ."""
-    net, images, snn = build(net_name, timesteps, batch, device)
+    net, images, snn = build(net_name, timesteps, batch, device, bits)
     contenders = {ANN: lambda: net(images)}
     if device.type == "cuda":
         half = build(net_name, timesteps, batch, device)[0].half()
         contenders["ANN, FP16"] = lambda: half(images.half())
     contenders["this toolkit"] = lambda: snn(images)
+    contenders["this toolkit, with accuracy"] = validation(snn, images, timesteps, device)
     if with_reference:
-        reference = build(net_name, timesteps, batch, device)[2]
+        reference = build(net_name, timesteps, batch, device, bits)[2]
         reference.set_engine("reference")
         contenders["its reference engine"] = lambda: reference(images)
         check_same_outputs(snn, reference, images, net_name)
     return contenders | spikingjelly_contenders(net_name, timesteps, images)
+
+
+def validation(snn, images, timesteps, device):
+    """A function that measures the accuracy at every step, and firing rates, on one batch."""
+    import torch
+
+    from validate import evaluate
+
+    loader = [(images, torch.zeros(len(images), dtype=torch.long))]
+    return lambda: evaluate(snn, loader, device, torch.nn.CrossEntropyLoss(), timesteps, every_step=True)
 
 
 def check_same_outputs(snn, reference, images, name):
@@ -159,10 +173,10 @@ def check_same_outputs(snn, reference, images, name):
         raise ValueError(f"{name}: the engines differ, its figures mean nothing")
 
 
-def special_contenders(net_name, timesteps, batch, device):
+def special_contenders(net_name, timesteps, batch, device, bits=8):
     """Name -> a function that runs one batch, for the networks of `special_networks`."""
-    images, contenders = build(net_name, timesteps, batch, device)[1], {}
-    for mode, snn in special_networks(net_name, timesteps, batch, device).items():
+    images, contenders = build(net_name, timesteps, batch, device, bits)[1], {}
+    for mode, snn in special_networks(net_name, timesteps, batch, device, bits).items():
         reference = copy.deepcopy(snn)
         reference.set_engine("reference")
         check_same_outputs(snn, reference, images, f"{net_name}, {mode}")
@@ -170,23 +184,23 @@ def special_contenders(net_name, timesteps, batch, device):
     return contenders
 
 
-def special_networks(net_name, timesteps, batch, device):
+def special_networks(net_name, timesteps, batch, device, bits=8):
     """Mode -> spiking network, for each mode that changes the computation of this network."""
     modes = {
         "--per_channel spikes": {"per_channel": "spikes"},
         "--listen T": {"listen": timesteps},
         "--avgpool fold": {"avgpool": "fold"},
     }
-    networks = {mode: build(net_name, timesteps, batch, device, **options)[2] for mode, options in modes.items()}
+    networks = {mode: build(net_name, timesteps, batch, device, bits, **options)[2] for mode, options in modes.items()}
     if not any(getattr(entry["op"], "folded", False) for entry in networks["--avgpool fold"].ops.values()):
         del networks["--avgpool fold"]
     return networks
 
 
-def build(net_name, timesteps, batch, device, **options):
-    """`net, images, snn`: a network with random weights, random images [batch, 3, S, S], and the 8-bit spiking network.
+def build(net_name, timesteps, batch, device, bits=8, **options):
+    """`net, images, snn`: a network with random weights, random images [batch, 3, S, S], and the spiking network.
 
-    options: of `trans_ann2snn_weight`.
+    bits: of the weights. options: of `trans_ann2snn_weight`.
     """
     import torch
 
@@ -200,7 +214,7 @@ def build(net_name, timesteps, batch, device, **options):
     images = torch.randn(batch, 3, size, size).to(device, memory_format=torch.channels_last)
     dag = parse_ann_model(net, (images[:1],))
     options = {"maxpool": "gate", "correction": "none", **options}
-    snn = trans_ann2snn_weight(dag, [(images[:32],)], device, timesteps, 8, **options)
+    snn = trans_ann2snn_weight(dag, [(images[:32],)], device, timesteps, bits, **options)
     return net, images, snn
 
 
@@ -222,7 +236,11 @@ def spikingjelly_contenders(net_name, timesteps, images):
         functional.set_step_mode(snn, step_mode)
         return snn.eval()
 
-    single, multi = convert("s"), convert("m")
+    try:
+        single, multi = convert("s"), convert("m")
+    except ValueError as error:  # SpikingJelly 2.0 takes nn.ReLU, but not a call of F.relu
+        print(f"SpikingJelly does not take {net_name} ({error})", file=sys.stderr)
+        return {}
     steps = images.expand(timesteps, *images.shape)
 
     def run_single():

@@ -196,7 +196,7 @@ CALIBRATED = (
 LITE = (
     Line(LITE0, 8, "--preset exact", (8, 16, 32)),
     Line(LITE0, 8, "--preset exact --listen auto", (32,)),
-    Line(LITE0, 4, "--preset exact", (16, 32)),
+    Line(LITE0, 4, "--preset exact", (8, 16, 32)),
 )
 
 TABLES = {

@@ -398,7 +398,8 @@ def test_every_table_has_its_place_and_flags_that_parse():
             flags = accuracy.conversion_args(
                 tables.filled_in(row.network, places), row.bits, row.flags, row.T, row.seed, "digits"
             )
-            assert flags.timesteps == row.T and not (flags.activation_levels and not flags.finetune_epochs)
+            learns_levels = flags.finetune_epochs or flags.rounding == "learnt"
+            assert flags.timesteps == row.T and (learns_levels or not flags.activation_levels)
 
 
 def test_peers_keep_what_they_measured(tmp_path, monkeypatch):
