@@ -2,7 +2,8 @@
 
     left_out = search(runner, record, groups, limits, clock)
 
-A trial starts only if its estimate fits into the time that is left. Epochs without labels are halved until they fit.
+A trial starts only if its estimate fits into the time that is left. Epochs without labels are halved until they fit
+into a fair share of it: that of one among the numbers of timesteps and bits whose turn it is.
 Average poolings are folded in later stages only where folding helped the conversions alone.
 """
 
@@ -32,19 +33,19 @@ def search(runner, record, groups, limits, clock):
     """
     left_out = []
     for stage in STAGES:
-        for trial in in_turn(groups, stage, runner):
-            if is_done(trial, record, limits):
-                continue
-            reason = useless(trial, record, runner)
-            if reason:
-                left_out.append(LeftOut(trial, reason))
-                continue
-            fitting, seconds = fitted(trial, runner, record, limits, clock)
-            if fitting is not trial:
-                left_out.append(LeftOut(trial, TIME, seconds))
-            if fitting is not None:
-                record.add(runner.run(fitting, rivals_in(record), limits, clock))
-                print(line_of(record.rows[fitting.key()], runner, clock), file=sys.stderr)
+        for turn in turns(groups, stage, runner):
+            turn = [trial for trial in turn if not is_done(trial, record, limits)]
+            for place, trial in enumerate(turn):
+                reason = useless(trial, record, runner)
+                if reason:
+                    left_out.append(LeftOut(trial, reason))
+                    continue
+                fitting, seconds = fitted(trial, runner, record, limits, clock, len(turn) - place)
+                if fitting is not trial:
+                    left_out.append(LeftOut(trial, TIME, seconds))
+                if fitting is not None:
+                    record.add(runner.run(fitting, rivals_in(record), limits, clock))
+                    print(line_of(record.rows[fitting.key()], runner, clock), file=sys.stderr)
     return left_out
 
 
@@ -54,10 +55,10 @@ def is_done(trial, record, limits):
     return row is not None and (not row.over_limit or bool(limits.over(row)))
 
 
-def in_turn(groups, stage, runner):
-    """The trials of a stage: the first of every group, then the second of every group, and so on."""
+def turns(groups, stage, runner):
+    """Lists of the trials of a stage: the first of every group, then the second of every group, and so on."""
     of_stage = [[t for t in trials if stage_of(runner.shared.args(t)) == stage] for trials in groups.values()]
-    return [trial for trials in zip_longest(*of_stage) for trial in trials if trial is not None]
+    return [[trial for trial in trials if trial is not None] for trials in zip_longest(*of_stage)]
 
 
 def useless(trial, record, runner):
@@ -81,16 +82,20 @@ def folding_helps(trial, record, runner):
     return bool(gains["fold"]) and max(gains["fold"]) > max(gains["spike"], default=float("-inf"))
 
 
-def fitted(trial, runner, record, limits, clock):
-    """`trial, seconds`: the trial, or one with fewer epochs that fits, or None; the full estimate."""
+def fitted(trial, runner, record, limits, clock, sharing=1):
+    """`trial, seconds`: the trial, or one with fewer epochs that fits, or None; the full estimate.
+
+    sharing: how many trials share the time that is left. A trial whose epochs cannot be halved may take all of it.
+    """
     full = None
     while trial is not None and clock.left() > 0:
         args = runner.shared.args(trial)
         seconds = runner.estimate(args, clock.left())
         full = seconds if full is None else full
-        if seconds <= clock.left():
+        fewer = with_fewer_epochs(trial, args)
+        if seconds <= clock.left() / (1 if fewer is None else sharing):
             return (None if is_done(trial, record, limits) else trial), full
-        trial = with_fewer_epochs(trial, args)
+        trial = fewer
     return None, full
 
 

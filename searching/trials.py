@@ -97,7 +97,7 @@ class Shared:
 
 
 def plan(shared, timesteps, bits, folds=False):
-    """The trials for T timesteps and weight bits, in order of cost; no two of them are the same conversion.
+    """The trials for T timesteps and weight bits, in order of cost, presets first; no two are the same conversion.
 
     folds: whether average poolings may be folded, so that folding is tried too. Raises ValueError if flags that the
     user gave contradict each other in every trial.
@@ -125,8 +125,11 @@ def plan(shared, timesteps, bits, folds=False):
         known.setdefault(conversion_key(args), trial)
     if not known:
         raise wrong[0]
-    order = sorted(known.values(), key=lambda each: (STAGES.index(stage_of(shared.args(each))), places[each.name()]))
-    return [shared.capped(trial) for trial in order]
+
+    def turn(trial):
+        return STAGES.index(stage_of(shared.args(trial))), not trial.preset, places[trial.name()]
+
+    return [shared.capped(trial) for trial in sorted(known.values(), key=turn)]
 
 
 def preset_of(flags, args):

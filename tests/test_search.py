@@ -294,6 +294,17 @@ def test_nothing_starts_that_would_not_end_in_time_and_epochs_are_halved(tmp_pat
     assert "calibrated" in {trial.preset for trial in again}
 
 
+def test_numbers_of_timesteps_share_the_time(tmp_path):
+    clock = StubClock()
+    runner, record = StubRunner(clock), Record(tmp_path / "trials.jsonl", {})
+    groups = {(T, "8"): plan(runner.shared, T, "8") for T in (2, 4, 8)}
+    order.search(runner, record, groups, Limits(), clock)
+    trials = [(each.timesteps, runner.shared.args(each)) for each in runner.started]
+    epochs = [(T, args.preset, args.spike_epochs_unlabelled) for T, args in trials if args.spike_epochs_unlabelled]
+    # of about 77 seconds each gets a third; alone, T=2 would have taken 51 for 5 epochs
+    assert epochs[:3] == [(2, "calibrated", 2), (4, "calibrated", 2), (8, "calibrated", 2)]
+
+
 def test_halves_end_at_one_epoch_and_the_clock_leaves_time_to_write():
     shared = Shared("example_net", {})
     trial, epochs = Trial(8, "8", {"preset": "calibrated"}, "calibrated"), []
