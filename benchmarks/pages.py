@@ -92,10 +92,11 @@ def line_cells(line, by_T, steps):
     first = by_T[line.timesteps[0]]
     points = {T: points_below(runs, "snn_top1") for T, runs in by_T.items()}
     prices = f"T = {line.timesteps[0]}: {price_of(first)}"
-    ann, quantized = f"{mean(first, 'ann_top1'):.2f} %", points_below(first, "qnet_top1")
+    ann, quantized = f"{mean(first, 'ann_top1'):.2f} %", [points_below(runs, "qnet_top1") for runs in by_T.values()]
+    each_T = quantized if len(set(quantized)) > 1 else quantized[:1]  # it depends on T where it has T activation levels
     flags = f"`{line.flags}`" if line.flags else "none"
     cells = [points.get(T, "") for T in steps]
-    return (f"{line.network.title}, {line.bits}", flags, ann, quantized, *cells, prices)
+    return (f"{line.network.title}, {line.bits}", flags, ann, ", ".join(each_T), *cells, prices)
 
 
 def points_below(runs, name):

@@ -28,6 +28,7 @@ from spike_layers import CURRENT, SPIKES, SpikeAdd, SpikeConvTranspose2d, SpikeL
 from spike_simulator import count_readers, forget_read, run_op
 
 MOST_BYTES = 2**29  # of the largest layer's activations, over all images; fewer images are used above it
+PART = 16  # images that an op computes at a time; more were not faster
 MOST_POSITIONS = 4096  # sampled positions of a layer
 MOST_ELEMENTS = 2**25  # sampled inputs of a layer, which bound the positions of wide layers
 HELD_OUT = 4  # every fourth image chooses the strength of the pull towards the float weights
@@ -90,16 +91,16 @@ class Learner:
         """Learn all ops, in order."""
         readers = [count_readers(self.net.ops.values(), self.net.outputs_nodes) for _ in range(2)]
         for name, entry in self.net.ops.items():
-            self.wanted[entry.out] = run_op(entry, [self.wanted[node] for node in entry.inputs], None, None, None)
+            self.wanted[entry.out] = run_in_parts(entry, [self.wanted[node] for node in entry.inputs])
+            forget_read(self.wanted, entry, readers[0])
             inputs, learnt = [self.found[node] for node in entry.inputs], self.qnet.ops[name]
             if learnt.op.is_trained:
                 self.found[entry.out] = self.learn_layer(learnt, inputs[0])
             else:
                 if learnt.op.levels is not None:
                     self.learn_lambda(learnt, inputs)
-                self.found[entry.out] = run_op(learnt, inputs, None, None, None)
-            for values, left in zip((self.wanted, self.found), readers):
-                forget_read(values, entry, left)
+                self.found[entry.out] = run_in_parts(learnt, inputs)
+            forget_read(self.found, entry, readers[1])
 
     def learn_layer(self, entry, x):
         """Learn the weights and the bias of a layer that reads `x`; returns its output."""
@@ -114,7 +115,7 @@ class Learner:
             integers = self.learn_integers(op, x, target, shadow)
             op.weight.copy_(integers / op.weight_scale)
             shadow.copy_(op.weight)
-        output = op(x)
+        output = run_in_parts(entry, [x])
         if op.bias is None or "bias" in op.frozen:
             return output
         before = op.bias.clone()
@@ -122,7 +123,7 @@ class Learner:
         op.bias += mean_shift(positions_of(output)[images, :, places], wanted, *self.range_behind(entry))
         if self.grid is not None:
             self.grid.snap_bias(entry)
-        return output + op.output_view(op.bias - before)
+        return output.add_(op.output_view(op.bias - before))
 
     def learn_integers(self, op, x, target, shadow):
         """W_q of a layer, in the shape of its weight."""
@@ -172,6 +173,20 @@ class Learner:
         value = op.activation(*[x[::stride] for x in inputs])
         scale = least_error_lambda(value, wanted[::stride], op.levels, op.ceiling)
         op.levels.scale.copy_(scale if self.grid is None else self.grid.set_lambda(entry, scale))
+
+
+def run_in_parts(entry, inputs):
+    """The output of an op as an ANN, [N, ...], `PART` images at a time, which bounds the memory that it needs."""
+    output, images = None, len(inputs[0])
+    for first in range(0, images, PART):
+        part = run_op(entry, [x[first : first + PART] for x in inputs], None, None, None)
+        if output is None:
+            shape = images, *part.shape[1:]
+            last = part.dim() == 4 and part.is_contiguous(memory_format=torch.channels_last)
+            memory_format = torch.channels_last if last else torch.contiguous_format
+            output = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=memory_format)
+        output[first : first + PART] = part
+    return output
 
 
 # ---------------------------------------------------------------------------------------------------------------------
