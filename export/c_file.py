@@ -122,6 +122,8 @@ def buffers(program):
             lines.append(f"#define {name} (currents + {start}) /* [{size}] */\n")
     if program.row:
         lines.append(f"static int32_t row[{program.row}]; /* the weights of one input channel */\n")
+    if program.places:
+        lines.append(f"static struct spike fired[{program.places}]; /* the neurons of one input channel that fire */\n")
     return "".join(lines)
 
 

@@ -27,6 +27,12 @@ struct window {
     int dilation_rows, dilation_columns;
     int groups;
 };
+
+/* A neuron that fires: where it lies in its map, and how many spikes it sends. */
+struct spike {
+    int16_t row, column;
+    int32_t count;
+};
 """
 
 FIRE = """\
@@ -106,29 +112,53 @@ static int reached(int place, int stride, int outputs)
     return place < outputs ? place : -1;
 }
 """,
-    "spread": """\
-/* What the spikes of one neuron, in row y and column x, add to the neurons of one group of channels. */
-static void spread(int y, int x, int32_t spikes, const struct window *w, int n, int32_t *group)
+    "list_spikes": """\
+/* Where the neurons of one channel fire, in `fired`; returns how many do. Without a branch on what is a spike. */
+static int list_spikes(const uint8_t *spikes, const struct window *w)
 {
-    const int is_run = w->stride_columns == 1 && w->dilation_columns == 1 && w->groups == 1;
-    const int first = x + w->pad_columns - (w->kernel_columns - 1) * w->dilation_columns;
-    for (int i = 0; i < w->kernel_rows; i++) {
-        const int out_y = reached(y + w->pad_rows - i * w->dilation_rows, w->stride_rows, w->out_rows);
-        const int32_t *weights = row + i * w->kernel_columns * n;
-        if (out_y < 0)
-            continue;
-        int32_t *there = group + out_y * w->out_columns * w->out_channels;
-        if (is_run) { /* the neurons of all kernel columns are adjacent, as their weights are */
-            const int low = first < 0 ? -first : 0, past = w->out_columns - first;
-            const int high = past < w->kernel_columns ? past : w->kernel_columns;
-            if (low < high)
-                add_row(there + (first + low) * n, weights + low * n, (high - low) * n, spikes);
-            continue;
+    int count = 0;
+    for (int y = 0; y < w->rows; y++)
+        for (int x = 0; x < w->columns; x++, spikes += w->channels) {
+            const struct spike at = {(int16_t)y, (int16_t)x, *spikes};
+            fired[count] = at;
+            count += *spikes != 0;
         }
+    return count;
+}
+""",
+    "spread": """\
+/* What `count` neurons in `fired` add to the neurons of one group of channels: `row` holds their weights. */
+static void spread(const struct window *w, int n, int count, int32_t *group)
+{
+    for (int i = 0; i < w->kernel_rows; i++)
         for (int j = 0; j < w->kernel_columns; j++) {
-            const int out_x = reached(first + j * w->dilation_columns, w->stride_columns, w->out_columns);
-            if (out_x >= 0)
-                add_row(there + out_x * w->out_channels, weights + j * n, n, spikes);
+            const int32_t *weights = row + (i * w->kernel_columns + j) * n;
+            const int up = w->pad_rows - i * w->dilation_rows;
+            const int left = w->pad_columns - (w->kernel_columns - 1 - j) * w->dilation_columns;
+            for (int k = 0; k < count; k++) {
+                const int y = reached(fired[k].row + up, w->stride_rows, w->out_rows);
+                const int x = reached(fired[k].column + left, w->stride_columns, w->out_columns);
+                if (y >= 0 && x >= 0)
+                    add_row(group + (y * w->out_columns + x) * w->out_channels, weights, n, fired[k].count);
+            }
+        }
+}
+""",
+    "spread_runs": """\
+/* `spread`, where neurons of all kernel columns are adjacent, as their weights are. */
+static void spread_runs(const struct window *w, int n, int count, int32_t *current)
+{
+    const int width = w->kernel_columns, left = w->pad_columns - (width - 1);
+    for (int i = 0; i < w->kernel_rows; i++) {
+        const int32_t *weights = row + i * width * n;
+        const int up = w->pad_rows - i * w->dilation_rows;
+        for (int k = 0; k < count; k++) {
+            const int y = reached(fired[k].row + up, w->stride_rows, w->out_rows);
+            const int first = fired[k].column + left, past = w->out_columns - first;
+            const int low = first < 0 ? -first : 0, high = past < width ? past : width;
+            if (y >= 0 && low < high)
+                add_row(current + (y * w->out_columns + first + low) * n, weights + low * n, (high - low) * n,
+                        fired[k].count);
         }
     }
 }
@@ -139,18 +169,15 @@ static void spread(int y, int x, int32_t spikes, const struct window *w, int n, 
 static void convolve(const uint8_t *spikes, const struct window *w, const struct packed *weights, int32_t *current)
 {
     const int n = w->out_channels / w->groups, size = w->kernel_rows * w->kernel_columns * n;
+    const int is_run = w->stride_columns == 1 && w->dilation_columns == 1 && w->groups == 1;
     for (int c = 0; c < w->channels; c++) {
-        int32_t *group = current + c / (w->channels / w->groups) * n;
-        const uint8_t *from = spikes + c;
-        int is_unpacked = 0;
-        for (int y = 0; y < w->rows; y++)
-            for (int x = 0; x < w->columns; x++, from += w->channels)
-                if (*from) {
-                    if (!is_unpacked)
-                        unpack(weights, (size_t)c * (size_t)size, size, row);
-                    is_unpacked = 1;
-                    spread(y, x, *from, w, n, group);
-                }
+        const int count = list_spikes(spikes + c, w);
+        if (count)
+            unpack(weights, (size_t)c * (size_t)size, size, row);
+        if (is_run)
+            spread_runs(w, n, count, current);
+        else
+            spread(w, n, count, current + c / (w->channels / w->groups) * n);
     }
 }
 """,
@@ -429,7 +456,7 @@ static void decode(const uint32_t *counts, int n, const float *share, int period
 """,
 }
 NEEDED = {
-    "convolve": ("unpack", "add_row", "reached", "spread"),
+    "convolve": ("unpack", "add_row", "reached", "list_spikes", "spread", "spread_runs"),
     "convolve_transposed": ("unpack", "add_row"),
     "connect": ("unpack", "add_row"),
     "connect_packed_f32": ("unpack",),

@@ -134,6 +134,8 @@ def write_convolution(program, entry, inputs):
     program.row = max(program.row, int(np.prod(op.kernel_size)) * weight.shape[-1])
     packed, _ = program.packed(entry.name, weight if is_transposed else weight.flip(-2))
     function = "convolve_transposed" if is_transposed else "convolve"
+    if not is_transposed:
+        program.places = max(program.places, x.shape[1] * x.shape[2])
     program.call(function, x, window, f"&{packed}", y, start=x.start)
     return y
 

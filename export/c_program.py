@@ -11,6 +11,7 @@ from export.c_functions import TYPES
 NUMPY_TYPES = {"u8": np.uint8, "i32": np.int32, "f32": np.float32, "i16": np.int16, "i8": np.int8}
 C_TYPES = TYPES | {"i16": "int16_t", "i8": "int8_t"}
 RESERVED = ("snn_start", "snn_step", "snn_read", "snn_run", "first_differs")
+BYTES_OF_SPIKE = 8  # of a `struct spike`
 LINE = 116  # letters of numbers in a line of a constant
 
 
@@ -71,7 +72,8 @@ class Program:
         self.timesteps, self.shapes, self.listens = timesteps, shapes, listens
         self.functions, self.constants, self.buffers, self.names = set(), [], [], set(RESERVED)
         self.parts, self.part = {"current": [], "reset": [], "step": [], "readout": []}, "current"
-        self.known, self.currents, self.firsts, self.row, self.end = {}, {}, {}, 0, timesteps
+        self.known, self.currents, self.firsts, self.end = {}, {}, {}, timesteps
+        self.row = self.places = 0
         self.weight_bytes = self.ram = 0
 
     # names and numbers
@@ -171,8 +173,8 @@ class Program:
         return max((end for _, end, *_ in placed), default=0), [start for start, *_ in placed]
 
     def memory(self):
-        """Bytes of memory that the program takes: all buffers, the currents, and a row of weights."""
-        return self.ram + 4 * (self.layout()[0] + self.row)
+        """Bytes of memory that the program takes: all buffers, the currents, a row of weights, and a list of spikes."""
+        return self.ram + 4 * (self.layout()[0] + self.row) + BYTES_OF_SPIKE * self.places
 
     # statements
 
