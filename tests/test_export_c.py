@@ -199,16 +199,20 @@ class TwoInputs(nn.Module):
         return self.scores(torch.cat([maps.flatten(1), codes], 1)), self.map(maps)
 
 
-@needs_compiler
-def test_several_inputs_and_outputs(tmp_path):
+def with_two_inputs():
+    """A converted network and its inputs."""
     from ann_parser import parse_ann_model
     from snn_weight_setter import trans_ann2snn_weight
 
     torch.manual_seed(6)
     inputs = torch.rand(4, 1, 4, 4), torch.rand(4, 5)
     dag = parse_ann_model(TwoInputs().eval(), inputs)
-    snn = trans_ann2snn_weight(dag, [(inputs, None)], torch.device("cpu"), 6, 4)
-    assert_replays(snn, inputs, tmp_path)
+    return trans_ann2snn_weight(dag, [(inputs, None)], torch.device("cpu"), 6, 4), inputs
+
+
+@needs_compiler
+def test_several_inputs_and_outputs(tmp_path):
+    assert_replays(*with_two_inputs(), tmp_path)
 
 
 @needs_compiler
