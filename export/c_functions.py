@@ -30,8 +30,7 @@ struct window {
 
 /* A neuron that fires: where it lies in its map, and how many spikes it sends. */
 struct spike {
-    int16_t row, column;
-    int32_t count;
+    int32_t row, column, count;
 };
 """
 
@@ -119,7 +118,7 @@ static int list_spikes(const uint8_t *spikes, const struct window *w)
     int count = 0;
     for (int y = 0; y < w->rows; y++)
         for (int x = 0; x < w->columns; x++, spikes += w->channels) {
-            const struct spike at = {(int16_t)y, (int16_t)x, *spikes};
+            const struct spike at = {y, x, *spikes};
             fired[count] = at;
             count += *spikes != 0;
         }

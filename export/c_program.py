@@ -11,7 +11,7 @@ from export.c_functions import TYPES
 NUMPY_TYPES = {"u8": np.uint8, "i32": np.int32, "cur": np.int32, "f32": np.float32, "i16": np.int16, "i8": np.int8}
 C_TYPES = TYPES | {"i16": "int16_t", "i8": "int8_t"}
 RESERVED = ("snn_start", "snn_step", "snn_read", "snn_run", "first_differs")
-BYTES_OF_SPIKE = 8  # of a `struct spike`
+BYTES_OF_SPIKE = 12  # of a `struct spike`
 LINE = 116  # letters of numbers in a line of a constant
 
 

@@ -212,6 +212,13 @@ def with_two_inputs():
 
 
 @needs_compiler
+def test_places_beyond_16_bits(tmp_path):
+    images = torch.rand(2, 1, 1, 2**15 + 4)
+    net = nn.Sequential(conv(1, 1), nn.ReLU(), conv(1, 1), nn.ReLU(), nn.AvgPool2d((1, 9)), nn.Flatten())
+    assert_replays(convert(net, images, 2), images[:1], tmp_path)
+
+
+@needs_compiler
 @pytest.mark.parametrize("most, bits", [(2**15 - 1, 16), (1, 32)])
 def test_currents_take_16_bits_where_these_hold_them(monkeypatch, most, bits, tmp_path):
     monkeypatch.setattr(export.c, "MOST_IN_INT16", most)
