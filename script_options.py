@@ -195,6 +195,7 @@ class Export:
 WITH_ONNX = ("onnx",)
 EXPORTS = (
     Export("onnx", "FILE", "export.onnx_file:write_onnx", "ONNX file of all timesteps, for onnxruntime", WITH_ONNX),
+    Export("onnx_single", "FILE", "export.onnx_file:write_onnx_single", "the same for GPUs with TF32", WITH_ONNX),
     Export("onnx_step", "FILE", "export.onnx_file:write_onnx_step", "ONNX file of one timestep", WITH_ONNX),
     Export("onnx_ann", "FILE", "export.onnx_ann:write_onnx_ann", "ONNX file of the quantized ANN", WITH_ONNX),
     Export("nir", "FILE", "export.nir_graph:write_nir", "NIR graph, for nirtorch, sinabs and others", ("nir",)),

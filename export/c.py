@@ -24,6 +24,7 @@ from transformer.saved import simulate_nodes
 
 SOURCE, VECTORS = "snn.c", "vectors.bin"
 MAGIC = b"SNN1"
+MOST_IN_INT16 = 2**15 - 1
 MOST_STEPS = 65535  # spike counts are uint16 in the test vectors
 
 
@@ -37,7 +38,9 @@ def write_c(snn, path, images=None):
     snn = copy.deepcopy(snn).cpu()
     values = simulate_nodes(snn, dict(zip(snn.inputs_nodes, inputs)))
     shapes = {node: tuple(value.data.shape[1:]) for node, value in values.items()}
-    program = Program(snn.timesteps, shapes, any(neuron.listen for neuron in snn.neurons().values()))
+    program = Program(
+        snn.timesteps, shapes, any(neuron.listen for neuron in snn.neurons().values()), bits_of_currents(snn)
+    )
     nodes = write_network(program, snn, values)
     source = source_of(program, snn, nodes)
     write_folder(path, {SOURCE: source.encode("ascii"), VECTORS: vectors_of(program, snn, nodes, values)})
@@ -58,6 +61,12 @@ def check(snn, images):
         raise ValueError("C code has fixed sizes, and test vectors: give images, or --input_shape C,H,W")
     images = images if isinstance(images, (tuple, list)) else (images,)
     return tuple(x.detach().cpu().float() for x in images)
+
+
+def bits_of_currents(snn):
+    """16 if these hold the currents of every step, of which vector instructions add twice as many, else 32."""
+    largest = max((neuron.largest_current or 0 for neuron in snn.neurons().values()), default=0)
+    return 16 if largest <= MOST_IN_INT16 else 32
 
 
 # ---------------------------------------------------------------------------------------------------------------------

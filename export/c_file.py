@@ -80,6 +80,7 @@ def source_of(program, snn, nodes):
             end=program.end,
             **words,
         ),
+        f"typedef int{program.current_bits}_t current_t; /* of one step, with its weights */\n",
         STRUCTS,
         buffers(program),
         "".join(program.constants),
@@ -117,11 +118,13 @@ def buffers(program):
     """The static arrays; that of the currents is shared, each part for as long as it is read."""
     lines, (length, places) = [*program.buffers], program.layout()
     if length:
-        lines.append(f"static int32_t currents[{length}]; /* of all layers, each while it is read */\n")
+        lines.append(f"static current_t currents[{length}]; /* of all layers, each while it is read */\n")
         for (name, (size, *_)), start in zip(program.currents.items(), places):
             lines.append(f"#define {name} (currents + {start}) /* [{size}] */\n")
     if program.row:
-        lines.append(f"static int32_t row[{program.row}]; /* the weights of one input channel */\n")
+        lines.append(f"static current_t row[{program.row}]; /* the weights of one input channel */\n")
+    if program.places:
+        lines.append(f"static struct spike fired[{program.places}]; /* the neurons of one input channel that fire */\n")
     return "".join(lines)
 
 

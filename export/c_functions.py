@@ -1,14 +1,14 @@
 """The C functions that `export.c` puts together, one for each type of layer.
 
 `functions(names)` returns the text of the functions named, in the order of this file. A name may end with the types of
-the values it reads and writes, "convolve_f32", "sum_windows_u8_i32": the text of `FUNCTIONS` without them holds IN and
+the values it reads and writes, "convolve_f32", "sum_windows_u8_cur": the text of `FUNCTIONS` without them holds IN and
 OUT in their place, and TYPES are their types in C.
 
 Maps are [rows][columns][channels] in memory, so that the weights of one spike and the currents of the neurons that it
 reaches are adjacent. `period`: an array of one value for all, one a channel, or one a neuron is read again and again.
 """
 
-TYPES = {"u8": "uint8_t", "i32": "int32_t", "f32": "float"}
+TYPES = {"u8": "uint8_t", "i32": "int32_t", "cur": "current_t", "f32": "float"}
 
 STRUCTS = """\
 /* Weights in packed bits, the first in the lowest bits of the first byte. A code stands for lowest + step * code. */
@@ -27,12 +27,17 @@ struct window {
     int dilation_rows, dilation_columns;
     int groups;
 };
+
+/* A neuron that fires: where it lies in its map, and how many spikes it sends. */
+struct spike {
+    int32_t row, column, count;
+};
 """
 
 FIRE = """\
 /* Integrate-and-fire neurons, reset RESET. hears: whether a current flows; may_fire: whether they may fire. */
-static void NAME_IN(const IN *restrict current, int n, const IN *restrict Vthr, int period, int hears, int may_fire,
-                    IN *restrict u, uint8_t *restrict spikes)
+static void NAME_IN(const IN *restrict current, int n, const WIDE *restrict Vthr, int period, int hears, int may_fire,
+                    WIDE *restrict u, uint8_t *restrict spikes)
 {
     if (hears)
         for (int k = 0; k < n; k++)
@@ -43,7 +48,7 @@ static void NAME_IN(const IN *restrict current, int n, const IN *restrict Vthr, 
     }
     for (int start = 0; start < n; start += period)
         for (int k = 0; k < period; k++) {
-            const IN potential = u[start + k], threshold = Vthr[k];
+            const WIDE potential = u[start + k], threshold = Vthr[k];
             const int fires = potential >= threshold;
             spikes[start + k] = (uint8_t)fires;
             u[start + k] = AFTER; /* without a branch, which would be guessed wrong */
@@ -53,7 +58,7 @@ static void NAME_IN(const IN *restrict current, int n, const IN *restrict Vthr, 
 FUNCTIONS = {
     "unpack": """\
 /* n weights from the one numbered `first` on. */
-static void unpack(const struct packed *weights, size_t first, int n, int32_t *values)
+static void unpack(const struct packed *weights, size_t first, int n, current_t *values)
 {
     const unsigned mask = (1u << weights->bits) - 1u;
     const int32_t lowest = weights->lowest, step = weights->step;
@@ -61,34 +66,34 @@ static void unpack(const struct packed *weights, size_t first, int n, int32_t *v
     const uint8_t *at = weights->codes + bit / 8;
     if (weights->bits == 8) {
         for (int k = 0; k < n; k++)
-            values[k] = lowest + step * at[k];
+            values[k] = (current_t)(lowest + step * at[k]);
     } else if (weights->bits == 4 && bit % 8 == 0 && n % 2 == 0) {
         for (int k = 0; k < n; k += 2, at++) {
-            values[k] = lowest + step * (*at & 15);
-            values[k + 1] = lowest + step * (*at >> 4);
+            values[k] = (current_t)(lowest + step * (*at & 15));
+            values[k + 1] = (current_t)(lowest + step * (*at >> 4));
         }
     } else {
         for (int k = 0; k < n; k++, bit += (size_t)weights->bits) {
             at = weights->codes + bit / 8; /* one byte more than the codes take is there to be read */
-            values[k] = lowest + step * (int32_t)(((at[0] | (unsigned)at[1] << 8) >> (bit % 8)) & mask);
+            values[k] = (current_t)(lowest + step * (int32_t)(((at[0] | (unsigned)at[1] << 8) >> (bit % 8)) & mask));
         }
     }
 }
 """,
     "add_row": """\
 /* The currents of n adjacent neurons that `spikes` spikes of one neuron cause. */
-static void add_row(int32_t *restrict current, const int32_t *restrict weights, int n, int32_t spikes)
+static void add_row(current_t *restrict current, const current_t *restrict weights, int n, int32_t spikes)
 {
     int k = 0;
     if (spikes == 1) {
         for (; k + 8 <= n; k += 8) /* eight at a time, which compilers turn into vector instructions */
             for (int j = 0; j < 8; j++)
-                current[k + j] += weights[k + j];
+                current[k + j] = (current_t)(current[k + j] + weights[k + j]);
         for (; k < n; k++)
-            current[k] += weights[k];
+            current[k] = (current_t)(current[k] + weights[k]);
     } else {
         for (; k < n; k++)
-            current[k] += spikes * weights[k];
+            current[k] = (current_t)(current[k] + spikes * weights[k]);
     }
 }
 """,
@@ -106,29 +111,53 @@ static int reached(int place, int stride, int outputs)
     return place < outputs ? place : -1;
 }
 """,
-    "spread": """\
-/* What the spikes of one neuron, in row y and column x, add to the neurons of one group of channels. */
-static void spread(int y, int x, int32_t spikes, const struct window *w, int n, int32_t *group)
+    "list_spikes": """\
+/* Where the neurons of one channel fire, in `fired`; returns how many do. Without a branch on what is a spike. */
+static int list_spikes(const uint8_t *spikes, const struct window *w)
 {
-    const int is_run = w->stride_columns == 1 && w->dilation_columns == 1 && w->groups == 1;
-    const int first = x + w->pad_columns - (w->kernel_columns - 1) * w->dilation_columns;
-    for (int i = 0; i < w->kernel_rows; i++) {
-        const int out_y = reached(y + w->pad_rows - i * w->dilation_rows, w->stride_rows, w->out_rows);
-        const int32_t *weights = row + i * w->kernel_columns * n;
-        if (out_y < 0)
-            continue;
-        int32_t *there = group + out_y * w->out_columns * w->out_channels;
-        if (is_run) { /* the neurons of all kernel columns are adjacent, as their weights are */
-            const int low = first < 0 ? -first : 0, past = w->out_columns - first;
-            const int high = past < w->kernel_columns ? past : w->kernel_columns;
-            if (low < high)
-                add_row(there + (first + low) * n, weights + low * n, (high - low) * n, spikes);
-            continue;
+    int count = 0;
+    for (int y = 0; y < w->rows; y++)
+        for (int x = 0; x < w->columns; x++, spikes += w->channels) {
+            const struct spike at = {y, x, *spikes};
+            fired[count] = at;
+            count += *spikes != 0;
         }
+    return count;
+}
+""",
+    "spread": """\
+/* What `count` neurons in `fired` add to the neurons of one group of channels: `row` holds their weights. */
+static void spread(const struct window *w, int n, int count, current_t *group)
+{
+    for (int i = 0; i < w->kernel_rows; i++)
         for (int j = 0; j < w->kernel_columns; j++) {
-            const int out_x = reached(first + j * w->dilation_columns, w->stride_columns, w->out_columns);
-            if (out_x >= 0)
-                add_row(there + out_x * w->out_channels, weights + j * n, n, spikes);
+            const current_t *weights = row + (i * w->kernel_columns + j) * n;
+            const int up = w->pad_rows - i * w->dilation_rows;
+            const int left = w->pad_columns - (w->kernel_columns - 1 - j) * w->dilation_columns;
+            for (int k = 0; k < count; k++) {
+                const int y = reached(fired[k].row + up, w->stride_rows, w->out_rows);
+                const int x = reached(fired[k].column + left, w->stride_columns, w->out_columns);
+                if (y >= 0 && x >= 0)
+                    add_row(group + (y * w->out_columns + x) * w->out_channels, weights, n, fired[k].count);
+            }
+        }
+}
+""",
+    "spread_runs": """\
+/* `spread`, where neurons of all kernel columns are adjacent, as their weights are. */
+static void spread_runs(const struct window *w, int n, int count, current_t *current)
+{
+    const int width = w->kernel_columns, left = w->pad_columns - (width - 1);
+    for (int i = 0; i < w->kernel_rows; i++) {
+        const current_t *weights = row + i * width * n;
+        const int up = w->pad_rows - i * w->dilation_rows;
+        for (int k = 0; k < count; k++) {
+            const int y = reached(fired[k].row + up, w->stride_rows, w->out_rows);
+            const int first = fired[k].column + left, past = w->out_columns - first;
+            const int low = first < 0 ? -first : 0, high = past < width ? past : width;
+            if (y >= 0 && low < high)
+                add_row(current + (y * w->out_columns + first + low) * n, weights + low * n, (high - low) * n,
+                        fired[k].count);
         }
     }
 }
@@ -136,32 +165,29 @@ static void spread(int y, int x, int32_t spikes, const struct window *w, int n, 
     "convolve": """\
 /* Convolution: every spike adds its weights to the neurons that it reaches.
    Weights: [C_in][kernel rows][kernel columns, the last first][C_out / groups]. */
-static void convolve(const uint8_t *spikes, const struct window *w, const struct packed *weights, int32_t *current)
+static void convolve(const uint8_t *spikes, const struct window *w, const struct packed *weights, current_t *current)
 {
     const int n = w->out_channels / w->groups, size = w->kernel_rows * w->kernel_columns * n;
+    const int is_run = w->stride_columns == 1 && w->dilation_columns == 1 && w->groups == 1;
     for (int c = 0; c < w->channels; c++) {
-        int32_t *group = current + c / (w->channels / w->groups) * n;
-        const uint8_t *from = spikes + c;
-        int is_unpacked = 0;
-        for (int y = 0; y < w->rows; y++)
-            for (int x = 0; x < w->columns; x++, from += w->channels)
-                if (*from) {
-                    if (!is_unpacked)
-                        unpack(weights, (size_t)c * (size_t)size, size, row);
-                    is_unpacked = 1;
-                    spread(y, x, *from, w, n, group);
-                }
+        const int count = list_spikes(spikes + c, w);
+        if (count)
+            unpack(weights, (size_t)c * (size_t)size, size, row);
+        if (is_run)
+            spread_runs(w, n, count, current);
+        else
+            spread(w, n, count, current + c / (w->channels / w->groups) * n);
     }
 }
 """,
     "convolve_transposed": """\
 /* Transposed convolution: every spike adds its kernel to the map. Weights: [C_in][kernel][C_out / groups]. */
 static void convolve_transposed(const uint8_t *spikes, const struct window *w, const struct packed *weights,
-                                int32_t *current)
+                                current_t *current)
 {
     const int n = w->out_channels / w->groups, size = w->kernel_rows * w->kernel_columns * n;
     for (int c = 0; c < w->channels; c++) {
-        int32_t *group = current + c / (w->channels / w->groups) * n;
+        current_t *group = current + c / (w->channels / w->groups) * n;
         int is_unpacked = 0;
         for (int place = 0; place < w->rows * w->columns; place++) {
             const uint8_t count = spikes[place * w->channels + c];
@@ -187,7 +213,7 @@ static void convolve_transposed(const uint8_t *spikes, const struct window *w, c
 """,
     "connect": """\
 /* Linear layer: every spike adds its weights. Weights: [inputs][outputs]. */
-static void connect(const uint8_t *spikes, int inputs, int outputs, const struct packed *weights, int32_t *current)
+static void connect(const uint8_t *spikes, int inputs, int outputs, const struct packed *weights, current_t *current)
 {
     for (int i = 0; i < inputs; i++) {
         if (!spikes[i])
@@ -338,7 +364,7 @@ static void add_IN_OUT(const IN *x, int n, const OUT *weight, int period, OUT *o
 {
     for (int start = 0; start < n; start += period)
         for (int k = 0; k < period; k++)
-            out[start + k] += weight[k] * (OUT)x[start + k];
+            out[start + k] = (OUT)(out[start + k] + weight[k] * (OUT)x[start + k]);
 }
 """,
     "split_signs": """\
@@ -348,7 +374,7 @@ static void split_signs_IN(const IN *x, int n, const int8_t *hears, int period, 
     for (int start = 0; start < n; start += period)
         for (int k = 0; k < period; k++) {
             out[2 * (start + k)] = x[start + k];
-            out[2 * (start + k) + 1] = hears[k] ? -x[start + k] : 0;
+            out[2 * (start + k) + 1] = (IN)(hears[k] ? -x[start + k] : 0);
         }
 }
 """,
@@ -359,7 +385,7 @@ static void merge_signs_IN_OUT(const IN *x, int n, const OUT *weights, int perio
     for (int start = 0; start < n; start += period)
         for (int k = 0; k < period; k++) {
             const IN *pair = x + 2 * (start + k);
-            out[start + k] = weights[2 * k] * (OUT)pair[0] + weights[2 * k + 1] * (OUT)pair[1];
+            out[start + k] = (OUT)(weights[2 * k] * (OUT)pair[0] + weights[2 * k + 1] * (OUT)pair[1]);
         }
 }
 """,
@@ -406,8 +432,8 @@ static void delay_IN(const IN *x, int n, IN *kept, int depth, int t, IN *out)
     **{
         f"fire_{mode}": FIRE.replace("NAME", f"fire_{mode}").replace("RESET", words).replace("AFTER", after)
         for mode, words, after in (
-            ("subtraction", "by subtraction", "potential - threshold * (IN)fires"),
-            ("zero", "to zero", "potential * (IN)!fires"),
+            ("subtraction", "by subtraction", "potential - threshold * (WIDE)fires"),
+            ("zero", "to zero", "potential * (WIDE)!fires"),
         )
     },
     "count": """\
@@ -429,7 +455,7 @@ static void decode(const uint32_t *counts, int n, const float *share, int period
 """,
 }
 NEEDED = {
-    "convolve": ("unpack", "add_row", "reached", "spread"),
+    "convolve": ("unpack", "add_row", "reached", "list_spikes", "spread", "spread_runs"),
     "convolve_transposed": ("unpack", "add_row"),
     "connect": ("unpack", "add_row"),
     "connect_packed_f32": ("unpack",),
@@ -449,7 +475,7 @@ def functions(names):
 
 
 def base_of(name):
-    """A function's name without its types: "sum_windows_u8_i32" -> "sum_windows"."""
+    """A function's name without its types: "sum_windows_u8_cur" -> "sum_windows"."""
     parts = name.split("_")
     while parts[-1] in TYPES:
         parts.pop()
@@ -461,6 +487,7 @@ def typed(text, types):
     if types == [""] or "IN" not in text:
         return text
     first, last = types[0], types[-1]
+    text = text.replace("WIDE", "float" if first == "f32" else "int32_t")
     text = text.replace("_IN_OUT(", f"_{first}_{last}(").replace("_IN(", f"_{first}(")
     return (
         text.replace("IN ", f"{TYPES[first]} ")

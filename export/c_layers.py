@@ -1,7 +1,7 @@
 """How each type of layer becomes statements of a C program.
 
 `write_layer(program, entry, inputs)` writes one op and its neurons and returns the Value that it sends. Layers read
-spikes (u8), currents (i32), or real values (f32): these in the layers before the first spikes and behind the last ones.
+spikes (u8), currents (cur), or real values (f32): these in the layers before the first spikes and behind the last ones.
 """
 
 import numpy as np
@@ -45,11 +45,12 @@ def write_neurons(program, entry, current):
     """Integrate-and-fire neurons: membrane potentials, Vthr, and the spikes that they send."""
     neuron, T = entry.op.neuron, program.timesteps
     check_potentials(entry, T)
-    kind, listen, name = current.kind, min(neuron.listen, T), entry.name
+    listen, name = min(neuron.listen, T), entry.name
+    kind = "f32" if current.kind == "f32" else "i32"  # potentials are wider than the currents of a step
     if kind == "f32":
         program.firsts[name] = current
-    Vthr, period = program.per_element(f"{name}_Vthr", neuron.Vthr, current)
-    first, every = program.per_element(f"{name}_start", neuron.initial_potential, current)
+    Vthr, period = program.per_element(f"{name}_Vthr", neuron.Vthr, current, kind)
+    first, every = program.per_element(f"{name}_start", neuron.initial_potential, current, kind)
     u = program.buffer(f"{name}_u", kind, current.size)
     before, program.part = program.part, "reset"
     program.call(f"fill_{kind}", u, current.size, first, every)
@@ -60,7 +61,7 @@ def write_neurons(program, entry, current):
     timed = program.listens or window < T
     hears = f"t < {end}" if timed else 1
     may_fire = f"t >= {start} && t < {start + window}" if timed else 1
-    function = f"fire_{neuron.reset_mode}_{kind}"
+    function = f"fire_{neuron.reset_mode}_{current.kind}"
     program.call(function, current, current.size, Vthr, period, hears, may_fire, u, spikes, start=current.start)
     program.zero(spikes.name)
     program.end, program.part = max(program.end, start + T), before
@@ -88,7 +89,7 @@ def check_potentials(entry, timesteps):
 def start_sum(program, entry, x, bias, order=None):
     """The Value of a sum of products, with its bias, [C_out] or None, in it."""
     shape = program.shapes[entry.out]
-    kind = "f32" if x.kind == "f32" else "i32"
+    kind = "f32" if x.kind == "f32" else "cur"
     y = program.value(f"{entry.name}_{'value' if kind == 'f32' else 'current'}", kind, shape, order, x.start)
     bias = torch.zeros(1) if bias is None else bias
     bias = bias.view(-1, *[1] * (len(shape) - 1))
@@ -134,6 +135,8 @@ def write_convolution(program, entry, inputs):
     program.row = max(program.row, int(np.prod(op.kernel_size)) * weight.shape[-1])
     packed, _ = program.packed(entry.name, weight if is_transposed else weight.flip(-2))
     function = "convolve_transposed" if is_transposed else "convolve"
+    if not is_transposed:
+        program.places = max(program.places, x.shape[1] * x.shape[2])
     program.call(function, x, window, f"&{packed}", y, start=x.start)
     return y
 
@@ -198,7 +201,7 @@ def write_average(program, entry, inputs):
     op, x = entry.op, program.settled(inputs[0])
     shape = program.shapes[entry.out]
     window = program.window(entry.name, x, shape, kernel=op.kernel_size, stride=op.stride, pad=as_pair(op.padding))
-    kind = "i32" if x.kind == "u8" and not op.folded else x.kind
+    kind = "cur" if x.kind == "u8" and not op.folded else x.kind
     y = program.value(f"{entry.name}_sums", kind, shape, start=x.start)
     program.call(f"sum_windows_{x.kind}_{kind}", x, f"&{window}", y, start=x.start)
     if x.kind != "f32" or op.spiking:  # the integer weights are ones
@@ -230,11 +233,11 @@ def write_maximum(program, entry, inputs):
 
 def weighed(program, entry, inputs, weights, bias):
     """The sum of weight * x over inputs, and a bias; weights and bias broadcastable to a sample."""
-    kind, shape = "f32" if inputs[0].kind == "f32" else "i32", program.shapes[entry.out]
+    kind, shape = "f32" if inputs[0].kind == "f32" else "cur", program.shapes[entry.out]
     inputs = [inputs[0], *(program.in_order_of(x, inputs[0]) for x in inputs[1:])]
-    if kind == "i32" and not torch.as_tensor(bias).any():
+    if kind == "cur" and not torch.as_tensor(bias).any():
         for x, weight in zip(inputs, weights):
-            if x.kind == "i32" and x.read_once and (weight == 1).all():
+            if x.kind == "cur" and x.read_once and (weight == 1).all():
                 rest = [(y, w) for y, w in zip(inputs, weights) if y is not x]
                 return add_to(program, entry, x, rest)
     y = program.value(f"{entry.name}_sum", kind, shape, inputs[0].order, inputs[0].start)
@@ -299,7 +302,7 @@ def write_split(program, entry, inputs):
 
 def write_merge(program, entry, inputs):
     op, (x,) = entry.op, inputs
-    shape, kind = program.shapes[entry.out], "f32" if x.kind == "f32" else "i32"
+    shape, kind = program.shapes[entry.out], "f32" if x.kind == "f32" else "cur"
     first, second = (half.flatten() for half in op.halves(torch.arange(x.size).view(x.shape), 0))  # [n] elements
     places, order = x.places, torch.arange(len(first))
     if (places[first] % 2 == 0).all() and torch.equal(places[second], places[first] + 1):
@@ -335,7 +338,7 @@ def write_rearrangement(program, entry, inputs):
 
 def write_concatenation(program, entry, inputs):
     shape, dim = program.shapes[entry.out], entry.op.dim - 1
-    kind = inputs[0].kind if len({x.kind for x in inputs}) == 1 else "i32"
+    kind = inputs[0].kind if len({x.kind for x in inputs}) == 1 else "cur"
     if dim == 0 and len(shape) == 3:
         inputs, order, rows = [program.settled(x) for x in inputs], None, shape[1] * shape[2]
     else:

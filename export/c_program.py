@@ -8,9 +8,10 @@ import torch
 
 from export.c_functions import TYPES
 
-NUMPY_TYPES = {"u8": np.uint8, "i32": np.int32, "f32": np.float32, "i16": np.int16, "i8": np.int8}
+NUMPY_TYPES = {"u8": np.uint8, "i32": np.int32, "cur": np.int32, "f32": np.float32, "i16": np.int16, "i8": np.int8}
 C_TYPES = TYPES | {"i16": "int16_t", "i8": "int8_t"}
 RESERVED = ("snn_start", "snn_step", "snn_read", "snn_run", "first_differs")
+BYTES_OF_SPIKE = 12  # of a `struct spike`
 LINE = 116  # letters of numbers in a line of a constant
 
 
@@ -18,7 +19,7 @@ LINE = 116  # letters of numbers in a line of a constant
 class Value:
     """A node of the network in the C program.
 
-    name: of its buffer. kind: "u8" spikes or sums of spikes, "i32" currents, "f32" real values. shape: of a sample, as
+    name: of its buffer. kind: "u8" spikes or sums of spikes, "cur" currents, "f32" real values. shape: of a sample, as
     in PyTorch. order: [n], the element of the flattened sample that lies at each place of the buffer. start: the step
     in which its first value is sent.
     """
@@ -62,16 +63,19 @@ def in_comment(text):
 class Program:
     """The C program of a network.
 
-    timesteps: T. shapes: node -> shape of a sample. listens: whether any layer listens before it fires, so that the
-    layers do not all work in the same steps. parts: the statements of `current` (once an image: real values),
-    `reset`, `step` and `readout`; `part` is the one that grows. firsts: op name -> the real-valued current into it.
+    timesteps: T. shapes: node -> shape of a sample. current_bits: of the current of a step, 16 or 32. listens: whether
+    any layer listens before it fires, so that the layers do not all work in the same steps. parts: the statements of
+    `current` (once an image: real values), `reset`, `step` and `readout`; `part` is the one that grows. firsts: op name
+    -> the real-valued current into it.
     """
 
-    def __init__(self, timesteps, shapes, listens):
+    def __init__(self, timesteps, shapes, listens, current_bits=32):
+        self.current_bits = current_bits
         self.timesteps, self.shapes, self.listens = timesteps, shapes, listens
         self.functions, self.constants, self.buffers, self.names = set(), [], [], set(RESERVED)
         self.parts, self.part = {"current": [], "reset": [], "step": [], "readout": []}, "current"
-        self.known, self.currents, self.firsts, self.row, self.end = {}, {}, {}, 0, timesteps
+        self.known, self.currents, self.firsts, self.end = {}, {}, {}, timesteps
+        self.row = self.places = 0
         self.weight_bytes = self.ram = 0
 
     # names and numbers
@@ -132,7 +136,7 @@ class Program:
     def per_element(self, name, values, value, kind=None):
         """`array, period`: numbers that are broadcastable to a sample of `value`, in its order in memory."""
         full = torch.as_tensor(values).detach().expand(value.shape).flatten()[value.order]
-        return self.periodic(name, full, (1, value.shape[0]), kind or ("f32" if value.kind == "f32" else "i32"))
+        return self.periodic(name, full, (1, value.shape[0]), kind or ("f32" if value.kind == "f32" else "cur"))
 
     def periodic(self, name, full, periods, kind, width=1):
         """`array, period` of numbers [n * width], stored as the shortest of the periods that they repeat in."""
@@ -142,17 +146,21 @@ class Program:
 
     # buffers
 
+    def bytes_of(self, kind):
+        """Bytes of a value."""
+        return self.current_bits // 8 if kind == "cur" else np.dtype(NUMPY_TYPES[kind]).itemsize
+
     def buffer(self, name, kind, size):
         """The name of a static buffer."""
         name = self.fresh(name)
         self.buffers.append(f"static {C_TYPES[kind]} {name}[{size}];\n")
-        self.ram += size * np.dtype(NUMPY_TYPES[kind]).itemsize
+        self.ram += size * self.bytes_of(kind)
         return name
 
     def value(self, name, kind, shape, order=None, start=0):
         """A Value with a buffer of its own. Currents share one array, each as long as it is read (`layout`)."""
         order = canonical_order(shape) if order is None else order
-        if kind == "i32" and self.part == "step":
+        if kind == "cur" and self.part == "step":
             name = self.fresh(name)
             self.currents[name] = [len(order), len(self.parts["step"]), len(self.parts["step"])]
         else:
@@ -171,8 +179,8 @@ class Program:
         return max((end for _, end, *_ in placed), default=0), [start for start, *_ in placed]
 
     def memory(self):
-        """Bytes of memory that the program takes: all buffers, the currents, and a row of weights."""
-        return self.ram + 4 * (self.layout()[0] + self.row)
+        """Bytes of memory that the program takes: all buffers, the currents, a row of weights, and a list of spikes."""
+        return self.ram + self.bytes_of("cur") * (self.layout()[0] + self.row) + BYTES_OF_SPIKE * self.places
 
     # statements
 

@@ -45,9 +45,9 @@ WORDS = {  # what NIR has no node for, in words
 def write_nir(snn, path, images=None):
     """Write a converted network, a SpikeDAGModule, as a file of NIR, and return a line that says so.
 
-    images: [B, C, H, W], whose shape is that of the network's inputs; None if the network knows it. Raises ValueError
-    if nir is missing or too old, for a network that is not converted, and, naming the layer, for what NIR cannot hold;
-    OSError if the file cannot be written. The file is written whole or not at all.
+    images: [B, C, H, W], also as a tuple of one, whose shape is that of the network's inputs; None if the network knows
+    it. Raises ValueError if nir is missing or too old, for a network that is not converted, and, naming the layer, for
+    what NIR cannot hold; OSError if the file cannot be written. The file is written whole or not at all.
     """
     check_nir()
     check_writable(path)
@@ -98,12 +98,17 @@ def check_network(snn):
 
 
 def one_sample(snn, images):
-    """An input [1, C, H, W]. Raises ValueError if its shape is not known."""
+    """An input [1, C, H, W]. images: [B, C, H, W], also as a tuple of one, or None. ValueError for an unknown shape."""
     if images is not None:
-        return images[:1].cpu().float()
+        return of_one_input(images)[:1].cpu().float()
     if snn.preprocessing is None:
         raise ValueError("the network does not hold the shape of its inputs: give images, or --input_shape")
     return torch.zeros(1, *snn.preprocessing["input_shape"])
+
+
+def of_one_input(images):
+    """Images [B, C, H, W], which the scripts give as a tuple of one, since networks may have several inputs."""
+    return images[0] if isinstance(images, tuple) else images
 
 
 def values_of_a_step(snn, sample):

@@ -34,6 +34,11 @@ def write_onnx(snn, path, images=None, pairs=True):
     return f"Save the ONNX file in {path} ({size:,} bytes): {command_for(written, path)}"
 
 
+def write_onnx_single(snn, path, images=None):
+    """`write_onnx` with spikes of 0 and 1, for runtimes that multiply in TF32, as onnxruntime does on GPUs."""
+    return write_onnx(snn, path, images, pairs=False)
+
+
 def form_for(snn, pairs):
     """The class that writes a network through time."""
     from export.onnx_pairs import LoopOverPairs, layers_that_fit

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from export.nir_graph import one_sample
+from export.nir_graph import of_one_input, one_sample
 from export.paicore_layers import core_layers, core_rows, rows_in_bits
 from hw_constraints import core_table, refuse_cores
 from runtime.files import check_folder, write_folder
@@ -32,17 +32,20 @@ SIMULATED = 2  # images that PAIBox simulates before anything is written
 def write_paicore(snn, path, images=None):
     """Write the configuration of PAICORE's cores into the folder `path`, and return a line that says so.
 
-    images: [B, C, H, W]; the first two are simulated by PAIBox. None for random ones, if the network knows their shape.
-    The table of cores is printed first. Raises ValueError if paibox is missing, for what the chip cannot hold (the
-    layer is named), and if PAIBox's simulation sends another spike; OSError if the folder refuses files. The folder is
-    written whole or not at all.
+    images: [B, C, H, W], also as a tuple of one; the first two are simulated by PAIBox. None for random ones, if the
+    network knows their shape. The table of cores is printed first. Raises ValueError if paibox is missing, for what the
+    chip cannot hold (the layer is named), and if PAIBox's simulation sends another spike; OSError if the folder refuses
+    files. The folder is written whole or not at all.
     """
     check_packages("--paibox", "paibox")
     check_folder(path)
     import paibox
 
     snn = copy.deepcopy(snn).cpu().eval()
-    images = torch.rand_like(one_sample(snn, None)) if images is None else images[:SIMULATED].cpu().float()
+    if len(snn.inputs_nodes) > 1:
+        raise ValueError(f"the network has {len(snn.inputs_nodes)} inputs, export a network of one to PAICORE")
+    images = torch.rand_like(one_sample(snn, None)) if images is None else of_one_input(images)
+    images = images[:SIMULATED].cpu().float()
     trains = spike_trains(snn, images)
     hosts, layers = core_layers(snn, trains)
     check_cores(hosts, layers)

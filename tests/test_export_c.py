@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import export.c
 from build_network import example_net, resnet20
-from export.c import write_c
+from export.c import bits_of_currents, write_c
 from export.c_functions import FUNCTIONS, NEEDED, TYPES, functions
 from export.c_program import Program, pack, separate
 from transformer.saved import make_vectors
@@ -199,16 +200,45 @@ class TwoInputs(nn.Module):
         return self.scores(torch.cat([maps.flatten(1), codes], 1)), self.map(maps)
 
 
-@needs_compiler
-def test_several_inputs_and_outputs(tmp_path):
+def with_two_inputs():
+    """A converted network and its inputs."""
     from ann_parser import parse_ann_model
     from snn_weight_setter import trans_ann2snn_weight
 
     torch.manual_seed(6)
     inputs = torch.rand(4, 1, 4, 4), torch.rand(4, 5)
     dag = parse_ann_model(TwoInputs().eval(), inputs)
-    snn = trans_ann2snn_weight(dag, [(inputs, None)], torch.device("cpu"), 6, 4)
-    assert_replays(snn, inputs, tmp_path)
+    return trans_ann2snn_weight(dag, [(inputs, None)], torch.device("cpu"), 6, 4), inputs
+
+
+@needs_compiler
+def test_places_beyond_16_bits(tmp_path):
+    images = torch.rand(2, 1, 1, 2**15 + 4)
+    net = nn.Sequential(conv(1, 1), nn.ReLU(), conv(1, 1), nn.ReLU(), nn.AvgPool2d((1, 9)), nn.Flatten())
+    assert_replays(convert(net, images, 2), images[:1], tmp_path)
+
+
+@needs_compiler
+@pytest.mark.parametrize("most, bits", [(2**15 - 1, 16), (1, 32)])
+def test_currents_take_16_bits_where_these_hold_them(monkeypatch, most, bits, tmp_path):
+    monkeypatch.setattr(export.c, "MOST_IN_INT16", most)
+    net, images = small_model("shortcuts")
+    assert_replays(convert(net, images, 6), images[:2], tmp_path)
+    assert f"typedef int{bits}_t current_t;" in (tmp_path / "snn.c").read_text()
+
+
+def test_the_largest_current_decides_on_their_bits():
+    net, images = small_model("shortcuts")
+    snn = convert(net, images, 6)
+    assert bits_of_currents(snn) == 16
+    for largest, bits in ((2**15 - 1, 16), (2**15, 32)):
+        snn.neurons()["relu2"].largest_current = largest
+        assert bits_of_currents(snn) == bits
+
+
+@needs_compiler
+def test_several_inputs_and_outputs(tmp_path):
+    assert_replays(*with_two_inputs(), tmp_path)
 
 
 @needs_compiler
@@ -394,9 +424,9 @@ def test_currents_that_are_alive_together_do_not_share_memory(data):
 
 def test_every_function_has_its_types():
     for base, text in FUNCTIONS.items():
-        name = base + ("_u8_i32" if "_IN_OUT(" in text else "_i32" if "_IN(" in text else "")
-        assert re.search(rf"\b{name}\(", functions([name])) and not re.search(r"\b(IN|OUT)\b", functions([name]))
-    assert set(NEEDED) <= set(FUNCTIONS) and set(TYPES) == {"u8", "i32", "f32"}
+        name = base + ("_u8_cur" if "_IN_OUT(" in text else "_cur" if "_IN(" in text else "")
+        assert re.search(rf"\b{name}\(", functions([name])) and not re.search(r"\b(IN|OUT|WIDE)\b", functions([name]))
+    assert set(NEEDED) <= set(FUNCTIONS) and set(TYPES) == {"u8", "i32", "cur", "f32"}
 
 
 @needs_compiler

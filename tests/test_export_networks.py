@@ -4,6 +4,7 @@ Each is compared spike for spike where the format can hold it, and refused with 
 """
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from test_export_onnx import assert_same, assert_same_steps
 from test_export_paicore import needs_paibox, simulate_cores
 
 from build_network import get_net_by_name
+from export.formats import write_exports
 from export.nir_graph import write_nir
 from export.onnx_ann import write_onnx_ann
 from export.paicore import Mapped, spike_trains
 from export.paicore_layers import core_layers
+from script_options import EXPORTS
 
 DEBUG = {"debug_net0": (1, 6, 6), "debug_net1": (1, 6, 6), "debug_net2": (2, 4, 4), "debug_net3": (1, 6, 6)}
 ON_CORES = [name for name in DEBUG if name not in ("debug_net0", "debug_net3")]
@@ -122,3 +125,16 @@ def test_what_nir_does_not_hold_is_refused_by_name(snns, tmp_path):
     with pytest.raises(ValueError, match=message):
         write_nir(snn, str(tmp_path / "net.nir"), images)
     assert not (tmp_path / "net.nir").exists()
+
+
+@pytest.mark.parametrize("export", EXPORTS, ids=lambda export: export.flag)
+def test_every_flag_writes_its_file(snns, export, tmp_path, capsys):
+    """As the scripts do: images come as a tuple, one for each input."""
+    if any(importlib.util.find_spec(package) is None for package in export.packages):
+        pytest.skip(f"needs {export.packages}")
+    snn, images = snns("debug_net1")
+    path = tmp_path / "written"
+    flags = {each.flag: None for each in EXPORTS} | {export.flag: str(path)}
+    write_exports(SimpleNamespace(**flags), snn, (images,))
+    assert path.is_dir() if export.metavar == "DIR" else path.stat().st_size > 0
+    assert str(path) in capsys.readouterr().out

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from helpers import conv, convert, reading, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_export_c import with_two_inputs
 from torch import nn
 
 import export.nir_graph
@@ -267,6 +268,7 @@ def test_what_is_no_converted_network_is_refused(tmp_path):
 
     ann = parse_ann_model(net, (images,))
     assert refusal_of(ann, images, tmp_path) == "the network has no neurons, convert it first (ann2snn.py)"
+    assert refusal_of(*with_two_inputs(), tmp_path) == "the network has 2 inputs, importers of NIR take one"
 
 
 @needs_nir

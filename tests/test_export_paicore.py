@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from helpers import conv, convert, reading, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_export_c import with_two_inputs
 from torch import nn
 
 import hw_constraints
@@ -237,6 +238,13 @@ def test_paibox_sends_the_same_spikes_and_needs_as_many_cores(name, options):
     files, info = network.files()
     assert info["n_core_required"] == core_table(core_rows(hosts, layers))[1]
     assert "config_all.bin" in files
+
+
+@needs_paibox
+def test_several_inputs_are_refused(tmp_path):
+    snn, images = with_two_inputs()
+    with pytest.raises(ValueError, match="has 2 inputs, export a network of one to PAICORE"):
+        write_paicore(snn, str(tmp_path / "chip"), images)
 
 
 @needs_paibox

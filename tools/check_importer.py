@@ -131,7 +131,11 @@ def networks():
     loader = [(small, torch.zeros(len(small)).long())]
     for options in ({}, {"reset_mode": "zero"}):
         snn = convert_network(Residual(), loader, **options, **fixed).snn
-        yield " ".join(["residual network", *(f"{key}={value}" for key, value in options.items())]), snn, small
+        name = " ".join(["residual network", *(f"{key}={value}" for key, value in options.items())])
+        yield name, snn, small
+        for neuron in [*snn.neurons().values()][1:]:
+            neuron.initial_potential.fill_(int(neuron.Vthr.max()) + 2)
+        yield f"{name}, starting above Vthr", snn, small
 
 
 def main(importer):
