@@ -13,7 +13,7 @@ from tqdm import tqdm
 from hw_constraints import HARDWARE, bitwidths_by_name, hardware_layers, hardware_table, violations
 from options import DEFAULT_CHIP, FLOAT_BITS
 from pipeline import versions
-from reports.accuracy import accuracy_facts, class_facts
+from reports.accuracy import accuracy_facts, class_facts, share
 from reports.alternatives import (
     CONTROL,
     alternatives,
@@ -79,6 +79,7 @@ def analyse(args, made, loaders, device):
         "analysis_images": len(reported),
         "validation": chosen_on.facts(),
         "calibration_images": calibration_images(args),
+        "ann_of_analysis": share((reported.expected.argmax(1) == reported.targets).cpu().numpy()),
         "accuracy": accuracy,
         "classes": class_facts(made.accuracies, getattr(loaders[0].dataset, "classes", None)),
         "output_error": output_errors(qnet, snn, reported),
