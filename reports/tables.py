@@ -96,7 +96,7 @@ def alternatives_table(result):
         numbers = f"{each['top1']:.1f}", *cells[flags], f"{each['error']:.1f}", f"{each['same_class']:.1f}"
         cost = each["duration"]["interval"], each["duration"]["latency"], "yes" if each["fits"] else "no"
         rows.append((flags, *numbers, *cost, f"{each['cpu_seconds']:.1f}", each["note"]))
-    own = f"calibrated on {result['calibration_images']} images each"
+    own = f"calibrated on {result['calibration_images']} images each, unless noted"
     listed = table(rows, f"Other flags on {on_which(result)}, {own}; p for all of them (McNemar, Holm)")
     return listed + reported_table(result)
 

@@ -19,6 +19,7 @@ import ann2snn
 from datasets import get_dataset
 from options import defaults
 from pipeline import options_by_name
+from reports.analysis import next_command
 from reports.command import command_of, command_with
 from reports.drawing import (
     COLOURS,
@@ -260,6 +261,20 @@ def test_the_command_of_other_flags(capsys):
     assert (again.timesteps, again.finetune_epochs) == (16, 0)
     preset = ann2snn.parse_args(command_with(args, "--preset exact", "next").split()[2:])
     assert (preset.preset, preset.listen, preset.weight_bitwidth, preset.timesteps) == ("exact", 8, 8, 8)
+
+
+def test_what_to_try_next_without_anything_better():
+    tried = {"as asked for": {}}
+    commands = [
+        next_command(flags_of(*argv.split()), tried, None, samples)["command"]
+        for argv, samples in (("", 10_000), ("--try_presets", 10_000), ("--try_presets", 359), ("--try_presets", 200))
+    ]
+    assert [command.removeprefix("python3 ann2snn.py example_net ") for command in commands] == [
+        "--try_presets --report next_report",
+        "--analysis_images 512 --try_presets --report next_report",
+        "--analysis_images 179 --try_presets --report next_report",
+        "--seed 1 --try_presets --report next_report",
+    ]
 
 
 def test_presets_stand_for_their_options():
