@@ -56,6 +56,15 @@ FIGURES = ["accuracy", "alternatives", "classes", "density", "error_parts", "fir
 FIGURES += ["pareto", "repaired_layers", "weights"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These networks are so small that a second thread costs more than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # error parts
 
