@@ -266,7 +266,8 @@ def presets(args, net, trained=None):
             again = requantized(net, namespace.weight_bitwidth, namespace.per_channel in ("weights", "both"))
             found[f"--preset {name}"] = Alternative(again, conversion_changes(namespace))
         elif trained is not None:
-            found[f"--preset {name}"] = Alternative(train=lambda namespace=namespace: trained(namespace))
+            note = f"trained, calibrated on up to {namespace.calibration_samples} images"
+            found[f"--preset {name}"] = Alternative(train=lambda namespace=namespace: trained(namespace), note=note)
     return found
 
 

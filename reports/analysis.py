@@ -13,7 +13,7 @@ from tqdm import tqdm
 from hw_constraints import HARDWARE, bitwidths_by_name, hardware_layers, hardware_table, violations
 from options import DEFAULT_CHIP, FLOAT_BITS
 from pipeline import versions
-from reports.accuracy import accuracy_facts, class_facts
+from reports.accuracy import accuracy_facts, class_facts, share
 from reports.alternatives import (
     CONTROL,
     alternatives,
@@ -79,6 +79,7 @@ def analyse(args, made, loaders, device):
         "analysis_images": len(reported),
         "validation": chosen_on.facts(),
         "calibration_images": calibration_images(args),
+        "ann_of_analysis": share((reported.expected.argmax(1) == reported.targets).cpu().numpy()),
         "accuracy": accuracy,
         "classes": class_facts(made.accuracies, getattr(loaders[0].dataset, "classes", None)),
         "output_error": output_errors(qnet, snn, reported),
@@ -194,7 +195,7 @@ def conclude(args, net, result):
     result["shown_layer"] = shown_layer(result)
     result["worst_layer"] = layer.names[0] if layer is not None and layer.kind == "one" else None
     result["verdict"] = verdict(result, layer, flags, name, len(net.weighted_layers()))
-    result["next"] = next_command(args, result["alternatives"], name)
+    result["next"] = next_command(args, result["alternatives"], name, result["samples"])
 
 
 def shown_layer(result):
@@ -223,8 +224,8 @@ def finetuned_on_spikes(result):
     return bool(result["flags"].get("spike_epochs") or result["flags"].get("spike_epochs_unlabelled"))
 
 
-def next_command(args, tried, name):
-    """The command to try next and why. name: the recommended flags, or None."""
+def next_command(args, tried, name, samples):
+    """The command to try next and why. name: the recommended flags, or None. samples: all test images."""
     if name is not None:
         test = tried[name]["test"]
         control, loses_fit = tried[CONTROL]["test"], tried[CONTROL]["fits"] and not tried[name]["fits"]
@@ -237,8 +238,14 @@ def next_command(args, tried, name):
     if not args.try_presets:
         command = command_of(args, NEXT_FOLDER, try_presets=True)
         return {"command": command, "reason": "no flag tried so far is significantly better; this tries the presets"}
-    command = command_of(args, NEXT_FOLDER, analysis_images=MORE_IMAGES * args.analysis_images)
-    return {"command": command, "reason": "nothing tried is significantly better; more images show smaller differences"}
+    images = min(MORE_IMAGES * args.analysis_images, samples // 2)  # half reports, and half may have to choose
+    if images > args.analysis_images:
+        command = command_of(args, NEXT_FOLDER, analysis_images=images)
+        reason = "nothing tried is significantly better; more images show smaller differences"
+        return {"command": command, "reason": reason}
+    command = command_of(args, NEXT_FOLDER, seed=args.seed + 1)
+    reason = "nothing tried is significantly better on as many images as there are; another seed shows what chance does"
+    return {"command": command, "reason": reason}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

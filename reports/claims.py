@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from options import FLOAT_BITS
 from reports.alternatives import CONTROL
-from reports.statistics import ALPHA, compare, from_hex, holm, visible_difference
+from reports.statistics import ALPHA, compare, from_hex, holm, p_in_words, visible_difference
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,12 @@ def loss_in_words(accuracy, timesteps):
         f"The spiking network answers {snn['top1']:.2f} % of {images} test images right, the float ANN "
         f"{ann['top1']:.2f} %: {change['points']:+.2f} points ({interval_in_words(change['interval'])}). "
     )
+    p = p_in_words(change["p"])
+    p = f"p < {p[1:]}" if p.startswith("<") else f"p = {p}"
     if change["p"] >= ALPHA:
-        return [words + f"These images show no difference between the two (p = {change['p']:.2g})."]
+        return [words + f"These images show no difference between the two ({p})."]
     direction = "loses accuracy" if change["points"] < 0 else "gains accuracy"
-    sentences = [words + f"So the conversion to {timesteps} timesteps {direction} (p = {change['p']:.2g})."]
+    sentences = [words + f"So the conversion to {timesteps} timesteps {direction} ({p})."]
     steps = {"the integer weights": "qnet-ann", "the spikes": "snn-qnet"}
     changes = {name: accuracy["differences"][key] for name, key in steps.items()}
     corrected = dict(zip(changes, holm([each["p"] for each in changes.values()])))

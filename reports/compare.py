@@ -18,6 +18,7 @@ from reports.accuracy import difference
 from reports.statistics import ALPHA, from_hex, holm, wilson
 
 FORM = 'an object with "name", "top1" and "samples"'
+DAMAGED = "is a damaged report.json"
 
 
 @dataclass
@@ -47,8 +48,10 @@ def read_runs(paths):
                 found = json.load(file)
         except OSError as error:
             raise OSError(f"cannot read {path} ({error.strerror}), which --compare names") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is no JSON ({error}), --compare takes {FORM}") from error
+        if found == []:
+            raise ValueError(f"{path} holds no run, --compare takes {FORM}")
         for each in found if isinstance(found, list) else [found]:
             runs.append(run_of(each, path))
     return runs
@@ -58,7 +61,10 @@ def run_of(found, path):
     """The Run of one object of a file. Raises ValueError, with the file, for missing or impossible values."""
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds {type(found).__name__}, --compare takes {FORM}")
-    known = of_report(found, path) or of_results(found, path) or of_other_tool(found, path)
+    try:
+        known = of_report(found, path) or of_results(found, path) or of_other_tool(found, path)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} {DAMAGED} ({type(error).__name__}: {error}), write it again") from error
     for key in ("top1", "samples"):
         if not is_number(known[key]):
             raise ValueError(f"{path} has no number {key}, --compare takes {FORM}")
@@ -68,7 +74,21 @@ def run_of(found, path):
     for key in ("timesteps", "synops"):
         if known[key] is not None and not (is_number(known[key]) and known[key] > 0):
             raise ValueError(f"{path} has {key} {known[key]!r}, give a number above 0 or leave it out")
-    return Run(**{**known, "name": str(known["name"]), "images": int(images)})
+    run = Run(**{**known, "name": str(known["name"]), "images": int(images)})
+    check_answers(run, path)
+    return run
+
+
+def check_answers(run, path):
+    """Raise ValueError if the answers of a report do not belong to its number of images."""
+    if run.right is None:
+        return
+    try:
+        hits = int(from_hex(run.right, run.images).sum())
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} {DAMAGED} (answers: {error}), write it again") from error
+    if hits != run.hits:
+        raise ValueError(f"{path} {DAMAGED} ({hits} right answers, top1 says {run.hits}), write it again")
 
 
 def is_number(value):

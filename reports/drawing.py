@@ -14,6 +14,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -64,6 +65,17 @@ def label(name, path):
 def plain_text(text):
     """A text that matplotlib shows as it is; it would read $...$ as mathematics."""
     return text.replace("$", r"\$")
+
+
+def luminance(colour):
+    """The relative luminance of a colour, 0 (black) to 1 (white), as WCAG 2 defines it."""
+    parts = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(colour)]
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+
+def readable_on(ground):
+    """Black or white, whichever has more contrast on a colour; it is at least 4.58, and AA asks for 4.5."""
+    return "#000000" if luminance(ground) > 0.179 else "#ffffff"  # there (L + 0.05) / 0.05 = 1.05 / (L + 0.05)
 
 
 def bars_height(count):

@@ -23,7 +23,7 @@ def draw_charts(result, samples):
     images, layers, tried = result["analysis_images"], result["layers"], result["alternatives"]
     charts = {
         "accuracy": accuracy_chart(result["accuracy"]),
-        "pareto": pareto_chart(tried, result["compare"], result["accuracy"]["ann"]["top1"], images),
+        "pareto": pareto_chart(tried, result["compare"], result["ann_of_analysis"]["top1"], images),
         "alternatives": alternatives_chart(result),
         "error_parts": error_chart(layers, images),
         "firing_rate": rates_chart(layers, result["samples"]),
@@ -55,7 +55,7 @@ def repairs_chart(result):
     """Float weights in one layer against the conversion as asked for."""
     caption = (
         f"Change of accuracy where one layer alone keeps its float weights, on {on_which(result)}, with paired 95 % "
-        "intervals, not corrected for their number. A layer far to the right loses much by rounding."
+        "intervals, not corrected for their number. A layer whose interval lies right of zero loses by rounding."
     )
     names = {name: label(name, each["path"]) for name, each in result["operations"].items()}
     return changes_chart(result["repaired"], "What float weights in a single layer change", caption, names)

@@ -73,7 +73,12 @@ def section(title, *parts):
 
 
 def paragraphs(sentences):
-    return "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
+    return "".join(f"<p>{in_html(sentence)}</p>" for sentence in sentences)
+
+
+def in_html(text):
+    """An escaped text whose flags stay whole: a browser would break a line behind their hyphens."""
+    return re.sub(r"(?<![\w-])--\w+", lambda flag: f'<span class="flag">{flag[0]}</span>', escape(text))
 
 
 def picture(pictures, name):
@@ -109,7 +114,7 @@ def answer(title, big, words):
     """A box with one number in large letters."""
     return (
         f'<div class="answer"><h2>{escape(title)}</h2><p class="big">{escape(big)}</p>'
-        f'<p class="note">{escape(words)}</p></div>'
+        f'<p class="note">{in_html(words)}</p></div>'
     )
 
 
@@ -132,7 +137,7 @@ def timesteps_answer(result):
     fewest, images, T = result["accuracy"]["fewest_timesteps"], result["samples"], result["flags"]["timesteps"]
     title = "Timesteps within 1 point of the ANN"
     if fewest["measured"] is None:
-        return title, f"more than {T}", f"measured on {images} test images"
+        return title, f"more than T = {T}", f"measured on {images} test images"
     sure = f"the 95 % interval agrees from T = {fewest['sure']} on"
     if fewest["sure"] is None:
         sure = f"more images are needed to be sure, the 95 % interval is too wide up to T = {T}"
@@ -154,12 +159,13 @@ def energy_answer(result):
 def chip_answer(result):
     """Whether the network fits the chip."""
     hardware = result["hardware"]
-    asked = "the chip asked for" if hardware["is_asked_for"] else "the default chip; --hardware names one"
+    asked = "the chip asked for" if hardware["is_asked_for"] else "the default chip (--hardware takes another)"
     if not hardware["over"]:
         return f"Hardware {hardware['name']}", "fits", f"every layer is within the limits of {asked}"
     over = hardware["over"]
     names = ", ".join(over[:3]) + (", ..." if len(over) > 3 else "")
-    return f"Hardware {hardware['name']}", "does not fit", f"{len(over)} over the limits of {asked}: {names}"
+    layers = "1 layer exceeds" if len(over) == 1 else f"{len(over)} layers exceed"
+    return f"Hardware {hardware['name']}", "does not fit", f"{layers} the limits of {asked}: {names}"
 
 
 def next_step(result):
@@ -167,8 +173,8 @@ def next_step(result):
     step = result["next"]
     return (
         '<div class="next"><h2>Try next</h2>'
-        f'<div class="copy"><code>{escape(step["command"])}</code><button type="button">Copy</button></div>'
-        f'<p class="note">{escape(step["reason"][:1].upper() + step["reason"][1:])}.</p></div>'
+        f'<div class="copy"><code>{in_html(step["command"])}</code><button type="button">Copy</button></div>'
+        f'<p class="note">{in_html(step["reason"][:1].upper() + step["reason"][1:])}.</p></div>'
     )
 
 

@@ -105,8 +105,9 @@ def density_chart(pairs, layers, images):
         panels.append(Panel(draw, width=3.4, height=2.9, title=label(name, layers[name]["path"])))
     caption = (
         f"Each dot counts neurons (darker: more), on {images} test images. On the dotted diagonal the decoded spikes "
-        "equal the float ANN's activation. The dashed line is lambda, one spike at every step; spikes cannot represent "
-        "larger activations." + (f" {len(panels)} of {len(pairs)} layers." if len(panels) < len(pairs) else "")
+        "equal the float ANN's activation. The dashed line is lambda, one spike at every step (the largest lambda, if "
+        "channels differ); spikes cannot represent larger activations."
+        + (f" {len(panels)} of {len(pairs)} layers." if len(panels) < len(pairs) else "")
     )
     return Chart("Decoded spikes against the ANN's activations", caption, panels, columns=3)
 

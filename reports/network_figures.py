@@ -3,11 +3,12 @@
 from functools import partial
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.ticker import EngFormatter, LogLocator
 
 from reports.alternatives import CONTROL
 from reports.claims import differences
-from reports.drawing import COLOURS, INK, PAPER, SOFT, WIDTH, Chart, Panel, bars_height, label, plain_text
+from reports.drawing import COLOURS, INK, PAPER, SOFT, WIDTH, Chart, Panel, bars_height, label, plain_text, readable_on
 
 MOST_CLASSES = 20  # more do not fit a panel; those that change most are shown
 MOST_CELLS = 12  # classes up to which a confusion matrix has numbers
@@ -83,7 +84,7 @@ def draw_pareto(axis, points, others, ann_top1):
         style = {"color": colour, "marker": markers[i % len(markers)], "ms": 7, "mfc": colour if is_own else PAPER}
         error = [[max(0, top1 - low)], [max(0, high - top1)]]
         axis.errorbar(synops, top1, error, **style, linestyle="", elinewidth=1, capsize=2, label=plain_text(name))
-    axis.axhline(ann_top1, color=SOFT, linestyle="--", linewidth=1, label="float ANN (all test images)")
+    axis.axhline(ann_top1, color=SOFT, linestyle="--", linewidth=1, label="float ANN")
     values = [point[3] for point in (*points, *others)]
     if values and max(values) > 4 * min(values):
         axis.set_xscale("log")
@@ -133,10 +134,11 @@ def draw_confusion(axis, matrix, names):
     """A confusion matrix as an image, in percent of each row; numbers are counts of images, zeros left out."""
     shares = 100 * matrix / matrix.sum(1, keepdims=True).clip(1)
     axis.grid(False)
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
+    colours = colormaps["Blues"]
+    axis.imshow(shares, cmap=colours, vmin=0, vmax=100, interpolation="nearest")
     if len(matrix) <= MOST_CELLS:
         for row, column in zip(*np.nonzero(matrix)):
-            colour = "#ffffff" if shares[row, column] > 50 else "#202024"
+            colour = readable_on(colours(shares[row, column] / 100))
             axis.text(column, row, matrix[row, column], ha="center", va="center", fontsize=8, color=colour)
     if len(matrix) <= MOST_CLASSES:
         ticks = [plain_text(name)[:12] for name in names]

@@ -57,17 +57,19 @@ def validation_sample(loaders, most, args, device):
 
     loaders: (test, validation, training, calibration) as `datasets.get_dataset` returns them. In this order: images of
     --val_share, training images that calibrated nothing, test images that `reported_sample` left, calibration images.
+    With --try_presets, test images come before training images: presets that train would be right on those by heart.
     """
     test, val, _, calibration = loaders
-    trained = bool(args.finetune_epochs or args.spike_epochs)
+    trained = bool(args.finetune_epochs or args.spike_epochs or args.try_presets)
+    enough = min(most, FEWEST)
     held_out = behind_calibration(calibration, args.calibration_samples)
     left = random_order(range(len(test.dataset)), args.seed)[most:]
-    if val is not None and count_batches(val) and len(val.dataset) >= min(most, FEWEST):
+    if val is not None and count_batches(val) and len(val.dataset) >= enough:
         return Sample(*choose_images(val.dataset, most, args.seed, device), words="validation images (--val_share)")
-    if len(held_out) >= min(most, FEWEST):
+    if len(held_out) >= enough and not (args.try_presets and len(left) >= enough):
         words = "training images that calibrated nothing" + (", though finetuning has seen them" if trained else "")
         return Sample(*choose_images(calibration.dataset, most, args.seed, device, held_out), words=words)
-    if len(left) >= min(most, FEWEST):
+    if len(left) >= enough:
         return Sample(*take(test.dataset, sorted(left[:most]), device), words="test images apart from the others")
     return Sample(*choose_images(calibration.dataset, most, args.seed, device), words="calibration images")
 

@@ -63,6 +63,11 @@ def fisher(first, second):
     return float(stats.fisher_exact(table).pvalue)
 
 
+def p_in_words(p):
+    """A p-value with two digits; how far below 0.001 it lies means little."""
+    return "<0.001" if p < 0.001 else f"{p:.2g}"
+
+
 def holm(p_values):
     """p-values corrected for their number, in their order (Holm, Scandinavian Journal of Statistics 1979)."""
     order = np.argsort(p_values, kind="stable")

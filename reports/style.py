@@ -27,6 +27,7 @@ a { color: var(--link); }
 .next { background: var(--box); padding: 0.5rem 0.8rem; margin: 0.6rem 0; }
 .next p { margin: 0.3rem 0; }
 .copy { display: flex; gap: 0.5rem; align-items: start; flex-wrap: wrap; }
+.flag { white-space: nowrap; }
 code { font: 0.85rem/1.45 ui-monospace, monospace; }
 .copy code { flex: 1 1 16rem; background: var(--paper); border: 1px solid var(--grid); padding: 0.4rem 0.6rem; }
 button { font: inherit; color: inherit; background: var(--paper); border: 1px solid var(--soft); border-radius: 4px;
@@ -70,7 +71,7 @@ for (const button of document.querySelectorAll(".copy button")) {
 }
 for (const table of document.querySelectorAll("table.sorts")) {
   const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
-  const value = (row, i) => row.cells[i].textContent.replaceAll(",", "");
+  const value = (row, i) => row.cells[i].textContent.replace(/[,<]/g, "");
   heads.forEach((head, i) => {
     const button = document.createElement("button");
     button.append(...head.childNodes);

@@ -5,12 +5,20 @@ from html import escape
 from reports.alternatives import CONTROL
 from reports.claims import differences
 from reports.errors import PARTS
-from reports.statistics import holm
+from reports.statistics import holm, p_in_words
+
+TEXTS = ("module path", "note")  # columns of text, even where it starts with a digit
+MICRO = 1e6  # microjoules in a joule
 
 
 def table(rows, caption, sorts=True):
-    """A table of rows of cells; the first row is the head, and columns of numbers are right-aligned."""
-    numeric = [all(looks_numeric(row[i]) for row in rows[1:]) for i in range(len(rows[0]))]
+    """A table of rows of cells; the first row is the head, and columns of numbers are right-aligned.
+
+    Columns that are empty below their head are left out.
+    """
+    filled = [i for i in range(len(rows[0])) if len(rows) == 1 or any(row[i] != "" for row in rows[1:])]
+    rows = [[row[i] for i in filled] for row in rows]
+    numeric = [name not in TEXTS and all(looks_numeric(row[i]) for row in rows[1:]) for i, name in enumerate(rows[0])]
 
     def line(row, tag):
         cells = []
@@ -33,7 +41,7 @@ def table(rows, caption, sorts=True):
 def looks_numeric(cell):
     """Whether a cell is a number, or a placeholder for one."""
     text = str(cell).replace(",", "").replace("...", "")
-    return text in ("", "-", "float") or text.lstrip("+-")[:1].isdigit()
+    return text in ("", "-", "float") or text.lstrip("+-<")[:1].isdigit()
 
 
 def span(interval, form=".1f"):
@@ -58,7 +66,7 @@ def differences_table(result):
     for key, name in names.items():
         each = result["accuracy"]["differences"][key]
         counts = (each.get("gained", "-"), each.get("lost", "-"))
-        rows.append((name, f"{each['points']:+.2f}", span(each["interval"], "+.2f"), *counts, f"{each['p']:.3g}"))
+        rows.append((name, f"{each['points']:+.2f}", span(each["interval"], "+.2f"), *counts, p_in_words(each["p"])))
     paired = result["accuracy"]["paired"]
     test = "McNemar's test, mid-p" if paired else "the loader shuffles: unpaired intervals, Fisher's exact test"
     return table(rows, f"Differences on the same {result['samples']} test images ({test})", sorts=False)
@@ -73,7 +81,7 @@ def changes(results):
     found = differences(results)
     corrected = holm([each.p for each in found.values()])
     cells = {
-        name: (f"{each.points:+.1f}", span(each.interval, "+.1f"), f"{p:.2g}")
+        name: (f"{each.points:+.1f}", span(each.interval, "+.1f"), p_in_words(p))
         for (name, each), p in zip(found.items(), corrected)
     }
     return {CONTROL: ("-", "-", "-"), **cells}
@@ -88,7 +96,7 @@ def alternatives_table(result):
         numbers = f"{each['top1']:.1f}", *cells[flags], f"{each['error']:.1f}", f"{each['same_class']:.1f}"
         cost = each["duration"]["interval"], each["duration"]["latency"], "yes" if each["fits"] else "no"
         rows.append((flags, *numbers, *cost, f"{each['cpu_seconds']:.1f}", each["note"]))
-    own = f"calibrated on {result['calibration_images']} images each"
+    own = f"calibrated on {result['calibration_images']} images each, unless noted"
     listed = table(rows, f"Other flags on {on_which(result)}, {own}; p for all of them (McNemar, Holm)")
     return listed + reported_table(result)
 
@@ -96,6 +104,8 @@ def alternatives_table(result):
 def reported_table(result):
     """The same conversions on test images, with their synaptic operations."""
     rows = [("flags", "top-1 %", "95 % interval", "synaptic operations")]
+    ann = result["ann_of_analysis"]
+    rows.append(("float ANN", f"{ann['top1']:.1f}", span(ann["interval"]), "-"))
     for flags, each in result["alternatives"].items():
         test = each["test"]
         rows.append((flags, f"{test['top1']:.1f}", span(test["interval"]), f"{test['synops']:,.0f}"))
@@ -135,7 +145,7 @@ def classes_table(result):
     for each, p in zip(found, corrected):
         change = each["change"]
         numbers = f"{each['ann']['top1']:.1f}", f"{each['snn']['top1']:.1f}", f"{change['points']:+.1f}"
-        rows.append((names[each["class"]], change["images"], *numbers, span(change["interval"], "+.1f"), f"{p:.2g}"))
+        rows.append((names[each["class"]], change["images"], *numbers, span(change["interval"], "+.1f"), p_in_words(p)))
     return table(rows, f"Accuracy by class on {result['samples']} test images; p for all classes (McNemar, Holm)")
 
 
@@ -180,16 +190,16 @@ def runs_table(result):
             rows.append((*first, "-", "-", "-", ""))
             continue
         by = "the same images" if change["paired"] else "different images"
-        rows.append((*first, f"{change['points']:+.2f}", span(change["interval"], "+.2f"), f"{change['p']:.2g}", by))
+        rows.append((*first, f"{change['points']:+.2f}", span(change["interval"], "+.2f"), p_in_words(change["p"]), by))
     return table(rows, "Runs compared, each on the images that the table names; p for all of them (Holm)")
 
 
 def energy_table(result):
-    """Joules per image with the constants of the estimate."""
-    rows = [("arithmetic", "pJ per accumulate", "pJ per MAC", "ANN, J per image", "SNN, J per image", "SNN / ANN")]
+    """Microjoules per image with the constants of the estimate."""
+    rows = [("arithmetic", "pJ per accumulate", "pJ per MAC", "ANN, µJ per image", "SNN, µJ per image", "SNN / ANN")]
     for name, each in result["energy"].items():
         ratio = f"{each['snn'] / each['ann']:.2f}" if each["ann"] else "-"
-        joules = f"{each['ann']:.3g}", f"{each['snn']:.3g}"
+        joules = (f"{MICRO * each[kind]:.3g}" for kind in ("ann", "snn"))
         rows.append((name, each["pj_per_ac"], each["pj_per_mac"], *joules, ratio))
     return table(rows, f"Energy of the arithmetic, from {result['analysis_images']} test images", sorts=False)
 
@@ -230,4 +240,9 @@ def flags_table(result):
 def range_in_words(values):
     """`least...largest` of a pair, or one number if both are equal."""
     least, most = values
-    return f"{least:.4g}" if least == most else f"{least:.4g}...{most:.4g}"
+    return short(least) if least == most else f"{short(least)}...{short(most)}"
+
+
+def short(value):
+    """A number with four digits, or all digits of a large one."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -19,6 +19,7 @@ from reference import quantized_ann, simulate
 
 import analyse_error
 import ann2snn
+import reports.analysis
 import reports.figures
 import spike_simulator
 from ann_parser import parse_ann_model
@@ -26,6 +27,7 @@ from build_network import get_net_by_name
 from conversion import integers
 from conversion.correction import bias_beyond, correct_spikes
 from dag_rewrites import prepare_conversion
+from datasets import get_dataset
 from networks.checkpoint import load_weights
 from pipeline import convert_by_options as convert_by_flags
 from quantization import quantize_finetune, quantize_layer
@@ -41,8 +43,10 @@ from reports.errors import PARTS, ErrorSums, decoded, split_error
 from reports.layers import choose_layers, spread
 from reports.observe import activations_on_spikes, node_values, observe
 from reports.samples import choose_images
+from reports.statistics import to_hex
 from runtime.cli import run_script
 from runtime.files import check_folder, write_folder
+from spike_dag import load_dag
 from spike_neurons import IFNeuron
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +54,15 @@ CHECKPOINT = "checkpoint/example_net_ann.pth"
 COMMAND = f"analyse_error.py --load {CHECKPOINT} example_net --finetune_epochs 10 --analysis_images 48"
 FIGURES = ["accuracy", "alternatives", "classes", "density", "error_parts", "firing_rate", "neurons", "operations"]
 FIGURES += ["pareto", "repaired_layers", "weights"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These networks are so small that a second thread costs more than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -427,6 +440,7 @@ def test_the_report_agrees_with_itself(run):
 
 def test_ann2snn_writes_the_same_report(tmp_path, monkeypatch):
     without_drawing(monkeypatch)
+    monkeypatch.setattr(reports.analysis, "SWEPT_BITS", (2, 8))
     flags = ["debug_net1", "--dataset", "debug0", "-e", "0", "--analysis_images", "8", "--sweep"]
     output = f"--save_file {tmp_path}/snn.pth --report {tmp_path}/new/report".split()
     ann2snn.main(ann2snn.parse_args([*flags, *output]))
@@ -435,12 +449,24 @@ def test_ann2snn_writes_the_same_report(tmp_path, monkeypatch):
     assert without_seconds(json.loads((tmp_path / "other/report.json").read_text())) == without_seconds(result)
     assert (result["net"], result["accuracy"]["ann"]["top1"]) == ("debug_net1", 100)
     assert {f"{name}.png" for name in [*FIGURES, "sweep"]} <= set(os.listdir(tmp_path / "new/report"))
-    assert list(result["sweep"]) == ["2", "3", "4", "6", "8"]
+    assert list(result["sweep"]) == ["2", "4", "8"]
     assert all(list(row) == ["1", "2", "4", "8", "16", "32"][-len(row) :] for row in result["sweep"].values())
     assert (tmp_path / "snn.pth").exists() and sorted(os.listdir(tmp_path / "new")) == ["report"]
     seconds = json.loads((tmp_path / "other/report.json").read_text())["seconds"]
     assert set(seconds["report_cpu"]) == {"layers", "repaired layers", "alternatives", "sweep", "neurons", "figures"}
     assert seconds["estimate"] > 0 and seconds["conversion"]["trans_ann2snn_weight"] > 0
+
+
+@pytest.mark.parametrize(
+    "bits, timesteps, expected",
+    [
+        (5, 16, ([2, 3, 4, 5, 6, 8], [2, 4, 8, 16, 32])),
+        (32, 12, ([2, 3, 4, 6, 8], [2, 4, 8, 12, 16])),
+        ((8, 4), 256, ([2, 3, 4, 6, 8], [16, 32, 64, 128, 256, 512])),
+    ],
+)
+def test_bits_and_timesteps_of_a_sweep(bits, timesteps, expected):
+    assert reports.analysis.swept_values(SimpleNamespace(weight_bitwidth=bits, timesteps=timesteps)) == expected
 
 
 def without_drawing(monkeypatch):
@@ -458,10 +484,31 @@ def without_seconds(result):
 
 def test_a_network_that_listens_to_windows_has_a_report(tmp_path, monkeypatch):
     without_drawing(monkeypatch)
+    monkeypatch.setattr(reports.analysis, "SWEPT_BITS", (2,))
     argv = f"debug_net1 --dataset debug0 -e 0 --listen auto --timesteps 4 --save_file {tmp_path}/snn.pth"
     ann2snn.main(ann2snn.parse_args(f"{argv} --report {tmp_path}/report --analysis_images 8 --sweep".split()))
     result = json.loads((tmp_path / "report/report.json").read_text())
-    assert "--listen 4" in json.dumps(result["alternatives"]) and list(result["sweep"]) == ["2", "3", "4", "6", "8"]
+    assert "--listen 4" in json.dumps(result["alternatives"]) and list(result["sweep"]) == ["2", "4"]
+
+
+@pytest.mark.slow
+def test_presets_that_train_are_those_of_their_own_runs(tmp_path, monkeypatch):
+    without_drawing(monkeypatch)
+    flags = ["debug_net1", "--dataset", "debug0", "--timesteps", "4", "--analysis_images", "8", "--save_file"]
+    asked_for = ["-e", "0", "--try_presets", "--report", f"{tmp_path}/report"]
+    ann2snn.main(ann2snn.parse_args([*flags, f"{tmp_path}/snn.pth", *asked_for]))
+    result = json.loads((tmp_path / "report/report.json").read_text())
+    tried = result["alternatives"]
+    assert {"--preset calibrated", "--preset finetuned", "--preset exact"} <= set(tried)
+    assert all(each["cpu_seconds"] > 0 for each in tried.values())
+    assert {tried[f"--preset {name}"]["note"].split(",")[0] for name in ("calibrated", "finetuned")} == {"trained"}
+    ann2snn.main(ann2snn.parse_args([*flags, f"{tmp_path}/again.pth", "--preset", "calibrated"]))
+    snn = load_dag(tmp_path / "again.pth")
+    dataset = get_dataset(SimpleNamespace(dataset="debug0", batch_size=128, test_batch_size=100))[0].dataset
+    images, targets = choose_images(dataset, 8, 0, "cpu")
+    with torch.no_grad():
+        right = snn(images).argmax(1) == targets
+    assert to_hex(right) == tried["--preset calibrated"]["test"]["right"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,23 +11,45 @@ import numpy as np
 import pytest
 import seaborn
 import torch
-from matplotlib.colors import to_hex, to_rgb
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from PIL import Image
 
 import ann2snn
 from datasets import get_dataset
 from options import defaults
 from pipeline import options_by_name
+from reports.analysis import next_command
 from reports.command import command_of, command_with
-from reports.drawing import COLOURS, VARIABLES, Chart, Panel, draw_panel, render_png, render_svgs, share_styles
-from reports.html import report_page
+from reports.drawing import (
+    COLOURS,
+    VARIABLES,
+    Chart,
+    Panel,
+    draw_panel,
+    luminance,
+    readable_on,
+    render_png,
+    render_svgs,
+    share_styles,
+)
+from reports.html import in_html, report_page
 from reports.layers import saturation
 from reports.network_figures import sweep_chart
 from reports.presets import other_presets, preset_namespace
 from reports.samples import validation_sample
 from reports.style import STYLE
-from reports.tables import table
+from reports.tables import short, table
 from script_options import CONVERSION, AnalysisOptions
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These networks are so small that a second thread costs more than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +103,9 @@ def test_the_page_answers_first_what_a_user_asks(run):
     assert "debug_net1 on debug0: a spiking network" in first and "Accuracy on 32 test images" in first
     for words in ("95 % interval", "Timesteps within 1 point", "Energy against the ANN", "Hardware v1.0", "Try next"):
         assert words in first
-    assert escape(run.result["next"]["command"]) in run.page and escape(run.result["verdict"][0]) in first
+    code = re.search("<code>(.*?)</code>", run.page)[1]
+    assert re.sub("<[^>]*>", "", code) == escape(run.result["next"]["command"])
+    assert escape(run.result["verdict"][0]) in first
     assert "standard deviation" not in run.page
 
 
@@ -114,12 +138,6 @@ def test_figures_are_named_and_tables_can_be_reached(run):
 
 def contrast(first, second):
     """WCAG's ratio of two colours."""
-    weights = np.array([0.2126, 0.7152, 0.0722])
-
-    def luminance(colour):
-        parts = np.array(to_rgb(colour))
-        return weights @ np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
-
     light, dark = sorted((luminance(first), luminance(second)), reverse=True)
     return (light + 0.05) / (dark + 0.05)
 
@@ -130,11 +148,25 @@ def test_both_modes_are_readable():
     for colours in (light, dark):
         for text in ("--ink", "--soft", "--link"):
             assert min(contrast(colours[text], colours[ground]) for ground in ("--paper", "--box")) >= 4.5
+        assert contrast(colours["--ink"], colours["--grid"]) >= 4.5  # where a table fades out on the right
     lines = ("--c0", "--c2", "--c3", "--line")
     assert min(contrast(colours[line], colours["--paper"]) for colours in (light, dark) for line in lines) >= 3
     assert tuple(map(to_hex, seaborn.color_palette("colorblind"))) == COLOURS
     for colour, variable in VARIABLES.items():
         assert light[variable] == colour, "a figure alone and in the page have the same colours"
+
+
+def test_luminance_and_text_on_colours():
+    assert [luminance(colour) for colour in ("#000000", "#ffffff")] == [0, pytest.approx(1)]
+    assert luminance("#777777") == pytest.approx(0.1845, abs=1e-4)  # the known grey of 4.48 : 1 on white
+    for share in np.linspace(0, 1, 101):
+        ground = colormaps["Blues"](share)
+        assert contrast(readable_on(ground), ground) >= 4.5
+
+
+def test_flags_are_not_broken_at_their_hyphens():
+    assert in_html("try --listen 8 & go") == 'try <span class="flag">--listen</span> 8 &amp; go'
+    assert in_html("a--b <x>") == "a--b &lt;x&gt;" and ".flag { white-space: nowrap; }" in STYLE
 
 
 def test_everything_that_a_user_names_is_escaped(run):
@@ -185,6 +217,14 @@ def test_a_table_keeps_its_first_column_and_sorts():
     assert "position: sticky" in STYLE and 'aria-label="Points on 3 images"' in text
 
 
+def test_texts_are_left_aligned_and_empty_columns_left_out():
+    text = table(
+        [("layer", "module path", "note", "p"), ("a", "0", "", "<0.001"), ("b", "3.conv", "", "1")], "of 3 images"
+    )
+    assert "<td>0</td>" in text and "note" not in text and "<td class=number>&lt;0.001</td>" in text
+    assert [short(value) for value in (0.050772, 985.0, 19390.0, 232400.0)] == ["0.05077", "985", "19,390", "232,400"]
+
+
 def test_saturated_and_silent_neurons_by_hand():
     saturated = torch.zeros(3, 2, 2)
     saturated[1], saturated[2, 0, 0] = 1.0, 0.1
@@ -232,6 +272,20 @@ def test_the_command_of_other_flags(capsys):
     assert (preset.preset, preset.listen, preset.weight_bitwidth, preset.timesteps) == ("exact", 8, 8, 8)
 
 
+def test_what_to_try_next_without_anything_better():
+    tried = {"as asked for": {}}
+    commands = [
+        next_command(flags_of(*argv.split()), tried, None, samples)["command"]
+        for argv, samples in (("", 10_000), ("--try_presets", 10_000), ("--try_presets", 359), ("--try_presets", 200))
+    ]
+    assert [command.removeprefix("python3 ann2snn.py example_net ") for command in commands] == [
+        "--try_presets --report next_report",
+        "--analysis_images 512 --try_presets --report next_report",
+        "--analysis_images 179 --try_presets --report next_report",
+        "--seed 1 --try_presets --report next_report",
+    ]
+
+
 def test_presets_stand_for_their_options():
     args = flags_of("--timesteps", "8", "--per_channel", "both", "--maxpool", "or", "--hold_back", "0.5")
     assert other_presets(args) == {"calibrated": True, "finetuned": True, "exact": True}
@@ -247,7 +301,8 @@ def test_presets_stand_for_their_options():
 
 
 def samples_of(**flags):
-    args = Namespace(**{"dataset": "digits", "finetune_epochs": 0, "spike_epochs": 0, "seed": 0, **flags})
+    plain = {"dataset": "digits", "finetune_epochs": 0, "spike_epochs": 0, "seed": 0, "try_presets": False}
+    args = Namespace(**{**plain, **flags})
     loaders = get_dataset(args)
     return loaders, validation_sample(loaders, 100, args, "cpu")
 
@@ -260,5 +315,7 @@ def test_flags_are_chosen_on_images_that_did_not_calibrate():
     assert "finetuning has seen them" in samples_of(calibration_samples=1000, finetune_epochs=1)[1].words
     loaders, sample = samples_of(calibration_samples=1438)
     assert sample.words == "test images apart from the others"
+    _, sample = samples_of(calibration_samples=1000, try_presets=True)
+    assert sample.words == "test images apart from the others"  # presets that train have seen the training images
     _, sample = samples_of(calibration_samples=10, val_share=0.2)
     assert sample.words == "validation images (--val_share)"

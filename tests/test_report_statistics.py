@@ -11,6 +11,7 @@ import torch
 from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from ann_parser import parse_ann_model
 from build_network import get_net_by_name
@@ -30,6 +31,7 @@ from reports.statistics import (
     from_hex,
     holm,
     mcnemar,
+    p_in_words,
     paired_interval,
     to_hex,
     unpaired_interval,
@@ -58,11 +60,15 @@ def test_mcnemar_is_counted(lost, gained):
     tail = sum(comb(n, k) for k in range(fewer)) + comb(n, fewer) / 2
     assert mcnemar(lost, gained) == pytest.approx(min(1.0, 2 * tail / 2**n))
     assert mcnemar(gained, lost) == mcnemar(lost, gained)
+    if lost != gained:  # mid-p is the exact test's p-value without one of the two tails' own probability
+        exact = stats.binomtest(lost, n, 0.5).pvalue
+        assert mcnemar(lost, gained) == pytest.approx(exact - stats.binom.pmf(lost, n, 0.5), abs=1e-9)
 
 
 def test_five_of_five_are_the_fewest_that_a_claim_needs():
     assert mcnemar(0, 5) == pytest.approx(1 / 32) and mcnemar(0, 4) == pytest.approx(1 / 16)
     assert (mcnemar(0, 0), mcnemar(3, 3)) == (1.0, 1.0)
+    assert [p_in_words(p) for p in (1.7e-65, 0.0123, 1.0)] == ["<0.001", "0.012", "1"]
 
 
 @pytest.mark.parametrize("lost, gained, images", [(0.08, 0.02, 60), (0.02, 0.02, 128), (0.2, 0.1, 40)])
@@ -114,6 +120,15 @@ def test_unpaired_differences():
     low, high = unpaired_interval((90, 100), (80, 100))
     assert low < -10 < high and low == pytest.approx(-20.0, abs=0.3) and high == pytest.approx(0.2, abs=0.3)
     assert fisher((90, 100), (80, 100)) == pytest.approx(0.073, abs=0.001)
+    tables = [comb(170, k) / comb(200, 100) * comb(30, 100 - k) for k in range(70, 101)]  # k of 100 right in the first
+    as_rare = sum(p for p in tables if p <= tables[90 - 70] * (1 + 1e-7))
+    assert fisher((90, 100), (80, 100)) == pytest.approx(as_rare, abs=1e-9)
+
+
+def test_newcombe_by_hand():
+    """The example of the paper (Newcombe, Statistics in Medicine 1998): 56 of 70 against 48 of 80."""
+    low, high = unpaired_interval((48, 80), (56, 70))
+    assert (low, high) == (pytest.approx(5.24, abs=0.005), pytest.approx(33.39, abs=0.005))
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=70))
@@ -293,6 +308,12 @@ def test_runs_are_read_and_compared(tmp_path):
         ('{"top1": 101, "samples": 3}', ["top1 101"]),
         ('{"top1": 90, "samples": 0}', ["0 samples"]),
         ('{"top1": 90, "samples": 10, "synops": -1}', ["synops -1"]),
+        ("[]", ["holds no run"]),
+        ("[" * 100_000, ["is no JSON"]),
+        ('{"samples": 8, "accuracy": {"snn": {"top1": 50}}, "operations": [1]}', ["damaged report.json"]),
+        ('{"samples": 8, "accuracy": {"snn": {"top1": 50}, "right": {"snn": "ff00"}}}', ["2 bytes do not hold"]),
+        ('{"samples": 8, "accuracy": {"snn": {"top1": 50}, "right": {"snn": 3}}}', ["damaged report.json"]),
+        ('{"samples": 8, "accuracy": {"snn": {"top1": 50}, "right": {"snn": "ff"}}}', ["8 right answers, top1 says 4"]),
     ],
 )
 def test_what_is_no_run_is_refused(tmp_path, text, words):
