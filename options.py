@@ -495,7 +495,7 @@ FIELDS = {
 # ---------------------------------------------------------------------------------------------------------------------
 # Presets
 
-MAX_FEW_STEPS = 32  # timesteps; above it, epochs on spikes and held-back potentials gain nothing at 8 bits
+MAX_FEW_STEPS = 32  # timesteps; above it, epochs on spikes gain nothing at 8 bits
 MAX_EPOCH_STEPS = 80  # epochs times timesteps: a pass through time costs T of the ANN, so this bounds the minutes
 FEW_BITS = 4  # weights of as many bits or fewer lose much by rounding to the nearest
 # Levels of activations from which their maximum is the best lambda: what clipping takes away is missing in the sum of
@@ -507,13 +507,10 @@ MAX_EPOCHS = 20  # more passes over the same few images teach these images
 def calibrated(timesteps, bits):
     """Options that need a few images, no labels and minutes of computing."""
     epochs = max(1, min(MAX_EPOCHS, MAX_EPOCH_STEPS // timesteps))
-    few_steps = {
-        **{"hold_back": "auto", "calibration_samples": 2500},
-        **{"spike_epochs_unlabelled": epochs, "spike_gradient": "time"},
-    }
+    few_steps = {"calibration_samples": 2500, "spike_epochs_unlabelled": epochs, "spike_gradient": "time"}
     return {
-        **{"weight_bitwidth": 8, "finetune_epochs": 0, "threshold": "mse", "per_channel": "both"},
-        **(few_steps if timesteps <= MAX_FEW_STEPS else {"hold_back": 0.0}),
+        **{"weight_bitwidth": 8, "finetune_epochs": 0, "threshold": "mse", "per_channel": "both", "hold_back": "auto"},
+        **(few_steps if timesteps <= MAX_FEW_STEPS else {}),
     }
 
 

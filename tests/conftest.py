@@ -18,13 +18,22 @@ from datasets import get_dataset
 pytest.register_assert_rewrite("helpers", "tracing", "onnx_models")
 from helpers import with_random_norms  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # most networks here are so small that a second thread costs more than it saves
 
 
 @pytest.fixture(autouse=True)
 def seed():
     """Every test draws the same numbers, alone or behind others."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def two_threads():
+    """Threads share the batch of a simulation: for tests of spikes, in files that ask for it by `pytestmark`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -56,15 +56,6 @@ FIGURES = ["accuracy", "alternatives", "classes", "density", "error_parts", "fir
 FIGURES += ["pareto", "repaired_layers", "weights"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These networks are so small that a second thread costs more than it saves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # error parts
 
@@ -393,13 +384,9 @@ def test_the_table_says_what_the_report_holds(run):
 @pytest.mark.slow
 def test_the_report_is_of_the_conversion_that_the_flags_ask_for(run, tmp_path):
     """ann2snn.py with the same flags measures the same."""
-    results, threads = tmp_path / "results.json", torch.get_num_threads()
+    results = tmp_path / "results.json"
     argv = f"example_net --ann_weight {CHECKPOINT} --finetune_epochs 10 --save_file {tmp_path}/snn.pth"
-    torch.set_num_threads(1)  # as the fixture's process has
-    try:
-        ann2snn.main(ann2snn.parse_args([*argv.split(), "--results", str(results)]))
-    finally:
-        torch.set_num_threads(threads)
+    ann2snn.main(ann2snn.parse_args([*argv.split(), "--results", str(results)]))
     expected, accuracy = json.loads(results.read_text()), run.result["accuracy"]
     assert [accuracy[key]["top1"] for key in ("ann", "qnet", "snn")] == [
         expected[f"{key}_top1"] for key in ("ann", "qnet", "snn")

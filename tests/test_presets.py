@@ -16,7 +16,13 @@ FEW_STEPS = {
     "spike_gradient": "time",
     "calibration_samples": 2500,
 }
-MANY_STEPS = {"weight_bitwidth": 8, "finetune_epochs": 0, "threshold": "mse", "per_channel": "both", "hold_back": 0.0}
+MANY_STEPS = {
+    "weight_bitwidth": 8,
+    "finetune_epochs": 0,
+    "threshold": "mse",
+    "per_channel": "both",
+    "hold_back": "auto",
+}
 FINETUNED = {
     "finetune_epochs": 20,
     "finetune_optimizer": "adam",

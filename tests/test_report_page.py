@@ -43,15 +43,6 @@ from reports.tables import short, table
 from script_options import CONVERSION, AnalysisOptions
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These networks are so small that a second thread costs more than it saves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The report of a debug network beside another tool's result. folder, result, page."""

@@ -43,15 +43,6 @@ QUICK = "-e 0 --spike_epochs 0 --spike_epochs_unlabelled 0 --avgpool spike --cal
 COMMAND = ["example_net", "--ann_weight", WEIGHTS, *QUICK.split(), "--timesteps", "2", "--device", "cpu"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks of this size are slower on two threads, and far slower beside other programs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def row(hits, preset="", listens=False, **facts):
     """A measured row; hits as text."""
     found = {"timesteps": 4, "bits": "8", "flags": {}, "interval": 8 if listens else 4, "latency": 4, "synops": 1.0}

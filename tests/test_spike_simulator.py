@@ -12,6 +12,8 @@ from networks.checkpoint import load_weights
 from spike_simulator import bound_currents
 from spike_tensor import SpikeTensor, record_firing_ratios
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 @pytest.mark.parametrize("budget", [None, 2**20, 2**12, 1])
 @pytest.mark.parametrize("every_step", [False, True])

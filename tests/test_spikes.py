@@ -18,6 +18,8 @@ from spike_layers import SpikeConv2d
 from spike_neurons import IFNeuron, if_step
 from spike_tensor import Current
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 @pytest.mark.parametrize("reset_mode", ["subtraction", "zero"])
 @pytest.mark.parametrize("engine", ["auto", "reference"])
