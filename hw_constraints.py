@@ -156,7 +156,7 @@ def hardware_table(layers, bits, hardware):
         width = layer_bits(layer, bits)
         fits = largest_bitwidth(layer, hardware)
         verdict = violation(layer, bits, hardware) or "ok"
-        fits_up_to = f"{fits} bits" if fits else "nothing"
+        fits_up_to = f"{fits} {'bit' if fits == 1 else 'bits'}" if fits else "nothing"
         rows.append((*first, width, layer.fan_in * width, hardware.fan_in_bits, fits_up_to, verdict))
     return rows
 

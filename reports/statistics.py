@@ -64,8 +64,9 @@ def fisher(first, second):
 
 
 def p_in_words(p):
-    """A p-value with two digits; how far below 0.001 it lies means little."""
-    return "<0.001" if p < 0.001 else f"{p:.2g}"
+    """A p-value with two digits, or three beside `ALPHA`; how far below 0.001 it lies means little."""
+    digits = 3 if abs(p - ALPHA) < 0.005 else 2  # 0.0496, which is a claim, would be 0.05
+    return "<0.001" if p < 0.001 else f"{p:.{digits}g}"
 
 
 def holm(p_values):

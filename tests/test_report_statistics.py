@@ -68,7 +68,7 @@ def test_mcnemar_is_counted(lost, gained):
 def test_five_of_five_are_the_fewest_that_a_claim_needs():
     assert mcnemar(0, 5) == pytest.approx(1 / 32) and mcnemar(0, 4) == pytest.approx(1 / 16)
     assert (mcnemar(0, 0), mcnemar(3, 3)) == (1.0, 1.0)
-    assert [p_in_words(p) for p in (1.7e-65, 0.0123, 1.0)] == ["<0.001", "0.012", "1"]
+    assert [p_in_words(p) for p in (1.7e-65, 0.0123, 0.0496, 1.0)] == ["<0.001", "0.012", "0.0496", "1"]
 
 
 @pytest.mark.parametrize("lost, gained, images", [(0.08, 0.02, 60), (0.02, 0.02, 128), (0.2, 0.1, 40)])
