@@ -1,7 +1,9 @@
 """--resume: a training that is cut off anywhere goes on to the same bits, and says so where it cannot."""
 
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import torch
 from helpers import ROOT
 from torch.utils.data import DataLoader
 
+import analyse_error
 import ann2snn
 import spike_neurons
 import train_ann
@@ -112,6 +115,29 @@ def test_a_run_cut_off_after_any_write_ends_in_the_same_bits(name, folder, tmp_p
         main(script, [*argv, "--resume"])
         assert (tmp_path / "net.pth").read_bytes() == expected, f"cut off after write {last} of {writes}"
         assert not (tmp_path / "net.pth.state").exists()
+
+
+def without_seconds(value):
+    """JSON without the times that a run took."""
+    if not isinstance(value, dict):
+        return value
+    return {name: without_seconds(each) for name, each in value.items() if "seconds" not in name}
+
+
+@pytest.mark.slow
+def test_an_analysis_that_is_cut_off_writes_the_same_report(folder, tmp_path, monkeypatch):
+    report = tmp_path / "report"
+    argv = f"{folder}/net.py:net --input_shape 1,8,8 --batch_size 400 --load {folder}/start.pth -e 2 --timesteps 4"
+    argv = [*argv.split(), "--analysis_images", "16", "--out", str(report)]
+    main(analyse_error, argv)
+    expected = without_seconds(json.loads((report / "report.json").read_text()))
+    shutil.rmtree(report)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        counted(patch, 3)
+        main(analyse_error, argv)
+    assert not (report / "report.json").exists()
+    main(analyse_error, [*argv, "--resume"])
+    assert without_seconds(json.loads((report / "report.json").read_text())) == expected
 
 
 def test_a_run_that_is_cut_off_twice_ends_in_the_same_bits(folder, tmp_path, monkeypatch):
