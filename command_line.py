@@ -110,7 +110,7 @@ def fill_in_preset(args, given, speaks):
     chosen = {name: value for name, value in chosen.items() if name not in given}
     merged = {**vars(args), **chosen}
     if not merged["finetune_epochs"] and (merged["rounding"] != "learnt" or "threshold" in given):
-        chosen.pop("activation_levels", None)  # finetuning and learnt rounding alone learn lambdas, unless a flag does
+        chosen.pop("activation_levels", None)  # nothing learns lambdas, or a flag chooses them
     for name, value in chosen.items():
         setattr(args, name, value)
     if chosen and speaks:

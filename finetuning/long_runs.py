@@ -31,7 +31,10 @@ def open_progress(args, path, net, loaders, writes=True):
     """
     if writes:
         folder = os.path.dirname(path) or "."
-        check_writable(path) if os.path.isdir(folder) else check_folder(folder)
+        if os.path.isdir(folder):
+            check_writable(path)
+        else:  # the first state makes it
+            check_folder(folder)
         check_folder(args.log)
     state = State(path, identity(args, net), loaders, args.resume, writes)
     log = Log(args.log, args.resume) if args.log and writes else None

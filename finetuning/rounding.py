@@ -28,7 +28,7 @@ from spike_layers import CURRENT, SPIKES, SpikeAdd, SpikeConvTranspose2d, SpikeL
 from spike_simulator import count_readers, forget_read, run_op
 
 MOST_BYTES = 2**29  # of the largest layer's activations, over all images; fewer images are used above it
-PART = 16  # images that an op computes at a time; more were not faster
+AT_A_TIME = 16  # images that an op computes: 96 channels of 112x112 pixels then take 77 MB
 MOST_POSITIONS = 4096  # sampled positions of a layer
 MOST_ELEMENTS = 2**25  # sampled inputs of a layer, which bound the positions of wide layers
 HELD_OUT = 4  # every fourth image chooses the strength of the pull towards the float weights
@@ -176,16 +176,16 @@ class Learner:
 
 
 def run_in_parts(entry, inputs):
-    """The output of an op as an ANN, [N, ...], `PART` images at a time, which bounds the memory that it needs."""
+    """The output of an op as an ANN, [N, ...], `AT_A_TIME` images at a time, which bounds the memory that it needs."""
     output, images = None, len(inputs[0])
-    for first in range(0, images, PART):
-        part = run_op(entry, [x[first : first + PART] for x in inputs], None, None, None)
+    for first in range(0, images, AT_A_TIME):
+        part = run_op(entry, [x[first : first + AT_A_TIME] for x in inputs], None, None, None)
         if output is None:
             shape = images, *part.shape[1:]
             last = part.dim() == 4 and part.is_contiguous(memory_format=torch.channels_last)
             memory_format = torch.channels_last if last else torch.contiguous_format
             output = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=memory_format)
-        output[first : first + PART] = part
+        output[first : first + AT_A_TIME] = part
     return output
 
 

@@ -126,10 +126,10 @@ def plan(shared, timesteps, bits, folds=False):
     if not known:
         raise wrong[0]
 
-    def turn(trial):
+    def rank(trial):
         return STAGES.index(stage_of(shared.args(trial))), not trial.preset, places[trial.name()]
 
-    return [shared.capped(trial) for trial in sorted(known.values(), key=turn)]
+    return [shared.capped(trial) for trial in sorted(known.values(), key=rank)]
 
 
 def preset_of(flags, args):
