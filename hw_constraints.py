@@ -288,7 +288,7 @@ def check_cores(dag, layers, bits, shapes):
     from spike_dag import format_table
 
     if find_folded(dag, ()):
-        raise ValueError(f"Hardware {PAICORE.name}: cores take spikes and no sums of them: leave out --avgpool fold")
+        raise ValueError(f"Hardware {PAICORE.name}: cores take spikes and no sums of them: use --avgpool spike")
     rows = []
     for layer in layers:
         if layer.role not in ("hidden", "pool"):

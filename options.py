@@ -501,6 +501,7 @@ FEW_BITS = 4  # weights of as many bits or fewer lose much by rounding to the ne
 # Levels of activations from which their maximum is the best lambda: what clipping takes away is missing in the sum of
 # many inputs, while the errors of rounding are of both signs and average out.
 MANY_LEVELS = 16
+POOLINGS = {"avgpool": "fold"}  # a pooling with its own neurons is one more layer that rounds and delays spikes
 MAX_EPOCHS = 20  # more passes over the same few images teach these images
 
 
@@ -510,6 +511,7 @@ def calibrated(timesteps, bits):
     few_steps = {"calibration_samples": 2500, "spike_epochs_unlabelled": epochs, "spike_gradient": "time"}
     return {
         **{"weight_bitwidth": 8, "finetune_epochs": 0, "threshold": "mse", "per_channel": "both", "hold_back": "auto"},
+        **POOLINGS,
         **(few_steps if timesteps <= MAX_FEW_STEPS else {}),
     }
 
@@ -522,6 +524,7 @@ def finetuned(timesteps, bits):
     return {
         **{"finetune_epochs": 20, "finetune_optimizer": "adam", "finetune_lr": 0.01, "finetune_distill": 0.5},
         **{"val_share": 0.0, "per_channel": "both", "activation_levels": min(timesteps, 8), "spike_epochs": 10},
+        **POOLINGS,
     }
 
 
@@ -538,7 +541,7 @@ def exact(timesteps, bits):
     else:
         scales = {"threshold": "max", "per_channel": "both"}
     levels = {"activation_levels": timesteps} if timesteps < MANY_LEVELS else {}
-    return {**{"weight_bitwidth": 8, "finetune_epochs": 0}, **scales, **levels, "listen": timesteps}
+    return {**{"weight_bitwidth": 8, "finetune_epochs": 0}, **scales, **levels, **POOLINGS, "listen": timesteps}
 
 
 PRESETS = {

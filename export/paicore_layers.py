@@ -217,7 +217,7 @@ def convolution(walk, entry, inputs):
         return None
     spikes = spikes_of(value)
     if getattr(op, "folded", False):
-        raise Unfit("it hands on sums of spikes, convert without --avgpool fold")
+        raise Unfit("it hands on sums of spikes, convert with --avgpool spike")
     if isinstance(op.padding, str) or max(op.dilation) > 1:
         raise Unfit("PAIBox takes no dilation and no padding in words")
     synapse = Synapse(

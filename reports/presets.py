@@ -1,11 +1,11 @@
 """The presets as alternatives to a conversion: the options that each stands for, and the training that some do."""
 
-import copy
 from argparse import Namespace
 from dataclasses import fields
 
 import torch
 
+from dag_rewrites import prepare_conversion
 from finetuning.on_spikes import finetune_on_spikes
 from options import PRESETS, ConversionOptions, QuantizeOptions, SpikeFinetuneOptions, defaults, preset_options
 from pipeline import Networks, convert_by_options, quantize
@@ -16,12 +16,20 @@ OPTIONS = (QuantizeOptions, ConversionOptions, SpikeFinetuneOptions)
 
 
 def preset_namespace(args, name):
-    """The options of a run with `--preset name`: timesteps, network, data and what layers leave open as in `args`."""
-    kept = {each.name for cls in OPTIONS for each in fields(cls) if each.metadata["group"] == LEFT_OPEN}
+    """The options of a run with `--preset name`: timesteps, network, data and what layers leave open as in `args`.
+
+    Average poolings are those of the preset.
+    """
+    kept = {each.name for cls in OPTIONS for each in fields(cls) if is_left_open(each)}
     kept |= {"timesteps", "equalize"}  # the networks at hand are equalized, or not
     plain = {key: value for key, value in defaults(*OPTIONS).items() if key not in kept}
     chosen = preset_options(name, args.timesteps)
     return Namespace(**{**vars(args), **plain, **chosen, "preset": name})
+
+
+def is_left_open(each):
+    """Whether an option of `OPTIONS` says what a layer leaves open, and no preset chooses it."""
+    return each.metadata["group"] == LEFT_OPEN and each.name != "avgpool"
 
 
 def other_presets(args):
@@ -37,13 +45,13 @@ def trains(args):
 
 def conversion_changes(args):
     """The conversion options of `args`, but those that `load_network` has applied, and the calibration images."""
-    names = [each.name for each in fields(ConversionOptions) if each.metadata["group"] != LEFT_OPEN]
+    names = [each.name for each in fields(ConversionOptions) if not is_left_open(each)]
     return {name: getattr(args, name) for name in names if name != "calibration_samples"}
 
 
 def train_preset(args, net, train_loader, calibration_loader, device):
     """The spiking network of a preset that trains, made as `pipeline.make` makes it; `net` does not change."""
-    criterion, made = torch.nn.CrossEntropyLoss(), Networks(copy.deepcopy(net))
+    criterion, made = torch.nn.CrossEntropyLoss(), Networks(prepare_conversion(net, avgpool=args.avgpool))
     seed_everything(args.seed)
     args.equalize = False  # `net` is what equalizing gave
     quantize(args, made, (train_loader, calibration_loader), criterion, device)

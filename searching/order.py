@@ -4,7 +4,8 @@
 
 A trial starts only if its estimate fits into the time that is left. Epochs without labels are halved until they fit
 into a fair share of it: that of one among the numbers of timesteps and bits whose turn it is.
-Average poolings are folded in later stages only where folding helped the conversions alone.
+A trial that treats average poolings in another way than its preset is left out of the later stages where that way did
+not help the conversions alone.
 """
 
 import sys
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from searching.choice import gain
-from searching.trials import CONVERT, LABELS, LEARN, STAGES, stage_of, with_fewer_epochs
+from searching.trials import CONVERT, LABELS, LEARN, STAGES, Trial, stage_of, with_fewer_epochs
 
 TIME = "time"  # the reason of a trial that would not end in time
 
@@ -62,24 +63,26 @@ def turns(groups, stage, runner):
 
 
 def useless(trial, record, runner):
-    """Why a trial is not worth its time, or "": labels that cannot be used, a folding that did not help."""
+    """Why a trial is not worth its time, or "": labels that cannot be used, poolings that did not help."""
     args = runner.shared.args(trial)
     stage = stage_of(args)
     if stage == LABELS and runner.images.train is None:
         return "it trains with labels, and it is not known which images of these data are held out"
-    own_folding = trial.flags.get("avgpool") == "fold"
-    if own_folding and stage not in (CONVERT, LEARN) and not folding_helps(trial, record, runner):
-        return "folded poolings did not help the conversions without epochs"
+    own_choice = trial.flags.get("avgpool")
+    if own_choice and stage not in (CONVERT, LEARN) and not poolings_help(own_choice, trial, record, runner):
+        return f"--avgpool {own_choice} did not help the conversions without epochs"
     return ""
 
 
-def folding_helps(trial, record, runner):
-    """Whether the best conversion of the same T and bits with folded poolings is better than the best without."""
+def poolings_help(choice, trial, record, runner):
+    """Whether the best conversion of the same T and bits with this `--avgpool` is better than the best with another."""
     gains = {"fold": [], "spike": []}
     for row in record.rows.values():
         if (row.timesteps, row.bits) == (trial.timesteps, trial.bits) and row.hits and not row.listens:
-            gains[row.flags.get("avgpool", "spike")].append(gain(row, runner.ann_hits))
-    return bool(gains["fold"]) and max(gains["fold"]) > max(gains["spike"], default=float("-inf"))
+            chosen = runner.shared.args(Trial(row.timesteps, row.bits, row.flags)).avgpool
+            gains[chosen].append(gain(row, runner.ann_hits))
+    best = {name: max(found, default=float("-inf")) for name, found in gains.items()}
+    return best[choice] > max(value for name, value in best.items() if name != choice)
 
 
 def fitted(trial, runner, record, limits, clock, sharing=1):

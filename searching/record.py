@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from runtime.files import check_regular, check_writable, naming
 
-FORMAT = "ann2snn-search-1"
+FORMAT = "ann2snn-search-2"  # 1: presets did not fold average poolings, so its rows mean other conversions
 
 
 @dataclass
@@ -120,7 +120,7 @@ def cut_unfinished(path):
 def check_identity(path, found, wanted):
     """Raise ValueError if a file is of another search, with what differs."""
     if not isinstance(found, dict) or found.get("format") != wanted["format"]:
-        raise ValueError(f"{path} is no file of a search, move it away or name another --out")
+        raise ValueError(f"{path} is no file of a search of this version, move it away or name another --out")
     different = [name for name in wanted if found.get(name) != wanted[name]]
     if different:
         raise ValueError(

@@ -31,7 +31,6 @@ WITHOUT_EPOCHS = (
     {"finetune_epochs": "0"},
     {"preset": "exact", "listen": "auto"},
 )
-FOLDED = {"avgpool": "fold"}
 LEARNT = {"rounding": "learnt"}
 WITHOUT_INFLUENCE = ("preset", "debug", "device", "expect_top1", "memory_budget")
 
@@ -99,8 +98,8 @@ class Shared:
 def plan(shared, timesteps, bits, folds=False):
     """The trials for T timesteps and weight bits, in order of cost, presets first; no two are the same conversion.
 
-    folds: whether average poolings may be folded, so that folding is tried too. Raises ValueError if flags that the
-    user gave contradict each other in every trial.
+    folds: whether average poolings can be folded, so that each trial is tried with and without. Raises ValueError if
+    flags that the user gave contradict each other in every trial.
     """
     from pipeline import check_command_line  # here, because it imports torch
 
@@ -109,9 +108,9 @@ def plan(shared, timesteps, bits, folds=False):
     if bits.isdigit() and int(bits) <= FEW_BITS:
         found += [{"preset": "calibrated", **NO_EPOCHS, **LEARNT}, {"preset": "calibrated", **LEARNT}]
     found += [{"preset": "finetuned"}, {"preset": "specification"}]
-    if folds:
-        found = [each for flags in found for each in (flags, {**flags, **FOLDED})]
     trials = [Trial(timesteps, bits, flags) for flags in found]
+    if folds:
+        trials = [each for trial in trials for each in (trial, with_other_poolings(trial, shared.args(trial)))]
     trials = [replace(each, preset=preset_of(each.flags, shared.args(each))) for each in trials]
     places = {trial.name(): place for place, trial in enumerate(trials)}
     known, wrong = {}, []
@@ -122,7 +121,7 @@ def plan(shared, timesteps, bits, folds=False):
         except ValueError as error:  # such as --listen auto with float weights
             wrong.append(error)
             continue
-        known.setdefault(conversion_key(args), trial)
+        known.setdefault(conversion_key(args, folds), trial)
     if not known:
         raise wrong[0]
 
@@ -130,6 +129,11 @@ def plan(shared, timesteps, bits, folds=False):
         return STAGES.index(stage_of(shared.args(trial))), not trial.preset, places[trial.name()]
 
     return [shared.capped(trial) for trial in sorted(known.values(), key=rank)]
+
+
+def with_other_poolings(trial, args):
+    """The trial with average poolings folded if they were not, else with neurons of their own."""
+    return replace(trial, flags={**trial.flags, "avgpool": "spike" if args.avgpool == "fold" else "fold"})
 
 
 def preset_of(flags, args):
@@ -141,7 +145,7 @@ def preset_of(flags, args):
     if "preset" not in flags or not set(flags) <= {"preset", "avgpool"}:
         return ""
     wanted = preset_options(args.preset, args.timesteps, args.weight_bitwidth)
-    others = {name for name in wanted if name not in ("weight_bitwidth", "calibration_samples")}
+    others = {name for name in wanted if name not in ("weight_bitwidth", "calibration_samples", "avgpool")}
     return args.preset if all(getattr(args, name) == wanted[name] for name in others) else ""
 
 
@@ -151,9 +155,11 @@ def epochs_added(flags, timesteps):
     return {**flags, **{name: str(chosen[name]) for name in ("spike_epochs_unlabelled", "calibration_samples")}}
 
 
-def conversion_key(args):
-    """What the conversion depends on, as text."""
+def conversion_key(args, folds):
+    """What the conversion depends on, as text. folds: whether average poolings can be folded."""
     known = copy.copy(vars(args))
+    if not folds:
+        known["avgpool"] = None
     if args.listen in (args.timesteps, "auto"):
         known["hold_back"] = None  # no spike is premature
     if not (args.spike_epochs or args.spike_epochs_unlabelled):

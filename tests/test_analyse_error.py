@@ -215,7 +215,7 @@ def digits_conversion(digits_loaders, *flags):
     argv = ["example_net", "--load", CHECKPOINT, "-e", "0", "--analysis_images", "24", "--timesteps", "8", *flags]
     args = analyse_error.parse_args(argv)
     net = parse_ann_model(load_weights(get_net_by_name("example_net"), ROOT / CHECKPOINT), (torch.zeros(1, 1, 32, 32),))
-    net = prepare_conversion(net).eval()
+    net = prepare_conversion(net, avgpool=args.avgpool).eval()
     return args, net, digits_loaders
 
 
@@ -294,9 +294,9 @@ def test_alternatives_are_what_their_flags_give(digits_loaders):
         "--preset exact",
     ):
         asked_for = [] if flags == "as asked for" else flags.split()
-        again = digits_conversion(digits_loaders, *timesteps, *asked_for)[0]
+        again, anew, _ = digits_conversion(digits_loaders, *timesteps, *asked_for)
         again.calibration_samples = 24
-        snn = convert_by_flags(quantized_and_expected(again, net, loaders)[0], loaders[3], "cpu", again)
+        snn = convert_by_flags(quantized_and_expected(again, anew, loaders)[0], loaders[3], "cpu", again)
         assert measure(snn, *known)["error"] == pytest.approx(tried[flags]["error"], rel=1e-6), flags
 
 

@@ -13,6 +13,7 @@ FEW_STEPS = {
     "threshold": "mse",
     "per_channel": "both",
     "hold_back": "auto",
+    "avgpool": "fold",
     "spike_gradient": "time",
     "calibration_samples": 2500,
 }
@@ -22,6 +23,7 @@ MANY_STEPS = {
     "threshold": "mse",
     "per_channel": "both",
     "hold_back": "auto",
+    "avgpool": "fold",
 }
 FINETUNED = {
     "finetune_epochs": 20,
@@ -31,8 +33,9 @@ FINETUNED = {
     "val_share": 0.0,
     "per_channel": "both",
     "spike_epochs": 10,
+    "avgpool": "fold",
 }
-EXACT = {"weight_bitwidth": 8, "finetune_epochs": 0, "per_channel": "both"}
+EXACT = {"weight_bitwidth": 8, "finetune_epochs": 0, "per_channel": "both", "avgpool": "fold"}
 LEARNT = {"threshold": "mse", "rounding": "learnt"}
 CASES = [
     *(("specification", timesteps, {}) for timesteps in (1, 16, 256)),
@@ -83,6 +86,7 @@ def test_without_a_preset_it_is_the_specification():
         ("--preset finetuned --activation_levels 16 --timesteps 16", "activation_levels", 16),
         ("--preset finetuned --val_share 0.1", "val_share", 0.1),
         ("--preset exact --listen 3", "listen", 3),
+        ("--preset exact --avgpool spike", "avgpool", "spike"),
         ("--preset exact --timesteps 5", "listen", 5),
         ("--preset exact --listen auto", "listen", "auto"),
         ("--preset exact --weight_bitwidth 4", "rounding", "learnt"),
@@ -108,7 +112,7 @@ def test_one_line_on_stderr_says_what_a_preset_sets(script, capsys):
     parsed("--preset exact --timesteps 4 --weight_bitwidth 6", script)
     assert capsys.readouterr().err == (
         "preset exact: --finetune_epochs 0 --threshold mse --per_channel both --rounding learnt --activation_levels 4 "
-        "--listen 4\n"
+        "--avgpool fold --listen 4\n"
     )
     parsed("--preset specification", script)
     assert capsys.readouterr().err == ""

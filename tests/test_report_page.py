@@ -278,14 +278,15 @@ def test_what_to_try_next_without_anything_better():
 
 
 def test_presets_stand_for_their_options():
-    args = flags_of("--timesteps", "8", "--per_channel", "both", "--maxpool", "or", "--hold_back", "0.5")
+    flags = ("--per_channel", "both", "--maxpool", "or", "--hold_back", "0.5", "--avgpool", "spike")
+    args = flags_of("--timesteps", "8", *flags)
     assert other_presets(args) == {"calibrated": True, "finetuned": True, "exact": True}
     args.timesteps = 64
     assert other_presets(args)["exact"] is False
     assert other_presets(args)["calibrated"] is False
     options = preset_namespace(args, "calibrated")
     own = options_by_name("calibrated", {"timesteps": 64})
-    assert options.maxpool == "or"
+    assert options.maxpool == "or" and options.avgpool == "fold"
     kept = {"maxpool", "timesteps"}
     assert all(getattr(options, name) == value for name, value in vars(own).items() if name not in kept)
     assert set(vars(options)) >= set(defaults(*CONVERSION, AnalysisOptions))

@@ -95,6 +95,35 @@ def test_many_timesteps_need_no_epochs_and_keep_the_preset():
     assert sum(trial.preset == "calibrated" for trial in trials) == 1
 
 
+def test_poolings_that_can_be_folded_are_tried_both_ways_and_others_once():
+    shared = Shared("example_net", {})
+    both = {trial.name(): shared.args(trial).avgpool for trial in plan(shared, 16, "8", folds=True)}
+    assert both["--preset exact"] == "fold" and both["--preset exact --avgpool spike"] == "spike"
+    assert both["--preset specification"] == "spike" and both["--preset specification --avgpool fold"] == "fold"
+    assert not any("avgpool" in trial.flags for trial in plan(shared, 16, "8"))
+    kept = plan(Shared("example_net", {"avgpool": ["--avgpool", "spike"]}), 16, "8", folds=True)
+    assert len(kept) == len(both) / 2
+
+
+@pytest.mark.parametrize(
+    "folded, spiking, tried",
+    [("1110", "1100", {"--preset calibrated"}), ("1000", "1100", {"--preset calibrated", "--preset calibrated -"})],
+)
+def test_epochs_go_on_with_the_poolings_that_did_better_without(folded, spiking, tried):
+    rows = [
+        row(folded, flags={"preset": "calibrated", "spike_epochs_unlabelled": "0"}),
+        row(spiking, flags={"preset": "calibrated", "spike_epochs_unlabelled": "0", "avgpool": "spike"}),
+        row("1111", flags={"preset": "exact"}, listens=True),  # it listens, so it says nothing of the others
+    ]
+    record = SimpleNamespace(rows=dict(enumerate(rows)))
+    runner = SimpleNamespace(shared=Shared("example_net", {}), ann_hits=[True] * 4)
+    own = {"--preset calibrated": {}, "--preset calibrated -": {"avgpool": "spike"}}
+    trials = {name: Trial(4, "8", {"preset": "calibrated", **flags}) for name, flags in own.items()}
+    reasons = {name: order.useless(trial, record, runner) for name, trial in trials.items()}
+    assert {name for name, reason in reasons.items() if not reason} == tried
+    assert set(reasons.values()) <= {"", "--avgpool spike did not help the conversions without epochs"}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Choice
 
