@@ -16,9 +16,10 @@ from tqdm import tqdm
 from runtime.batches import fit_labels, labelled_batch, loader_for, loss_of, main_output, split_batch, type_of
 from runtime.device import in_eval_mode
 from runtime.processes import exchange, numbered, own_batches
-from spike_dag import one_or_all
+from spike_dag import SpikeDAGModule, one_or_all
 from spike_tensor import firing_ratios, record_firing_ratios
 
+ANN_BYTES = 2**28  # of the largest layer of an ANN: that of 100 images of 32x32 pixels takes 26 MB in a VGG
 AT_A_TIME = 16  # images whose classes are looked up in one pass: few enough for 224x224 pixels
 
 
@@ -107,13 +108,22 @@ def measured_on(net, device):
 def run_batch(net, inputs, timesteps, every_step):
     """`outputs, means` of one batch: a tuple of [T, B, ...] (T = 1 without every_step), and an SNN's firing rates."""
     if timesteps is None:
-        returned, means, every_step = net(*inputs), {}, False
+        returned, means, every_step = run_ann(net, inputs), {}, False
     else:
         with record_firing_ratios():
             returned = net(*inputs, timesteps=timesteps, every_step=every_step)
             means = {"firing_rate": list(firing_ratios)}
     returned = returned if isinstance(returned, (tuple, list)) else (returned,)
     return tuple(x if every_step else x[None] for x in returned), means
+
+
+def run_ann(net, inputs):
+    """The outputs of an ANN on a batch, a graph in parts whose largest layer takes at most `ANN_BYTES`."""
+    if not isinstance(net, SpikeDAGModule):
+        return net(*inputs)
+    images = max(1, ANN_BYTES // (inputs[0].element_size() * net.largest_sample(inputs)))
+    parts = [net(*part) for part in zip(*(x.split(images) for x in inputs))]
+    return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else tuple(map(torch.cat, zip(*parts)))
 
 
 def mean_of(measured):

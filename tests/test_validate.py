@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import validate
 from ann_parser import parse_ann_model
 from build_network import get_net_by_name
 from networks.checkpoint import load_weights
@@ -65,6 +66,27 @@ def test_fewer_than_five_classes_have_no_top5(data):
     net = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
     result = evaluate(net, [(data[0], data[1] % 4)], "cpu", CRITERION)
     assert "top5" not in result and 0 <= result["top1"] <= 100
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.scores, self.more = nn.Conv2d(1, 4, 3), nn.Linear(64, 7), nn.Linear(64, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x)).flatten(1)  # [B, 64]
+        return self.scores(x), self.more(x)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_an_ann_runs_in_parts_whose_largest_layer_fits(net, data, several, monkeypatch):
+    images, labels = data
+    dag = parse_ann_model(TwoOutputs() if several else net.eval(), (images[:2],))
+    whole, sizes = evaluate(dag, batches(images, labels, 50), "cpu", CRITERION), []
+    dag.register_forward_pre_hook(lambda dag, inputs: sizes.append(len(inputs[0])))
+    monkeypatch.setattr(validate, "ANN_BYTES", 20 * 64 * 4)  # 20 images: the largest layer is [4, 4, 4] in float32
+    assert evaluate(dag, batches(images, labels, 50), "cpu", CRITERION) == pytest.approx(whole)
+    assert sizes == [20, 20, 10]
 
 
 def test_an_empty_loader_is_an_error(net):
