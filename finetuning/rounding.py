@@ -93,14 +93,17 @@ class Learner:
         for name, entry in self.net.ops.items():
             self.wanted[entry.out] = run_in_parts(entry, [self.wanted[node] for node in entry.inputs])
             forget_read(self.wanted, entry, readers[0])
-            inputs, learnt = [self.found[node] for node in entry.inputs], self.qnet.ops[name]
-            if learnt.op.is_trained:
-                self.found[entry.out] = self.learn_layer(learnt, inputs[0])
-            else:
-                if learnt.op.levels is not None:
-                    self.learn_lambda(learnt, inputs)
-                self.found[entry.out] = run_in_parts(learnt, inputs)
+            self.found[entry.out] = self.learn_op(self.qnet.ops[name])
             forget_read(self.found, entry, readers[1])
+
+    def learn_op(self, entry):
+        """Learn what an op has to learn; returns its output, [B, ...]."""
+        inputs = [self.found[node] for node in entry.inputs]
+        if entry.op.is_trained:
+            return self.learn_layer(entry, inputs[0])
+        if entry.op.levels is not None:
+            self.learn_lambda(entry, inputs)
+        return run_in_parts(entry, inputs)
 
     def learn_layer(self, entry, x):
         """Learn the weights and the bias of a layer that reads `x`; returns its output."""
