@@ -57,12 +57,14 @@ from quantization import as_dag, quantize_finetune, weights_in_words
 from runtime.batches import batches_of_dataset, first_inputs, loader_for, reusable
 from runtime.cli import did_you_mean
 from runtime.device import choose_device, seed_everything
+from runtime.flags import memory_in_words
 from runtime.packages import REPORT_PACKAGES, check_packages
 from runtime.processes import alone, from_first, is_first
 from runtime.progress import Progress
 from snn_weight_setter import convert
 from spike_dag import format_table
 from spike_layers import SpikeMaxPool2d
+from spike_simulator import least_memory
 from validate import classes_of, evaluate
 
 CLASSIFIER_FLAGS = ("report", "spike_epochs", "spike_epochs_unlabelled", "finetune_distill", "expect_top1")
@@ -206,12 +208,23 @@ def make(args, net, loaders, criterion, device, measure, clock=None, progress=No
     clock.lap("finetune_on_spikes")
     if is_first():
         with alone():
+            tell_memory(made.snn, calibration_loader, device)
             tell_where_they_part(made, calibration_loader, device, args)
     made.accuracies["snn"] = measure(made.snn, timesteps=args.timesteps, every_step=True)
     clock.lap("validate_snn")
     made.seconds = clock.seconds
     made.accuracies = {name: result for name, result in made.accuracies.items() if result is not None}
     return made
+
+
+def tell_memory(snn, loader, device):
+    """Say on stderr if the memory budget of a spiking network is less than one image at a time takes."""
+    if snn.memory_budget is None:
+        return
+    needed = least_memory(snn, first_inputs(loader_for(snn, loader), device, 1))
+    if needed > snn.memory_budget:
+        given, needed = memory_in_words(snn.memory_budget), memory_in_words(needed)
+        print(f"--memory_budget {given} does not hold: one image at a time takes about {needed}", file=sys.stderr)
 
 
 def tell_where_they_part(made, loader, device, args):

@@ -20,6 +20,7 @@ import spike_tensor
 from spike_tensor import Counting, Current, Memory, SpikeTensor, decode
 
 BYTES_PER_CURRENT = 16  # working set per element of the largest layer: current, spikes, membrane potential, skips
+BYTES_AT_ONCE = 24  # the same where all timesteps are one chunk: 22 in a ResNet-20 whose layers listen
 THREAD_BYTES = 64 * 2**20  # working set of one CPU thread; the currents, a quarter of it, stay in the cache
 GPU_BYTES = 2**33  # a larger working set was not faster on an H200
 
@@ -146,13 +147,33 @@ def cut(dag, inputs, timesteps, stages=None):
     """`images, steps`: how many images, and how many of their timesteps, to simulate at a time."""
     stages = Stages(dag) if stages is None else stages
     batch, device = len(inputs[0]), inputs[0].device
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    threads = threads_of(device)
     budget = default_memory_budget(device, threads)
     if dag.memory_budget is not None:
         budget = min(budget, dag.memory_budget)
-    values = max(1, budget // threads // (BYTES_PER_CURRENT * dag.largest_sample(inputs)))  # images * steps
+    at_once = stages.all_at_once() and timesteps > 1
+    values = max(1, budget // threads // (bytes_of(at_once) * dag.largest_sample(inputs)))  # images * steps
     images = max(1, min(values // timesteps, -(-batch // threads)))
-    return images, timesteps if stages.all_at_once() else max(1, min(timesteps, values // images))
+    return images, timesteps if at_once else max(1, min(timesteps, values // images))
+
+
+def least_memory(dag, inputs):
+    """Bytes that the smallest part of a simulation takes, one image on each thread: no memory budget is below that."""
+    stages = Stages(dag)
+    counts = counting_of(dag, stages, inputs, dag.timesteps) is not None
+    at_once = stages.all_at_once() and not counts
+    steps = dag.timesteps if at_once else 1
+    return threads_of(inputs[0].device) * steps * bytes_of(at_once) * dag.largest_sample(inputs)
+
+
+def bytes_of(at_once):
+    """Working set per element of the largest layer; at_once: whether all timesteps are one chunk."""
+    return BYTES_AT_ONCE if at_once else BYTES_PER_CURRENT
+
+
+def threads_of(device):
+    """How many threads simulate parts at the same time."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
 
 
 def default_memory_budget(device, threads):

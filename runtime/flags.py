@@ -98,6 +98,14 @@ def memory_size(text):
     return size
 
 
+def memory_in_words(size):
+    """A number of bytes as `memory_size` reads it, with three digits: 1536 is 1.5K."""
+    for unit, factor in reversed(UNITS.items()):
+        if size >= factor:
+            return f"{size / factor:.3g}{unit}"
+    return str(size)
+
+
 def listening(text):
     """An argparse type: a number of steps from 0 on, or "auto"."""
     return text if text == "auto" else whole_number(0)(text)

@@ -21,6 +21,7 @@ from networks.checkpoint import load_weights
 from runtime.cli import run_script
 from runtime.device import choose_device
 from runtime.files import check_writable, write_atomically, write_json
+from runtime.flags import memory_in_words
 from spike_dag import load_dag
 
 CHECKPOINT = "checkpoint/example_net_ann.pth"
@@ -503,6 +504,7 @@ def test_memory_budget_is_read_in_powers_of_1024(capsys):
         with pytest.raises(SystemExit) as end:
             budget(wrong)
         assert end.value.code == 2 and "is not a memory size such as 512M" in capsys.readouterr().err
+    assert [memory_in_words(size) for size in (100, 1536, 2**20, 5 * 2**29)] == ["100", "1.5K", "1M", "2.5G"]
 
 
 @pytest.mark.parametrize(

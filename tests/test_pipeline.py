@@ -13,6 +13,7 @@ import ann2snn
 from build_network import build_trained_net, get_net_by_name
 from networks.checkpoint import load_weights
 from pipeline import convert_network, where_they_part
+from runtime.flags import memory_in_words
 from spike_dag import load_dag
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoint/example_net_ann.pth"
@@ -192,3 +193,15 @@ def test_the_line_comes_for_a_network_that_loses_its_classes(digits_images, caps
     options = {"finetune_epochs": 0, "weight_bitwidth": 8, "device": "cpu"}
     convert_network(net, [(images, None)], timesteps=1, **options)
     assert "spiking layers at T=1 without listening; try --preset exact" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "budget, said", [(2**30, ""), (1000, "--memory_budget 1000 does not hold: one image at a time")]
+)
+def test_a_memory_budget_that_is_too_small_says_what_is_needed(budget, said, digits_loaders, capsys):
+    snn = convert_network(digits_net(), digits_loaders[3], timesteps=2, memory_budget=budget, **FAST).snn
+    line = "".join(each for each in capsys.readouterr().err.splitlines(True) if "budget" in each)
+    assert line.startswith(said) and bool(line) == bool(said)
+    size = snn.largest_sample((torch.zeros(1, 1, 32, 32),))
+    if said:
+        assert line.endswith(f"takes about {memory_in_words(16 * size * torch.get_num_threads())}\n")
