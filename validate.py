@@ -97,12 +97,14 @@ def classes_of(net, inputs, device, timesteps=None):
 @contextmanager
 def measured_on(net, device):
     """Within it a network is in eval mode on `device`; afterwards every module has its own mode and device again."""
-    home = next((tensor.device for tensor in (*net.parameters(), *net.buffers())), torch.device(device))
-    with in_eval_mode(net.to(device)):
+    homes = [tensor.device for tensor in (*net.parameters(), *net.buffers())]
+    moves = any(home != torch.device(device) for home in homes)
+    with in_eval_mode(net.to(device) if moves else net):
         try:
             yield
         finally:
-            net.to(home)
+            if moves:
+                net.to(homes[0])
 
 
 def run_batch(net, inputs, timesteps, every_step):
