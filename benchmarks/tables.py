@@ -142,14 +142,10 @@ def levels(epochs, number, *more):
 
 WITHOUT_LABELS = (
     Line(VGG9, 8, CHANNEL, (4, 8)),
-    Line(VGG9, 8, f"{CHANNEL} {FOLD}", (4, 8, 16, 32)),
-    Line(VGG9, 8, f"{CHANNEL} {FOLD} --hold_back 0", (4, 8, 16, 32, 64)),
+    Line(VGG9, 8, f"{CHANNEL} {FOLD}", (4, 8, 16)),
+    Line(VGG9, 8, f"{CHANNEL} {FOLD} --hold_back 0", (4, 8)),
     Line(RESNET20, 8, CHANNEL, (4, 8, 16, 32)),
     Line(RESNET20, 8, MSE, (32, 64)),
-    Line(RESNET20, 8, f"{MSE} --hold_back 0", (32, 64)),
-    Line(RESNET20, 8, f"{CHANNEL} --spike_epochs_unlabelled 10", (4, 8, 16, 32)),
-    Line(RESNET20, 8, f"{CHANNEL} --spike_epochs_unlabelled 10 --hold_back 0", (4, 8, 16)),
-    Line(RESNET20, 4, f"{CHANNEL} --spike_epochs_unlabelled 10 --hold_back 0", (4,)),
 )
 HOLD_BACK = (
     Line(RESNET20, 8, "--hold_back 0", (4, 8, 16)),
@@ -190,10 +186,13 @@ GPU_THEN_CPU = (
 )
 EXAMPLE_SPIKES = f"-e 20 --finetune_lr 0.02 {LABELS} {WEIGHTS} {FOLD} --activation_levels 16 {SPIKES} 3 {LR} 0.001875"
 CALIBRATED = (
-    Line(RESNET20, 8, "--preset calibrated", (4, 8, 16, 64)),
-    Line(PUBLIC_RESNET, 8, "--preset calibrated", (4, 16, 64)),
-    Line(VGG9, 8, f"--preset calibrated {FOLD}", (4, 8, 64)),
-    Line(VGG9, 8, f"{CHANNEL} {FOLD} --hold_back auto", (4, 8)),
+    Line(RESNET20, 8, "--preset calibrated", (4, 8, 16, 32, 64)),
+    Line(PUBLIC_RESNET, 8, "--preset calibrated", (4, 8, 16, 32, 64)),
+    Line(VGG9, 8, "--preset calibrated", (4, 8, 16, 32, 64)),
+)
+EXACT = (
+    Line(RESNET20, 8, "--preset exact", (8, 16, 32, 64)),
+    Line(VGG9, 8, "--preset exact", (8, 16, 32)),
 )
 LITE = (
     Line(LITE0, 8, "--preset exact", (8, 16, 32)),
@@ -208,6 +207,7 @@ TABLES = {
         Table("example_net", (Line(EXAMPLE_NET, 4, "-e 30 --val_share 0.1", (16, 64)),)),
         Table("example_net_spikes", (Line(EXAMPLE_NET, 4, EXAMPLE_SPIKES, (16,), seeds=(0, 1, 2)),)),
         Table("calibrated", CALIBRATED),
+        Table("exact", EXACT),
         Table("without_labels", WITHOUT_LABELS),
         Table("hold_back", HOLD_BACK, common=CHANNEL, test_images=2000),
         Table("with_labels_gpu", ON_GPU, common=GPU),
