@@ -1,10 +1,9 @@
 """What exports refuse, with the layer's name, beyond what the tests of each format hold."""
 
-import importlib.util
-
 import pytest
 import torch
 import torch.nn.functional as F
+from export_helpers import needs_nir
 from helpers import Function, conv, convert, reading, small_model
 from torch import nn
 
@@ -16,7 +15,6 @@ from export.onnx_graph import Builder
 from export.paicore import spike_trains
 from export.paicore_layers import Currents, Spikes, Unfit, addition, core_layers, integers, of_channels, spikes_of, view
 
-needs_nir = pytest.mark.skipif(importlib.util.find_spec("nir") is None, reason="needs nir")
 IMAGES = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
