@@ -191,6 +191,21 @@ def test_a_network_of_one_layer_leaves_nothing_for_the_cores():
     assert refusal_of(convert(net, images, 4), images) == "no layer is left for the cores: all neurons read the image"
 
 
+def test_an_ann_layer_that_waits_for_all_spikes_of_cores_is_refused():
+    """On the host it may stand between the image and the first layer of the cores."""
+    net = reading(lambda n, x: F.relu(n.c(F.relu(n.b(F.relu(n.a(x)))))), a=conv(4, 4), b=conv(4, 4), c=conv(4, 4))
+    images = torch.rand(4, 1, 8, 8)
+    assert refusal_of(convert(net, images, 4, ann_layers=("b",)), images) == (
+        "conv3 (b) does not fit PAICORE: it stays ANN and reads all spikes of cores before others start, convert "
+        "without --ann_layers"
+    )
+    snn = convert(net, images, 4, ann_layers=("a",))
+    trains = spike_trains(snn, images[:1])
+    hosts, layers = core_layers(snn, trains)
+    assert list(hosts) == ["relu1", "relu3"] and [layer.name for layer in layers] == ["relu4"]
+    assert np.array_equal(simulate_cores(layers, {name: trains[name] for name in hosts}, 4)["relu4"], trains["relu4"])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # PAIBox
 
