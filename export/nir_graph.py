@@ -38,6 +38,9 @@ WORDS = {  # what NIR has no node for, in words
     "SpikeRepeat": "repeated pixels",
     "SpikeGather": "gathered pixels",
     "SpikeReLU": "a ReLU without neurons",
+    "LeakyReLUOp": "a LeakyReLU or PReLU",
+    "SoftmaxOp": "softmax",
+    "FunctionOp": "this function",
     "ConcatOp": "a concatenation along height or width",
 }
 

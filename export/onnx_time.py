@@ -163,7 +163,10 @@ class Spiking:
 
     def between(self, entry):
         """Write an op that stays ANN between spiking ones."""
-        raise ValueError(f"{entry.where} stays ANN between spiking layers and reads the spikes of all steps")
+        raise ValueError(
+            f"{entry.where} stays ANN between spiking layers and reads the spikes of all steps, which one step does "
+            "not have: write --onnx, or convert without --ann_layers"
+        )
 
     def stepping(self, entry, values):
         """The Value of a spiking op without its neurons, for values of which one changes from step to step."""

@@ -291,6 +291,14 @@ BEYOND_CORES = {  # layers that cores do not compute, in words
     "SpikeBatchNorm": "a BatchNorm that was not folded",
     "MergeSigns": "pairs of signs",
     "SignedReLU": "pairs of signs",
+    "SpikeSubtract": "a difference of spikes",
+    "SpikeAffine": "a factor that was not folded",
+    "SpikeBiasMap": "a bias for every element of a sample",
+    "SliceOp": "slices",
+    "IndexOp": "an index",
+    "PermuteOp": "another order of dimensions",
+    "SpikeRepeat": "repeated pixels",
+    "SpikeGather": "gathered pixels",
 }
 COMPUTED = {
     "SpikeConv2d": convolution,
