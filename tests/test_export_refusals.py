@@ -14,6 +14,7 @@ from export.onnx_ann import write_onnx_ann
 from export.onnx_graph import Builder
 from export.paicore import spike_trains
 from export.paicore_layers import Currents, Spikes, Unfit, addition, core_layers, integers, of_channels, spikes_of, view
+from spike_dag import from_dict
 
 IMAGES = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -72,6 +73,21 @@ def test_counts_and_thresholds_that_a_quantized_ann_cannot_hold(tmp_path):
     assert "relu2: its sums over T=4 steps are rounded in float32" in refusal(write_onnx_ann, snn, tmp_path, images)
     snn.timesteps = 65536
     assert "its counts go up to 65536, a quantized ANN holds 65535" in refusal(write_onnx_ann, snn, tmp_path, images)
+
+
+def test_currents_reach_no_export():
+    """Conversion and loading refuse them as outputs, so that writers need not."""
+
+    def forward(n, x):
+        current = n.a(F.relu(n.first(x)))
+        return F.relu(current).flatten(1), current
+
+    with pytest.raises(ValueError, match=r"^conv2 \(a\) is returned by the network and feeds a ReLU too, return what"):
+        convert(Function(forward, first=conv(1, 4), a=conv(4, 4)), IMAGES, 4)
+    snn = convert(reading(lambda n, x: F.relu(n.a(x)), a=conv(4, 4)), IMAGES, 4)
+    data = {**snn.to_dict(), "outputs_nodes": (snn.ops["conv2"].out,)}
+    with pytest.raises(ValueError, match=r"the output \w+ is a current, which no neuron turns into spikes$"):
+        from_dict(data)
 
 
 def test_integers_beyond_float32_are_refused():
