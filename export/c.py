@@ -84,7 +84,10 @@ def write_network(program, snn, values):
     counted, readers = {}, count_readers(snn.ops.values(), snn.outputs_nodes)
     for entry in stages.between:
         if not entry.op.spiking:
-            raise ValueError(f"{entry.where} stays ANN between spiking layers, which C code in integers cannot compute")
+            raise ValueError(
+                f"{entry.where} stays ANN between spiking layers, which C code in integers cannot compute: convert "
+                "without --ann_layers"
+            )
         inputs = [nodes[node] for node in entry.inputs]
         program.part = "current" if all(x.kind == "f32" for x in inputs) else "step"
         y = nodes[entry.out] = write_layer(program, entry, inputs)

@@ -21,10 +21,13 @@ def write_layer(program, entry, inputs):
     if name not in WRITERS:
         raise ValueError(f"{entry.where}: {name} cannot be written as C, leave it to the program around the C code")
     if op.levels is not None and not op.spiking:
-        raise ValueError(f"{entry.where} rounds its activations to levels, which cannot be written as C")
+        raise ValueError(
+            f"{entry.where} rounds its activations to levels, which C code cannot: convert the network again"
+        )
     if len({x.kind == "f32" for x in inputs}) > 1:
         raise ValueError(
-            f"{entry.where} adds the image's real-valued current to spikes, which C code in integers cannot"
+            f"{entry.where} adds the image's real-valued current to spikes, which C code in integers cannot: put a "
+            "ReLU behind the layer that reads the image"
         )
     inputs = program.aligned(inputs)
     size = " -> ".join(f"{list(shape)}" for shape in (inputs[0].shape, program.shapes[entry.out]))
@@ -106,7 +109,7 @@ def integers_of(entry, x):
     if op.weight_q.is_floating_point():
         raise ValueError(f"{entry.where} has float weights, convert it with 1 to 8 bits (--weight_bitwidth)")
     if x.kind != "u8":
-        raise ValueError(f"{entry.where} reads currents, not spikes")
+        raise ValueError(f"{entry.where} reads currents, which C code cannot: put a ReLU before it")
     return op.weight_q, op.bias_q
 
 
@@ -128,7 +131,9 @@ def write_convolution(program, entry, inputs):
     window = f"&{program.window(entry.name, x, y.shape, pad=padding_of(op), **sizes)}"
     if x.kind == "f32":
         if is_transposed:
-            raise ValueError(f"{entry.where}: a transposed convolution of real values cannot be written as C")
+            raise ValueError(
+                f"{entry.where}: a transposed convolution of real values cannot be written as C, take a convolution"
+            )
         array = program.constant(f"{entry.name}_weights", weight.numpy(), "f32")
         program.call("convolve_f32", x, window, array, y)
         return in_unit(program, entry, y)
@@ -289,7 +294,9 @@ def write_relu(program, entry, inputs):
 def write_split(program, entry, inputs):
     op, (x,) = entry.op, inputs
     if not op.spiking:
-        raise ValueError(f"{entry.where} splits real values by sign, which cannot be written as C")
+        raise ValueError(
+            f"{entry.where} splits real values by sign, which C code cannot: let it spike, convert without --ann_layers"
+        )
     shape = program.shapes[entry.out]
     elements = torch.arange(2 * x.size).view(shape)
     order = torch.stack([elements[0::2].flatten()[x.order], elements[1::2].flatten()[x.order]], 1).flatten()

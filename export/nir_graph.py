@@ -38,6 +38,9 @@ WORDS = {  # what NIR has no node for, in words
     "SpikeRepeat": "repeated pixels",
     "SpikeGather": "gathered pixels",
     "SpikeReLU": "a ReLU without neurons",
+    "LeakyReLUOp": "a LeakyReLU or PReLU",
+    "SoftmaxOp": "softmax",
+    "FunctionOp": "this function",
     "ConcatOp": "a concatenation along height or width",
 }
 
@@ -97,6 +100,15 @@ def check_network(snn):
         raise ValueError(f"{odd}: a file of NIR cannot hold a name with '/', rename the layer")
 
 
+def check_stages(stages):
+    """Raise ValueError for a layer that stays ANN between spiking ones: it reads the spikes of all steps."""
+    for entry in stages.between:
+        if not entry.op.spiking:
+            raise ValueError(
+                f"{entry.where} stays ANN between spiking layers, which NIR cannot hold: convert without --ann_layers"
+            )
+
+
 def one_sample(snn, images):
     """An input [1, C, H, W]. images: [B, C, H, W], also as a tuple of one, or None. ValueError for an unknown shape."""
     if images is not None:
@@ -147,6 +159,7 @@ class GraphWriter:
         stages, (image,) = Stages(self.snn), self.snn.inputs_nodes
         self.add("input", nir.Input(np.array(self.shape(image))))
         self.sources[image] = ["input"]
+        check_stages(stages)
         for entry in stages.before + stages.between:
             self.write(entry)
         end = self.end_of(stages)

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from export.onnx_graph import EXACT_IN_FLOAT32, Builder, Scope, Value
 from export.onnx_nodes import emit, pool_maxima
 from spike_simulator import Stages, simulate
-from spike_tensor import Current, SpikeTensor
+from spike_tensor import SpikeTensor
 
 FLOAT, INT32, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL
 MOST_IN_INT32 = 2**31
@@ -39,15 +39,13 @@ class Probe:
 
     def __init__(self, snn, inputs):
         self.shapes = {node: tuple(x.shape[1:]) for node, x in zip(snn.inputs_nodes, inputs)}
-        self.scales, self.currents = {}, set()
+        self.scales = {}
 
         def watch(name, current, value):
             node = snn.ops[name].out
             self.shapes[node] = tuple((value if isinstance(value, torch.Tensor) else value.data).shape[1:])
             if isinstance(value, SpikeTensor):
                 self.scales[node] = value.scale_factor
-            elif isinstance(value, Current):
-                self.currents.add(node)
 
         with torch.no_grad():
             simulate(snn, inputs, 1, watch=watch)
@@ -116,9 +114,6 @@ class Spiking:
     def read_last(self):
         """The nodes of spikes that the ANN layers behind, or the outputs, read."""
         read = [node for entry in self.stages.behind for node in entry.inputs] + [*self.snn.outputs_nodes]
-        lost = [node for node in read if node in self.probe.currents]
-        if lost:
-            raise ValueError(f"{self.snn.ops[self.snn.writer(lost[0])].where}: its currents leave without a neuron")
         return [node for node in dict.fromkeys(read) if node in self.probe.scales]
 
     def decoded(self, counts, node):
@@ -163,7 +158,10 @@ class Spiking:
 
     def between(self, entry):
         """Write an op that stays ANN between spiking ones."""
-        raise ValueError(f"{entry.where} stays ANN between spiking layers and reads the spikes of all steps")
+        raise ValueError(
+            f"{entry.where} stays ANN between spiking layers and reads the spikes of all steps, which one step does "
+            "not have: write --onnx, or convert without --ann_layers"
+        )
 
     def stepping(self, entry, values):
         """The Value of a spiking op without its neurons, for values of which one changes from step to step."""

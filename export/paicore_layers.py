@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from hw_constraints import PAICORE
+from spike_simulator import Stages
 
 
 @dataclass
@@ -143,9 +144,7 @@ class Walk:
         self.hosts, self.layers, self.values = {}, [], {}
 
     def result(self):
-        for entry in self.snn.ops.values():
-            if not entry.op.spiking:
-                continue
+        for entry in Stages(self.snn).between:
             try:
                 self.visit(entry)
             except Unfit as error:
@@ -157,12 +156,22 @@ class Walk:
     def visit(self, entry):
         """Note the value of an op, and its layer if it fires."""
         kind, inputs = type(entry.op).__name__, [self.values.get(node) for node in entry.inputs]
+        if not entry.op.spiking:
+            if any(value is not None and self.is_of_cores(value) for value in inputs):
+                raise Unfit(
+                    "it stays ANN and reads all spikes of cores before others start, convert without --ann_layers"
+                )
+            return
         if kind not in COMPUTED:
             raise Unfit(f"cores do not compute {BEYOND_CORES.get(kind, kind)}")
         value = COMPUTED[kind](self, entry, inputs)
         if entry.op.neuron is not None:
             value = self.fire(entry, value)
         self.values[entry.out] = value
+
+    def is_of_cores(self, value):
+        """Whether a value is computed on the chip, not on the host."""
+        return not (isinstance(value, Spikes) and value.source in self.hosts)
 
     def fire(self, entry, currents):
         """Note a layer of neurons. One that reads the image stays on the host."""
@@ -282,6 +291,14 @@ BEYOND_CORES = {  # layers that cores do not compute, in words
     "SpikeBatchNorm": "a BatchNorm that was not folded",
     "MergeSigns": "pairs of signs",
     "SignedReLU": "pairs of signs",
+    "SpikeSubtract": "a difference of spikes",
+    "SpikeAffine": "a factor that was not folded",
+    "SpikeBiasMap": "a bias for every element of a sample",
+    "SliceOp": "slices",
+    "IndexOp": "an index",
+    "PermuteOp": "another order of dimensions",
+    "SpikeRepeat": "repeated pixels",
+    "SpikeGather": "gathered pixels",
 }
 COMPUTED = {
     "SpikeConv2d": convolution,

@@ -2,21 +2,30 @@
 
 How the shared parts relate: reference.py computes spikes and operations on its own, in NumPy integers, and imports
 nothing of the toolkit. helpers.py builds and converts small networks, and asserts their spikes against the reference;
-tracing.py does so for the tracer's tests, onnx_models.py for the importer's. All are imported by name. Fixtures are
-here where several files use them, else in the file that does. No test file imports another one.
+tracing.py does so for the tracer's tests, onnx_models.py for the importer's, export_helpers.py for those of the
+exports. All are imported by name. Fixtures are here where several files use them, else in the file that does. No test
+file imports another one.
 """
 
+# ruff: noqa: E402 (torch reads the environment when it is imported)
+
+import os
 from types import SimpleNamespace
 
 import pytest
+
+# Idle threads sleep. Otherwise they spin on a core that another thread or process needs: on a busy machine of two
+# cores, tests with two threads took about three times as much processor time.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 from build_network import get_net_by_name
 from datasets import get_dataset
 
 # so that their failures show values, as those of the tests do
-pytest.register_assert_rewrite("helpers", "tracing", "onnx_models")
-from helpers import with_random_norms  # noqa: E402
+pytest.register_assert_rewrite("helpers", "export_helpers", "tracing", "onnx_models")
+from helpers import with_random_norms
 
 torch.set_num_threads(1)  # most networks here are so small that a second thread costs more than it saves
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import MODELS, ROOT, Function, assert_reference_agrees, conv, convert, small_model, with_random_norms
+from export_helpers import COMPILER, assert_same_in_c, compiled, needs_compiler, replayed, with_two_inputs
+from helpers import MODELS, ROOT, Function, conv, convert, small_model, with_random_norms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -18,43 +19,9 @@ from build_network import example_net, resnet20
 from export.c import bits_of_currents, write_c
 from export.c_functions import FUNCTIONS, NEEDED, TYPES, functions
 from export.c_program import Program, pack, separate
-from transformer.saved import make_vectors
 
-COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-FLAGS = ("-std=c99", "-Wall", "-Wextra", "-Werror")
 SIZE = shutil.which("size")
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler")
 WRITABLE = [name for name in MODELS if name not in ("preactivated", "bottlenecks")]
-
-
-def compiled(folder, *flags):
-    """The program of snn.c, or its object file with -c, without a warning."""
-    target = folder / ("snn.o" if "-c" in flags else "snn")
-    done = subprocess.run(
-        [COMPILER, *FLAGS, *flags, "-o", target, folder / "snn.c"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    return target
-
-
-def replayed(folder, *flags):
-    """What the compiled program says of its test vectors."""
-    program = compiled(folder, *(flags or ("-O0",)))  # compiles in a third of the time of -O2
-    return subprocess.run([program, folder / "vectors.bin"], capture_output=True, text=True, check=False)
-
-
-def assert_replays(snn, images, folder, *flags):
-    """The C code of a network has the spike counts of the simulator and of the NumPy reference, layer for layer."""
-    images = images if isinstance(images, tuple) else (images,)
-    vectors = make_vectors(snn, images)
-    if not any(getattr(entry.op, "padding", 0) == "same" for entry in snn.ops.values()):  # the reference has numbers
-        assert_reference_agrees(snn, vectors)
-    write_c(snn, folder, images)
-    done = replayed(folder, *flags)
-    assert done.returncode == 0, done.stderr
-    spikes = sum(int(train.sum()) for train in vectors["spikes"].values())
-    expected = f"identical: {spikes} spikes of {len(snn.neurons())} layers ({len(images[0])} images, T={snn.timesteps})"
-    assert done.stdout.startswith(expected), done.stdout
 
 
 @needs_compiler
@@ -63,7 +30,7 @@ def assert_replays(snn, images, folder, *flags):
 def test_every_count_is_the_simulators(tmp_path, name, bits, reset_mode):
     net, images = small_model(name)
     snn = convert(net, images, 8, bits, reset_mode=reset_mode, maxpool="gate", signed="pair")
-    assert_replays(snn, images[:3], tmp_path, "-O2")
+    assert_same_in_c(snn, images[:3], tmp_path, "-O2")
 
 
 @needs_compiler
@@ -73,7 +40,7 @@ def test_every_count_is_the_simulators(tmp_path, name, bits, reset_mode):
 def test_options_of_the_conversion(tmp_path, name, options):
     net, images = small_model(name)
     snn = convert(net, images, 6, 3, **{"maxpool": "gate", "signed": "pair", **options})
-    assert_replays(snn, images[:2], tmp_path)
+    assert_same_in_c(snn, images[:2], tmp_path)
 
 
 @needs_compiler
@@ -81,7 +48,7 @@ def test_options_of_the_conversion(tmp_path, name, options):
 def test_few_and_odd_bits(tmp_path, bits):
     net, images = small_model("upwards")
     snn = convert(net, images, 8, bits, maxpool="gate")
-    assert_replays(snn, images[:2], tmp_path)
+    assert_same_in_c(snn, images[:2], tmp_path)
 
 
 @needs_compiler
@@ -96,7 +63,7 @@ def test_layers_that_listen_for_different_times_and_windows(tmp_path, name, rese
         neuron.listen = [0, 2, 8, 11][torch.randint(4, (), generator=generator)]
         neuron.window = [None, 3, 8][torch.randint(3, (), generator=generator)]
     assert len({neuron.listen for neuron in snn.neurons().values()}) > 1
-    assert_replays(snn, images[:3], tmp_path)
+    assert_same_in_c(snn, images[:3], tmp_path)
 
 
 def shuffled(x):
@@ -137,7 +104,7 @@ def test_rearrangements(tmp_path, name):
     function, channels = REARRANGEMENTS[name]
     images = torch.rand(4, 2, 8, 6, generator=torch.Generator().manual_seed(1))
     snn = convert(first_and(function, channels), images, 6, 4, maxpool="gate")
-    assert_replays(snn, images[:2], tmp_path)
+    assert_same_in_c(snn, images[:2], tmp_path)
 
 
 CONVOLUTIONS = {
@@ -165,7 +132,7 @@ def test_convolutions(tmp_path, name):
     )
     images = torch.rand(4, 2, 8, 6, generator=torch.Generator().manual_seed(1))
     snn = convert(net.eval(), images, 6, 4)
-    assert_replays(snn, images[:2], tmp_path)
+    assert_same_in_c(snn, images[:2], tmp_path)
 
 
 @needs_compiler
@@ -184,38 +151,14 @@ def test_pairs_of_signs_through_a_maximum_and_a_linear_layer(tmp_path):
     net = nn.Sequential(net, nn.Linear(8, 3)).eval()
     images = torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(1))
     for maxpool in ("gate", "or"):
-        assert_replays(convert(net, images, 8, 4, maxpool=maxpool, signed="pair"), images[:2], tmp_path)
-
-
-class TwoInputs(nn.Module):
-    """A convolution of an image and a linear layer of a code; scores, and a map."""
-
-    def __init__(self):
-        super().__init__()
-        self.of_image, self.of_code = conv(1, 4), nn.Linear(5, 8)
-        self.scores, self.map = nn.Linear(72, 3), nn.Conv2d(4, 2, 1)
-
-    def forward(self, image, code):
-        maps, codes = self.of_image(image).relu(), self.of_code(code).relu()
-        return self.scores(torch.cat([maps.flatten(1), codes], 1)), self.map(maps)
-
-
-def with_two_inputs():
-    """A converted network and its inputs."""
-    from ann_parser import parse_ann_model
-    from snn_weight_setter import trans_ann2snn_weight
-
-    torch.manual_seed(6)
-    inputs = torch.rand(4, 1, 4, 4), torch.rand(4, 5)
-    dag = parse_ann_model(TwoInputs().eval(), inputs)
-    return trans_ann2snn_weight(dag, [(inputs, None)], torch.device("cpu"), 6, 4), inputs
+        assert_same_in_c(convert(net, images, 8, 4, maxpool=maxpool, signed="pair"), images[:2], tmp_path)
 
 
 @needs_compiler
 def test_places_beyond_16_bits(tmp_path):
     images = torch.rand(2, 1, 1, 2**15 + 4)
     net = nn.Sequential(conv(1, 1), nn.ReLU(), conv(1, 1), nn.ReLU(), nn.AvgPool2d((1, 9)), nn.Flatten())
-    assert_replays(convert(net, images, 2), images[:1], tmp_path)
+    assert_same_in_c(convert(net, images, 2), images[:1], tmp_path)
 
 
 @needs_compiler
@@ -223,7 +166,7 @@ def test_places_beyond_16_bits(tmp_path):
 def test_currents_take_16_bits_where_these_hold_them(monkeypatch, most, bits, tmp_path):
     monkeypatch.setattr(export.c, "MOST_IN_INT16", most)
     net, images = small_model("shortcuts")
-    assert_replays(convert(net, images, 6), images[:2], tmp_path)
+    assert_same_in_c(convert(net, images, 6), images[:2], tmp_path)
     assert f"typedef int{bits}_t current_t;" in (tmp_path / "snn.c").read_text()
 
 
@@ -238,7 +181,7 @@ def test_the_largest_current_decides_on_their_bits():
 
 @needs_compiler
 def test_several_inputs_and_outputs(tmp_path):
-    assert_replays(*with_two_inputs(), tmp_path)
+    assert_same_in_c(*with_two_inputs(), tmp_path)
 
 
 @needs_compiler
@@ -247,7 +190,7 @@ def test_digits_on_the_trained_network(tmp_path, digits_images, bits, reset_mode
     net = example_net(1, 10)
     net.load_state_dict(torch.load(ROOT / "checkpoint/example_net_ann.pth", weights_only=True)["state_dict"])
     snn = convert(net.eval(), digits_images[:64], 8, bits, reset_mode=reset_mode)
-    assert_replays(snn, digits_images[:4], tmp_path)
+    assert_same_in_c(snn, digits_images[:4], tmp_path)
 
 
 @needs_compiler
@@ -303,7 +246,7 @@ def test_another_weight_or_count_is_found(tmp_path):
 def test_the_images_current_beside_spikes_is_refused(tmp_path, name):
     net, images = small_model(name)
     snn = convert(net, images, 8, 4, maxpool="gate", signed="pair")
-    with pytest.raises(ValueError, match=r"^add\d+ adds the image's real-valued current to spikes"):
+    with pytest.raises(ValueError, match=r"^add\d+ adds the image's real-valued current to spikes.*: put a ReLU"):
         write_c(snn, tmp_path / "new", images)
     assert not (tmp_path / "new").exists()
 
@@ -341,7 +284,7 @@ def test_a_layer_that_stays_ann_between_spikes_is_named(tmp_path):
     net = nn.Sequential(conv(2, 3), nn.ReLU(), conv(3, 3), nn.ReLU(), conv(3, 3), nn.ReLU(), nn.Flatten())
     net = nn.Sequential(*net, nn.Linear(108, 3)).eval()
     snn = convert(net, images, 4, 4, ann_layers=["2"])
-    with pytest.raises(ValueError, match=r"^conv2 \(2\) stays ANN between spiking layers"):
+    with pytest.raises(ValueError, match=r"^conv2 \(2\) stays ANN between spiking layers.*: convert without"):
         write_c(snn, tmp_path, images)
 
 
@@ -460,7 +403,7 @@ def test_a_quantized_last_layer_is_packed(tmp_path, per_channel):
     with torch.no_grad():
         last.set_weight_scale(scale)
         last.weight.copy_((last.weight * scale).round() / scale)
-    assert_replays(snn, images[:2], tmp_path)
+    assert_same_in_c(snn, images[:2], tmp_path)
     text = (tmp_path / "snn.c").read_text()
     assert "connect_packed_f32(" in text and "connect_f32(" not in text
     assert re.search(r"linear1_codes, 4, -7, 1\}", text)

@@ -8,11 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from export_helpers import (
+    assert_same_in_c,
+    assert_same_in_nir,
+    assert_same_in_onnx,
+    assert_same_step_in_onnx,
+    needs_compiler,
+    needs_nir,
+    needs_onnxruntime,
+    needs_paibox,
+    simulate_cores,
+)
 from helpers import convert, with_random_norms
-from test_export_c import assert_replays, needs_compiler
-from test_export_nir import assert_same_spikes, needs_nir
-from test_export_onnx import assert_same, assert_same_steps
-from test_export_paicore import needs_paibox, simulate_cores
 
 from build_network import get_net_by_name
 from export.formats import write_exports
@@ -45,32 +52,34 @@ def snns():
     return get
 
 
+@needs_onnxruntime
 @pytest.mark.parametrize("name", DEBUG)
 def test_debug_networks_in_onnx(snns, name, tmp_path):
     snn, images = snns(name)
-    assert_same(snn, images, str(tmp_path / "snn.onnx"))
-    assert_same_steps(snn, images, str(tmp_path / "step.onnx"))
+    assert_same_in_onnx(snn, images, str(tmp_path / "snn.onnx"))
+    assert_same_step_in_onnx(snn, images, str(tmp_path / "step.onnx"))
 
 
+@needs_onnxruntime
 @pytest.mark.parametrize("name", DEBUG)
 def test_debug_networks_as_quantized_anns(name, tmp_path):
     torch.manual_seed(0)
     images = torch.rand(8, *DEBUG[name])
     net = get_net_by_name(name, DEBUG[name][0], 2).eval()
     snn = convert(net, images, TIMESTEPS, correction="none", listen=TIMESTEPS)
-    assert_same(snn, images, str(tmp_path / "ann.onnx"), write=write_onnx_ann)
+    assert_same_in_onnx(snn, images, str(tmp_path / "ann.onnx"), write=write_onnx_ann)
 
 
 @needs_compiler
 @pytest.mark.parametrize("name", DEBUG)
 def test_debug_networks_in_c(snns, name, tmp_path):
-    assert_replays(*snns(name), tmp_path)
+    assert_same_in_c(*snns(name), tmp_path)
 
 
 @needs_nir
 @pytest.mark.parametrize("name", DEBUG)
 def test_debug_networks_in_nir(snns, name, tmp_path):
-    assert_same_spikes(*snns(name), tmp_path / "net.nir")
+    assert_same_in_nir(*snns(name), tmp_path / "net.nir")
 
 
 @pytest.mark.parametrize("name", ON_CORES)
@@ -92,15 +101,16 @@ def test_debug_networks_in_paibox(snns, name):
     assert Mapped(paibox, hosts, layers).compare(trains, TIMESTEPS) == sum(trains[each.name].size for each in layers)
 
 
+@needs_onnxruntime
 def test_the_unet_in_onnx(snns, tmp_path):
     snn, images = snns("unet_small")
-    assert_same(snn, images[:2], str(tmp_path / "snn.onnx"), reference=False)
+    assert_same_in_onnx(snn, images[:2], str(tmp_path / "snn.onnx"), reference=False)
 
 
 @needs_compiler
 def test_the_unet_in_c(snns, tmp_path):
     snn, images = snns("unet_small")
-    assert_replays(snn, images[:1], tmp_path, "-O1")
+    assert_same_in_c(snn, images[:1], tmp_path, "-O1")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,16 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from export_helpers import (
+    CLOSE,
+    assert_counts,
+    assert_same_in_onnx,
+    assert_same_step_in_onnx,
+    counts_of,
+    loop_of,
+    pooling_net,
+    runtimes,
+)
 from helpers import (
     CHOICES,
     MODELS,
@@ -26,10 +36,8 @@ from helpers import (
     errors_of,
     python,
     small_model,
-    spikes_and_first_currents,
     with_random_norms,
 )
-from onnx.reference import ReferenceEvaluator
 from reference import quantized_ann
 from torch import nn
 
@@ -42,8 +50,6 @@ from layers.activations import SpikeReLU
 from networks.checkpoint import load_weights
 from script_options import EXPORTS
 from snn_weight_setter import trans_ann2snn_weight
-from spike_neurons import if_step
-from spike_simulator import simulate
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -54,117 +60,13 @@ SPEC.loader.exec_module(SCRIPT)
 
 POOLINGS = (("gate", "fold", 0), ("or", "spike", 0), ("gate", "spike", 3), ("or", "fold", 3))  # tested as slow
 WINDOWS = (("shortcuts", "auto"), ("upwards", 2), ("preactivated", "auto"))  # of `listen`, tested as slow
-CLOSE = 2e-5  # the logits are sums of floats, in another order
-NEAR = 2e-6  # relative, of a float potential and its threshold: about 16 roundings of float32
 WITH_GROUPS = ("upwards",)
-
-
-def runtimes(path, reference=True):
-    """The file in onnxruntime, and in onnx's reference evaluator.
-
-    A quantized ANN is run with and without the setting that lets onnxruntime compute its layers in 8 bits.
-    """
-    is_quantized = any(node.op_type == "QuantizeLinear" for node in onnx.load(path).graph.node)
-    for disabled in ("1", "0") if is_quantized else ("0",):
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = 1, 3  # no warning that T may be given
-        options.add_session_config_entry("session.disable_quant_qdq", disabled)
-        yield onnxruntime.InferenceSession(path, options)
-    if reference:
-        yield ReferenceEvaluator(path)
-
-
-def counts_of(snn, images, timesteps):
-    """Spike counts of every layer, op name -> [B, ...]."""
-    trains, _ = spikes_and_first_currents(snn, images, timesteps)
-    return {name: train.sum(0, dtype=np.int64) for name, train in trains.items()}
-
-
-def clear_images(snn, images, timesteps):
-    """The images that no rounding of floats can change the spikes of.
-
-    The image's current is a sum of floats in another order in every runtime. A potential that meets its threshold to
-    the last digits, as those that the threshold was measured on, may fire a step earlier or later.
-    """
-    is_clear = torch.ones(len(images), dtype=torch.bool)
-
-    def watch(name, current, value):
-        neuron = snn.ops[name].op.neuron
-        if neuron is None or neuron.largest_current is not None:
-            return
-        steps, Vthr = current.per_step().double().expand(timesteps, *current.per_step().shape[1:]), neuron.Vthr.double()
-        u = neuron.initial_potential.double() + steps[: neuron.listen].sum(0)
-        for t in range(timesteps):
-            if t + neuron.listen < timesteps:
-                u = u + steps[t + neuron.listen]
-            is_clear.logical_and_(((u - Vthr).abs() > NEAR * Vthr).flatten(1).all(1))
-            u = if_step(u, 0.0, Vthr, neuron.reset_mode)[0]
-
-    with torch.no_grad():
-        simulate(snn, (images,), timesteps, watch=watch)
-    assert is_clear.sum() >= len(images) / 2
-    return images[is_clear]
-
-
-def assert_counts(counts, found):
-    assert {name: int((found[name] != expected).sum()) for name, expected in counts.items()} == dict.fromkeys(counts, 0)
-
-
-def assert_same(snn, images, path, timesteps=None, reference=True, write=write_onnx):
-    """Every runtime counts the spikes of the simulator in every layer, and has its outputs."""
-    write(snn, path, images)
-    onnx.checker.check_model(path, full_check=True)
-    images = clear_images(snn, images, timesteps or snn.timesteps)
-    counts = counts_of(snn, images, timesteps or snn.timesteps)
-    assert sum(count.sum() for count in counts.values()) > 0
-    with torch.no_grad():
-        logits = snn.eval()(images, timesteps=timesteps).numpy()
-    names, feeds = ["logits", *(f"count_{name}" for name in counts)], {"image": images.numpy()}
-    if timesteps is not None:
-        feeds["T"] = np.asarray(timesteps, np.int64)
-    for runtime in runtimes(path, reference):
-        given, *found = runtime.run(names, feeds)
-        assert_counts(counts, dict(zip(counts, found)))
-        assert np.abs(given - logits).max() < CLOSE
-
-
-def assert_same_steps(snn, images, path, reference=True):
-    """The file of one step, called T times, has the spike counts and outputs of the simulator."""
-    write_onnx_step(snn, path, images)
-    images = clear_images(snn, images, snn.timesteps)
-    counts = counts_of(snn, images, snn.timesteps)
-    with torch.no_grad():
-        logits = snn.eval()(images).numpy()
-    model = onnx.load(path)
-    kinds = {onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.INT32: np.int32}
-    tensors = {each.name: each.type.tensor_type for each in model.graph.input if each.name.endswith("_in")}
-    names = [each.name for each in model.graph.output]
-    for runtime in runtimes(path, reference):
-        state = {}
-        for name, tensor in tensors.items():  # the values at step 0 do not count
-            shape = [len(images), *(each.dim_value for each in tensor.shape.dim[1:])]
-            state[name] = np.full(shape, 7, kinds[tensor.elem_type])
-        for step in range(snn.timesteps):
-            feeds = {"image": images.numpy(), "step": np.asarray(step, np.int64), **state}
-            values = dict(zip(names, runtime.run(names, feeds)))
-            state = {name: values[f"{name.removesuffix('_in')}_out"] for name in tensors}
-        assert_counts(counts, {name: values[f"n_{name}_out"] for name in counts})
-        assert np.abs(values["logits"] - logits).max() < CLOSE
+STAYS_ANN = r"^conv2 \(2\) stays ANN between spiking layers .*: write --onnx, or convert without --ann_layers$"
 
 
 @pytest.fixture
 def path(tmp_path):
     return str(tmp_path / "snn.onnx")
-
-
-def pooling_net(signed=False):
-    """Max pooling over the edge, folded and spiking average poolings, linear layers; with signed: pairs of signs."""
-    activations = [nn.LeakyReLU(0.1), nn.PReLU(6)] if signed else [nn.ReLU(), nn.ReLU()]
-    return nn.Sequential(
-        *(conv(2, 4), activations[0], nn.MaxPool2d(3, 2, 1, ceil_mode=True)),
-        *(conv(4, 4), nn.ReLU(), nn.AvgPool2d(2), conv(4, 6), activations[1], nn.AvgPool2d(2), nn.Flatten()),
-        *(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)),
-    )
 
 
 def rearranged(net, x):
@@ -186,14 +88,14 @@ def test_small_networks(name, reset_mode, path):
     net, images = small_model(name)
     correction = "none" if reset_mode == "zero" else "potential"
     snn = convert(net, images, timesteps=5, reset_mode=reset_mode, correction=correction, **CHOICES)
-    assert_same(snn, images[:4], path, reference=name not in WITH_GROUPS)
-    assert_same_steps(snn, images[:3], path, reference=name not in WITH_GROUPS)
+    assert_same_in_onnx(snn, images[:4], path, reference=name not in WITH_GROUPS)
+    assert_same_step_in_onnx(snn, images[:3], path, reference=name not in WITH_GROUPS)
 
 
 @pytest.mark.parametrize("options", [{"bits": 8}, {"bits": 32}, {"bits": 2, "per_channel": "both"}], ids=str)
 def test_weights_of_all_widths(options, path):
     net, images = small_model("shortcuts")
-    assert_same(convert(net, images, timesteps=6, correction="none", **options), images[:4], path)
+    assert_same_in_onnx(convert(net, images, timesteps=6, correction="none", **options), images[:4], path)
 
 
 @pytest.mark.parametrize(
@@ -206,14 +108,14 @@ def test_weights_of_all_widths(options, path):
 def test_layers_that_listen_or_have_a_window(name, listen, path):
     net, images = small_model(name)
     snn = convert(net, images, timesteps=6, listen=listen, correction="none", **CHOICES)
-    assert_same(snn, images[:3], path, reference=name not in WITH_GROUPS)
+    assert_same_in_onnx(snn, images[:3], path, reference=name not in WITH_GROUPS)
 
 
 @pytest.mark.parametrize("listen, timesteps", [(0, 1), (0, 11), (4, 3)])
 def test_one_file_runs_for_every_number_of_timesteps(listen, timesteps, path):
     net, images = small_model("constants")
     snn = convert(net, images, timesteps=6, listen=listen, hold_back=0)
-    assert_same(snn, images[:3], path, timesteps=timesteps)
+    assert_same_in_onnx(snn, images[:3], path, timesteps=timesteps)
 
 
 @pytest.mark.parametrize(
@@ -228,9 +130,9 @@ def test_poolings(maxpool, avgpool, listen, path):
     snn = convert(
         pooling_net(), images, timesteps=6, maxpool=maxpool, avgpool=avgpool, listen=listen, correction="none"
     )
-    assert_same(snn, images, path)
+    assert_same_in_onnx(snn, images, path)
     if not listen:
-        assert_same_steps(snn, images, path)
+        assert_same_step_in_onnx(snn, images, path)
 
 
 @pytest.mark.parametrize("listen", [0, 3])
@@ -239,14 +141,14 @@ def test_pairs_of_signs(maxpool, listen, path):
     images = torch.rand(4, 2, 8, 8)
     net = pooling_net(signed=True)
     options = {"maxpool": maxpool, "signed": "pair", "listen": listen, "correction": "none"}
-    assert_same(convert(net, images, timesteps=6, **options), images, path)
+    assert_same_in_onnx(convert(net, images, timesteps=6, **options), images, path)
 
 
 @pytest.mark.parametrize("listen", [0, 6])
 def test_rearrangements(listen, path):
     fc = nn.Sequential(nn.Linear(640, 5), nn.ReLU(), nn.Linear(5, 3))
     net, images = Function(rearranged, a=conv(2, 4), b=conv(2, 3), c=conv(2, 4), fc=fc), torch.rand(4, 2, 8, 8)
-    assert_same(convert(net, images, timesteps=6, listen=listen, correction="none"), images, path)
+    assert_same_in_onnx(convert(net, images, timesteps=6, listen=listen, correction="none"), images, path)
 
 
 @pytest.mark.parametrize("listen", [0, 3])
@@ -257,8 +159,9 @@ def test_layers_that_stay_ann_between_spiking_ones(listen, path):
     )
     images = torch.rand(4, 2, 8, 8)
     snn = convert(net, images, timesteps=6, ann_layers=("2", "3"), listen=listen)
-    assert_same(snn, images, path)
-    with pytest.raises(ValueError, match=r"^\w+ \(2\) stays ANN between|^\w+ \(1\) listens"):
+    assert_same_in_onnx(snn, images, path)
+    message = r"^relu1 \(1\) listens before it fires.*, convert with --listen 0$" if listen else STAYS_ANN
+    with pytest.raises(ValueError, match=message):
         write_onnx_step(snn, path, images)
 
 
@@ -292,7 +195,7 @@ def test_potentials_beyond_float32_are_int32(path):
     )
     snn = convert(net, images, timesteps=8, bits=8, hold_back=0)
     snn.timesteps = 4000  # for which the file has to be exact
-    assert_same(snn, images, path, timesteps=5)
+    assert_same_in_onnx(snn, images, path, timesteps=5)
     kinds = [each.type.tensor_type.elem_type for each in loop_of(path).input]
     assert onnx.TensorProto.INT32 in kinds
     bounds = [neuron.largest_current for neuron in snn.neurons().values() if neuron.largest_current]
@@ -301,12 +204,6 @@ def test_potentials_beyond_float32_are_int32(path):
     snn.timesteps = 65536 * 16
     with pytest.raises(ValueError, match=r"^relu2 \(3\): its membrane potentials need more than 32 bits at T=1048576"):
         write_onnx(snn, path, images)
-
-
-def loop_of(path):
-    """The body of the one Loop in a file."""
-    (loop,) = (node for node in onnx.load(path).graph.node if node.op_type == "Loop")
-    return loop.attribute[0].g
 
 
 def facts_in(path):
@@ -333,13 +230,13 @@ def facts_in(path):
 def test_networks(name, size, options, bits, path):
     net, images = with_random_norms(get_net_by_name(name, 3, 10)), torch.rand(2, 3, size, size)
     snn = convert(net, images, timesteps=4, bits=bits, **options, **CHOICES)
-    assert_same(snn, images, path)
+    assert_same_in_onnx(snn, images, path)
 
 
 def test_a_network_of_4_bits_is_small(resnet, path):
     net, images = resnet
     snn = convert(net, images, timesteps=4, correction="none")
-    assert_same(snn, images, path, reference=False)
+    assert_same_in_onnx(snn, images, path, reference=False)
     weights = sum(op.weight.numel() for op in snn.weighted_layers().values())
     assert weights / 2 < os.path.getsize(path) < 250_000
 
@@ -350,7 +247,7 @@ def test_the_example_network_on_digits(digits_loaders, digits_images, reset_mode
     test_images = next(iter(digits_loaders[0]))[0][:40]
     for bits in (4, 8):
         snn = convert(net, digits_images[:100], timesteps=8, bits=bits, reset_mode=reset_mode)
-        assert_same(snn, test_images, path, reference=False)
+        assert_same_in_onnx(snn, test_images, path, reference=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,7 +258,7 @@ def test_the_example_network_on_digits(digits_loaders, digits_images, reset_mode
 def test_the_ann_has_the_counts_of_a_network_that_hears_all_steps(name, bits, path):
     net, images = small_model(name)
     snn = convert(net, images, timesteps=8, bits=bits, listen=8, correction="none", **CHOICES)
-    assert_same(snn, images[:4], path, reference=name not in WITH_GROUPS, write=write_onnx_ann)
+    assert_same_in_onnx(snn, images[:4], path, reference=name not in WITH_GROUPS, write=write_onnx_ann)
 
 
 @pytest.mark.parametrize("timesteps, bits", [(100, 8), (200, 8), (300, 4)])

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from export_helpers import needs_paibox, simulate_cores, with_two_inputs
 from helpers import conv, convert, reading, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_export_c import with_two_inputs
 from torch import nn
 
 import hw_constraints
@@ -18,7 +18,6 @@ from export.paicore import Mapped, check_cores, spike_trains, write_paicore
 from export.paicore_layers import core_layers, core_rows, rows_in_bits, width_of
 from hw_constraints import PAICORE, core_table
 
-needs_paibox = pytest.mark.skipif(importlib.util.find_spec("paibox") is None, reason="needs paibox")
 TIMESTEPS = 6
 
 
@@ -39,34 +38,6 @@ def converted(name, **options):
     torch.manual_seed(0)
     images = torch.rand(8, 1, 8, 8)
     return convert(NETWORKS[name](), images, TIMESTEPS, **options), images
-
-
-def simulate_cores(layers, trains, timesteps):
-    """Layer name -> spikes [T, B, ...], by the chip's rules: every layer one step after the layers that it reads."""
-    trains = {name: train.astype(np.int64) for name, train in trains.items()}
-    for layer in layers:
-        images = trains[layer.synapses[0].source].shape[1]
-        u = np.broadcast_to(
-            rows_in_bits(layer.initial_potential, layer.bits).sum(0, dtype=np.int64), (images, layer.neurons)
-        )
-        sent = []
-        for t in range(timesteps):
-            u = u + layer.bias + sum(current_of(synapse, trains[synapse.source][t]) for synapse in layer.synapses)
-            spikes = u >= layer.Vthr
-            u = u - layer.Vthr * spikes if layer.subtracts else u * ~spikes
-            sent.append(spikes.astype(np.int64))
-        trains[layer.name] = np.stack(sent).reshape(timesteps, images, *layer.shape)
-    return trains
-
-
-def current_of(synapse, spikes):
-    """The current of spikes [B, ...] at one step, [B, neurons]."""
-    if synapse.kind == "full":
-        return spikes.reshape(len(spikes), -1) @ synapse.weight.astype(np.int64)
-    weight = torch.from_numpy(synapse.weight.astype(np.float64))
-    x = torch.from_numpy(spikes.astype(np.float64))
-    current = F.conv2d(x, weight, None, synapse.stride, synapse.padding, 1, synapse.groups)
-    return current.flatten(1).numpy().astype(np.int64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,6 +189,21 @@ def test_a_network_of_one_layer_leaves_nothing_for_the_cores():
     net = nn.Sequential(conv(1, 4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3))
     images = torch.rand(4, 1, 8, 8)
     assert refusal_of(convert(net, images, 4), images) == "no layer is left for the cores: all neurons read the image"
+
+
+def test_an_ann_layer_that_waits_for_all_spikes_of_cores_is_refused():
+    """On the host it may stand between the image and the first layer of the cores."""
+    net = reading(lambda n, x: F.relu(n.c(F.relu(n.b(F.relu(n.a(x)))))), a=conv(4, 4), b=conv(4, 4), c=conv(4, 4))
+    images = torch.rand(4, 1, 8, 8)
+    assert refusal_of(convert(net, images, 4, ann_layers=("b",)), images) == (
+        "conv3 (b) does not fit PAICORE: it stays ANN and reads all spikes of cores before others start, convert "
+        "without --ann_layers"
+    )
+    snn = convert(net, images, 4, ann_layers=("a",))
+    trains = spike_trains(snn, images[:1])
+    hosts, layers = core_layers(snn, trains)
+    assert list(hosts) == ["relu1", "relu3"] and [layer.name for layer in layers] == ["relu4"]
+    assert np.array_equal(simulate_cores(layers, {name: trains[name] for name in hosts}, 4)["relu4"], trains["relu4"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -73,17 +73,20 @@ def room(path):
     return path.parts[0].removesuffix(".py")
 
 
-def imported(tree):
-    """`(line, module)` of every module of the project that a file imports."""
+def modules_read(tree):
+    """`(line, module)` of every module that a file imports."""
     found = []
     for node in ast.walk(tree):
-        names = []
         if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module]
+            found.append((node.lineno, node.module))
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        found += [(node.lineno, name) for name in names if name.split(".")[0] in FLOOR_OF]
+            found += [(node.lineno, alias.name) for alias in node.names]
     return found
+
+
+def imported(tree):
+    """`(line, module)` of every module of the project that a file imports."""
+    return [(line, name) for line, name in modules_read(tree) if name.split(".")[0] in FLOOR_OF]
 
 
 def arrows():
@@ -132,6 +135,19 @@ def test_no_file_imports_itself_in_a_circle_within_its_folder():
             free = {name for name, read in graph.items() if not read & set(graph) - {name}}
             assert free, f"{folder}: {', '.join(sorted(graph))} import each other"
             graph = {name: read for name, read in graph.items() if name not in free}
+
+
+def test_no_test_file_imports_another_one():
+    """What several share is in helpers.py, and in the other files that tests/conftest.py names."""
+    tests = {path: tree for path, tree in SOURCES.items() if path.parts[0] == "tests"}
+    shared = [
+        f"{path}:{line} imports {module}"
+        for path, tree in tests.items()
+        for line, module in modules_read(tree)
+        if module.split(".")[-1].startswith("test_")
+    ]
+    assert not shared, "\n".join(shared)
+    assert len(tests) > 50  # they were found at all
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)

@@ -112,6 +112,16 @@ def test_fewer_levels_than_one_are_refused():
         quantize_activations(prepared(net, images), [(images,)], "cpu", 0)
 
 
+def test_levels_of_a_layer_that_stays_ann_are_refused():
+    net, images = small_model("shortcuts")
+    ann = quantize_activations(prepared(net, images), [(images,)], "cpu", 4)
+    with pytest.raises(ValueError, match=r"^relu1 \(first\.1\) has activation levels but stays ANN: give quantize_act"):
+        trans_ann2snn_weight(ann, [(images,)], "cpu", 4, 4, ann_layers=("first",))
+    ann = quantize_activations(prepared(net, images), [(images,)], "cpu", 4, ann_layers=("first",))
+    snn = trans_ann2snn_weight(ann, [(images,)], "cpu", 4, 4, ann_layers=("first",))
+    assert "relu1" not in snn.spiking_layers() and snn.spiking_layers()
+
+
 def test_command_line(tmp_path, capsys):
     argv = f"example_net --ann_weight checkpoint/example_net_ann.pth -e 2 --timesteps 4 --save_file {tmp_path}/snn.pth"
     run_script(ann2snn.main, ann2snn.parse_args([*argv.split(), "--activation_levels", "4"]))

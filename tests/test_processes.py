@@ -348,6 +348,7 @@ def lines_of(stderr):
     return [line for line in re.split(r"[\r\n]", stderr) if re.match("error|warning|interrupted|preset|epoch", line)]
 
 
+@pytest.mark.slow  # test_runtime.py asserts the same line of another script, without torchrun
 def test_other_scripts_run_in_one_process():
     run = start(2, "show.py", "none.pth")
     assert run.returncode and lines_of(run.stderr) == [

@@ -325,8 +325,7 @@ def test_deepcopy_keeps_the_engine():
 
 RUN_IN_NEW_PROCESS = """
 import sys, torch, spike_dag
-engine, *folders = sys.argv[1:]
-for folder in folders:
+for engine, folder in zip(sys.argv[1::2], sys.argv[2::2]):
     dag = torch.load(folder + "/dag.pth", weights_only=True)
     dag.set_engine(engine)
     torch.save(dag(torch.load(folder + "/images.pth")), folder + "/outputs.pth")
@@ -340,36 +339,29 @@ def ann_and_images(name):
     return parse_ann_model(get_net_by_name(name), (torch.rand(2, 1, 32, 32),)), torch.rand(5, 1, 32, 32)
 
 
-def check_in_new_process(engine, networks, folder):
-    """Save the networks, run them in one new process, and compare with their outputs in this one."""
-    folders, expected = [], []
-    for i, (dag, images) in enumerate(networks):
-        folders.append(folder / str(i))
-        folders[-1].mkdir()
+@torch.no_grad()
+def test_saved_networks_compute_bit_identical_outputs_in_a_new_process(tmp_path):
+    """ANNs, and SNNs with both engines: saved, and run in one process."""
+    spiking = [spiking_dag("debug_net2"), spiking_dag("debug_net3"), spiking_dag("example_net")]
+    spiking.append(spiking_dag("example_net", bits=32))
+    runs = [("auto", *ann_and_images("branches")), ("auto", *ann_and_images("example_net"))]
+    runs += [(engine, *each) for engine in ("auto", "reference") for each in spiking]
+    arguments, expected = [], {}
+    for i, (engine, dag, images) in enumerate(runs):
+        folder = tmp_path / str(i)
+        folder.mkdir()
         dag.set_engine(engine)
-        torch.save(dag, folders[-1] / "dag.pth")
-        torch.save(images, folders[-1] / "images.pth")
-        expected.append(as_list(dag(images)))
-    command = [sys.executable, "-c", RUN_IN_NEW_PROCESS, engine, *map(str, folders)]
+        torch.save(dag, folder / "dag.pth")
+        torch.save(images, folder / "images.pth")
+        arguments += [engine, str(folder)]
+        expected[folder] = as_list(dag(images))
+    command = [sys.executable, "-c", RUN_IN_NEW_PROCESS, *arguments]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for folder, outputs in zip(folders, expected, strict=True):
+    for folder, outputs in expected.items():
         loaded = as_list(torch.load(folder / "outputs.pth"))
         assert all(output.abs().max() > 0 for output in outputs)
-        assert [torch.equal(a, b) for a, b in zip(loaded, outputs, strict=True)] == [True] * len(outputs)
-
-
-@torch.no_grad()
-def test_saved_ann_computes_bit_identical_outputs_in_a_new_process(tmp_path):
-    check_in_new_process("auto", [ann_and_images("branches"), ann_and_images("example_net")], tmp_path)
-
-
-@pytest.mark.parametrize("engine", ["auto", "reference"])
-@torch.no_grad()
-def test_saved_snn_computes_bit_identical_outputs_in_a_new_process(engine, tmp_path):
-    networks = [spiking_dag("debug_net2"), spiking_dag("debug_net3"), spiking_dag("example_net")]
-    networks.append(spiking_dag("example_net", bits=32))
-    check_in_new_process(engine, networks, tmp_path)
+        assert [torch.equal(a, b) for a, b in zip(loaded, outputs, strict=True)] == [True] * len(outputs), folder
 
 
 def test_loaded_snn_keeps_its_integers(tmp_path):
