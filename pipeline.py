@@ -58,6 +58,7 @@ from runtime.batches import batches_of_dataset, first_inputs, loader_for, reusab
 from runtime.cli import did_you_mean
 from runtime.device import choose_device, seed_everything
 from runtime.flags import memory_in_words
+from runtime.memory import give_back
 from runtime.packages import REPORT_PACKAGES, check_packages
 from runtime.processes import alone, from_first, is_first
 from runtime.progress import Progress
@@ -195,12 +196,14 @@ def make(args, net, loaders, criterion, device, measure, clock=None, progress=No
     made.accuracies["ann"] = measure(net)
     check_float_accuracy(made.accuracies["ann"], args, train_loader)
     clock.lap("validate_ann")
+    give_back()
     quantize(args, made, loaders, criterion, device, progress)
     if keep_qnet is not None:
         keep_qnet(made.qnet)
     clock.lap("quantize_finetune")
     made.accuracies["qnet"] = measure(made.qnet)
     clock.lap("validate_qnet")
+    give_back()
     made.snn = from_first(lambda: convert_by_options(made.qnet, calibration_loader, device, args))
     clock.lap("trans_ann2snn_weight")
     networks = made.snn, made.qnet, made.ann

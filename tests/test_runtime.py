@@ -21,6 +21,7 @@ from reports.analysis import Analysis, write_report
 from runtime.cli import run_script
 from runtime.failures import in_one_line, squeeze
 from runtime.files import check_room, check_writable, write_atomically, write_folder
+from runtime.memory import trim_of_glibc
 from runtime.packages import check_packages
 
 ROOT = Path(__file__).parents[1]
@@ -492,3 +493,21 @@ def test_one_of_several_processes_is_refused(script, said, tmp_path):
     run = subprocess.run(command, cwd=ROOT, env={**ENVIRONMENT, "WORLD_SIZE": "2"}, capture_output=True, text=True)
     assert run.returncode == 2 and not os.listdir(tmp_path)
     assert run.stderr.startswith(f"error: {said}") and run.stderr.count("\n") == 1
+
+
+FREED = """
+from runtime.memory import give_back
+def used():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+blocks = [bytearray(100_000) for _ in range(2000)]  # 191 MB, in blocks that glibc takes from its heap
+blocks = blocks[-1:]  # the one at the end of the heap
+before = used()
+give_back()
+print(before - used())
+"""
+
+
+@pytest.mark.skipif(trim_of_glibc() is None or not Path("/proc/self/statm").exists(), reason="needs glibc on Linux")
+def test_freed_memory_goes_back_to_the_system():
+    run = subprocess.run([sys.executable, "-c", FREED], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert run.returncode == 0 and float(run.stdout) > 150, run.stderr
