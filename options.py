@@ -9,7 +9,7 @@ dataclass checks its values, so the code below the calls can trust them. This mo
 
 from dataclasses import MISSING, dataclass, field, fields
 
-from runtime.ranges import THRESHOLDS, Real, Whole, check_number
+from runtime.ranges import Real, Whole, check_number
 
 FLOAT_BITS = 32
 TIMESTEPS = Whole(1, 65536)
@@ -107,13 +107,13 @@ def check_option(name, value):
 
 
 def check_threshold(value):
-    """One of `THRESHOLDS`, or a quantile of the activations, above 0 and up to 1. Raises ValueError for others."""
-    if value in THRESHOLDS:
+    """ "max", "mse" or a quantile of the activations, above 0 and up to 1. Raises ValueError for other values."""
+    if value in ("max", "mse"):
         return value
     if value == "quantile":
         return QUANTILE
     if isinstance(value, str):
-        raise ValueError(f"unknown threshold '{value}', use one of quantile, {', '.join(THRESHOLDS)}")
+        raise ValueError(f"unknown threshold '{value}', use one of quantile, max, mse")
     return check_number("quantile", value, Real(0, 1, open=True))
 
 
@@ -265,11 +265,11 @@ class ConversionOptions(WeightOptions):
     threshold: object = option(
         QUANTILE,
         "how Vthr is chosen: by a quantile of the activations (a number up to 1), by their maximum (max), or by the "
-        "least squared error after T timesteps (mse), also if spikes arrive unevenly (uneven)",
+        "least squared error after T timesteps (mse)",
         "conversion",
         parse="threshold",
         check=check_threshold,
-        metavar="{QUANTILE,max,mse,uneven}",
+        metavar="{QUANTILE,max,mse}",
         main=True,
     )
     listen: object = option(
@@ -510,8 +510,8 @@ def calibrated(timesteps, bits):
     epochs = max(1, min(MAX_EPOCHS, MAX_EPOCH_STEPS // timesteps))
     few_steps = {"calibration_samples": 2500, "spike_epochs_unlabelled": epochs, "spike_gradient": "time"}
     return {
-        **{"weight_bitwidth": 8, "finetune_epochs": 0, "threshold": "uneven", "per_channel": "both"},
-        **{"hold_back": "auto", **POOLINGS},
+        **{"weight_bitwidth": 8, "finetune_epochs": 0, "threshold": "mse", "per_channel": "both", "hold_back": "auto"},
+        **POOLINGS,
         **(few_steps if timesteps <= MAX_FEW_STEPS else {}),
     }
 

@@ -187,7 +187,7 @@ def random_options(rng):
         "reset_mode": rng.choice(["subtraction", "subtraction", "zero"]),
         "initial_potential": rng.choice([None, None, 0.0, 0.3, 1.0]),
         "listen": rng.choice([0, 0, T, T // 2]),
-        "threshold": rng.choice(["quantile", "max", "mse", "uneven"]),
+        "threshold": rng.choice(["quantile", "max", "mse"]),
         "granularity": rng.choice(["layer", "channel"]),
         "correction": rng.choice(["potential", "bias", "none"]),
         "hold_back": rng.choice([0.25, 0.0, 1.0, "auto"]),

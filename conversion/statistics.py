@@ -8,7 +8,6 @@ from tqdm import tqdm
 
 from quantization import sampling_stride
 from runtime.batches import batches_of, on_device, split_batch
-from runtime.ranges import LEAST_ERROR
 
 MOST_BYTES = 2**27  # of the largest layer's float32 activations in one pass; larger batches pass in parts
 MOST_SAMPLES = 1_000_000  # pooled activations per layer
@@ -66,16 +65,14 @@ def lambdas_of(pool, threshold, timesteps, per_channel, samples=ERROR_SAMPLES):
 
 
 def choose_lambdas(values, channels, count, largest, threshold, timesteps, samples):
-    """The lambda of every channel, [C]: the "max" of its activations, a quantile, or one of least error.
+    """The lambda of every channel, [C]: the "max" of its activations, a quantile, or that of least error ("mse").
 
     threshold: "max" for the largest activation, a number for that quantile of the activations, "mse" for the least mean
-    squared error after T timesteps, "uneven" for the least one where spikes arrive unevenly (`even_levels`). values,
-    channels: sampled activations and their channels, [N]. count: C. largest: largest activation of each channel, [C],
-    over all elements, not only the sampled ones; read for "max" alone.
+    squared error after T timesteps. values, channels: sampled activations and their channels, [N]. count: C. largest:
+    largest activation of each channel, [C], over all elements, not only the sampled ones; read for "max" alone.
     """
-    if threshold in LEAST_ERROR:
-        levels = even_levels(timesteps) if threshold == "uneven" else timesteps
-        return least_error_scales(values, channels, count, levels, samples)
+    if threshold == "mse":
+        return least_error_scales(values, channels, count, timesteps, samples)
     return largest if threshold == "max" else positive_tops(values, channels, count, threshold)
 
 
@@ -203,33 +200,23 @@ def positive_tops(values, channels, count, quantile):
     return torch.tensor([positive_top(part, quantile) if len(part) else 0.0 for part in parts], device=values.device)
 
 
-LEVELS_OF_UNEVEN = 2  # times sqrt(T): 8 levels at T = 16 and 16 at T = 64 had the least error in a ResNet-20
 SHARES = torch.logspace(-1.5, 0, 64).tolist()  # candidates relative to the maximum: 3 % to 100 %, in steps of 6 %
 
 
-def even_levels(timesteps):
-    """How many levels of a spike count unevenness leaves, up to T.
+def least_error_scales(values, channels, count, timesteps, most=ERROR_SAMPLES):
+    """The lambda of every channel, [C], with the least mean squared error after T timesteps.
 
-    A spike that comes early or late puts a count off by one, and the standard deviation of that grows with the square
-    root of T. Lambda / T, the weight of a spike, should then be smaller than rounding alone asks for.
-    """
-    return min(timesteps, LEVELS_OF_UNEVEN * timesteps**0.5)
-
-
-def least_error_scales(values, channels, count, levels, most=ERROR_SAMPLES):
-    """The lambda of every channel, [C], with the least mean squared error for a number L of levels, such as T.
-
-    The error is the difference between an activation a and clip(round(a L / lambda), 0, L) lambda / L, for L = T the
-    decoded output of a neuron with constant input and initial potential Vthr / 2. `SHARES` of the channel's maximum are
-    tried on the first `most` values. values, channels: activations and their channels, [N].
+    The error is the difference between an activation a and clip(round(a T / lambda), 0, T) lambda / T. The latter is
+    the decoded output of a neuron with constant input and initial potential Vthr / 2. `SHARES` of the channel's maximum
+    are tried on the first `most` values. values, channels: activations and their channels, [N].
     """
     values, channels = values[:most].clamp_min(0), channels[:most]
     largest = values.new_zeros(count).scatter_reduce_(0, channels, values, "amax")
     least, best = torch.full_like(largest, torch.inf), largest
     for share in SHARES:
-        steps = (share * largest / levels).clamp_min(1e-30)  # no division by 0 in a silent channel
+        steps = (share * largest / timesteps).clamp_min(1e-30)  # no division by 0 in a silent channel
         step = steps[channels]
-        decoded = (values / step).round_().clamp_max_(levels).mul_(step)
+        decoded = (values / step).round_().clamp_max_(timesteps).mul_(step)
         error = torch.zeros_like(largest).index_add_(0, channels, decoded.sub_(values).square_())
         best = torch.where(error < least, share * largest, best)
         least = torch.minimum(error, least)

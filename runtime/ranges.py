@@ -1,4 +1,4 @@
-"""Ranges of numbers and words, shared by the flags and the Python calls.
+"""Ranges of numbers, shared by the flags and the Python calls.
 
 check_number("finetune_lr", 0.01, Real(0))     # the number, or a ValueError that names it and its range
 """
@@ -6,9 +6,6 @@ check_number("finetune_lr", 0.01, Real(0))     # the number, or a ValueError tha
 import math
 import numbers
 from dataclasses import dataclass
-
-LEAST_ERROR = ("mse", "uneven")  # words of --threshold: of least squared error
-THRESHOLDS = ("max", *LEAST_ERROR)  # all of them
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ WITHOUT_EPOCHS = (
     {"preset": "exact", "threshold": "max"},
     {"preset": "exact", "threshold": "mse"},
     {"preset": "calibrated", **NO_EPOCHS, "hold_back": "0.25"},
-    {"preset": "calibrated", **NO_EPOCHS, "threshold": "mse"},
     {"finetune_epochs": "0", "threshold": "mse"},
     {"finetune_epochs": "0"},
     {"preset": "exact", "listen": "auto"},

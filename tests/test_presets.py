@@ -10,7 +10,7 @@ from pipeline import options_by_name
 FEW_STEPS = {
     "weight_bitwidth": 8,
     "finetune_epochs": 0,
-    "threshold": "uneven",
+    "threshold": "mse",
     "per_channel": "both",
     "hold_back": "auto",
     "avgpool": "fold",
@@ -20,7 +20,7 @@ FEW_STEPS = {
 MANY_STEPS = {
     "weight_bitwidth": 8,
     "finetune_epochs": 0,
-    "threshold": "uneven",
+    "threshold": "mse",
     "per_channel": "both",
     "hold_back": "auto",
     "avgpool": "fold",
@@ -140,4 +140,4 @@ def test_the_call_in_python_has_the_same_presets(preset, timesteps, sets):
 
 def test_options_of_the_call_override_its_preset():
     options = options_by_name("calibrated", {"timesteps": 4, "spike_epochs_unlabelled": 1, "weight_bitwidth": 5})
-    assert (options.spike_epochs_unlabelled, options.weight_bitwidth, options.threshold) == (1, 5, "uneven")
+    assert (options.spike_epochs_unlabelled, options.weight_bitwidth, options.threshold) == (1, 5, "mse")

@@ -8,7 +8,7 @@ from torch import nn
 
 from ann_parser import parse_ann_model
 from build_network import get_net_by_name
-from conversion.statistics import Pool, choose_lambdas, even_levels, least_error_scales
+from conversion.statistics import Pool, least_error_scales
 from networks.checkpoint import load_weights
 from quantization import init_quantize_net
 from snn_weight_setter import trans_ann2snn_weight
@@ -72,16 +72,6 @@ def test_least_error_scale_against_a_brute_force_search():
     pair = torch.cat([values, 3 * values]), torch.arange(2).repeat_interleave(5000)  # two channels at once
     assert torch.allclose(least_error_scales(*pair, 2, 4), torch.tensor([1.0, 3.0]) * first_scale(values, 4))
     assert least_error_scales(torch.zeros(10), torch.zeros(10, dtype=torch.long), 1, 4) == 0
-
-
-@pytest.mark.parametrize("timesteps, levels", [(1, 1), (3, 3), (4, 4), (16, 8), (64, 16), (256, 32)])
-def test_unevenness_leaves_levels_as_the_square_root_of_the_timesteps(timesteps, levels):
-    assert even_levels(timesteps) == levels
-    values = torch.rand(5000, generator=torch.Generator().manual_seed(0)).square()
-    one_channel = torch.zeros(5000, dtype=torch.long)
-    found = choose_lambdas(values, one_channel, 1, None, "uneven", timesteps, 5000)
-    assert found == least_error_scales(values, one_channel, 1, levels)
-    assert found <= choose_lambdas(values, one_channel, 1, None, "mse", timesteps, 5000)
 
 
 def first_scale(values, timesteps):
