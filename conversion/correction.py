@@ -22,6 +22,7 @@ from tqdm import tqdm
 from kernels.counts_cpu import can_count, count_spikes
 from kernels.memory_order import order
 from runtime.batches import batches_of, on_device, split_batch
+from runtime.memory import give_back
 from spike_simulator import Stages, bound_currents, counting_of, current_into, one_thread_per_operator, run_ops
 from spike_tensor import Counting, Current, Memory, SpikeTensor, decode
 
@@ -29,6 +30,7 @@ MOST_IMAGES = 256  # a channel's mean activation needs few images
 MOST_BYTES = 2**28  # limit for the spikes of the largest layer, over all images of a correction
 MOST_IN_A_BYTE = 255
 MOST_KEPT = 2**29  # bytes of the currents into one layer that are kept; the others are computed for every round
+LARGE_BYTES = 2**27  # activations of a layer behind which memory is given back: 8 times the largest of a ResNet-20
 CHUNK_BYTES = 2**25  # limit for the float32 currents of the largest layer, over the images of one thread
 TRIAL_IMAGES = 64  # images on which `SHARES` are tried: a channel has hundreds of neurons in most layers
 SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)  # candidates of hold_back "auto"; above 1/2 the error changes slowly
@@ -102,6 +104,8 @@ class CorrectionImages:
         currents.add(correct_means(neuron, each_current, carrier, self.timesteps, decode))
         self.note_rest(name)
         self.keep(name, targets, each(lambda n: self.spikes_of(name, currents.take(n)), range(len(targets))))
+        if sum(target.nbytes for target in targets) > LARGE_BYTES:
+            give_back()
 
     def keep(self, name, targets, spikes):
         """Note the activations and spikes of op `name`, for every chunk; drop the nodes that no op behind it needs."""
