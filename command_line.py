@@ -99,9 +99,9 @@ def settle_granularity(args, given):
 
 
 def of_preset(args, given):
-    """Option -> value of the preset, for the weight bits that were given."""
+    """Option -> value of the preset, for the weight bits that were given, and the chip."""
     bits = {"bits": args.weight_bitwidth} if "weight_bitwidth" in given else {}
-    return preset_options(args.preset, args.timesteps, **bits)
+    return preset_options(args.preset, args.timesteps, hardware=args.hardware, **bits)
 
 
 def fill_in_preset(args, given, speaks):

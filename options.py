@@ -552,15 +552,18 @@ PRESETS = {
 }
 
 
-def preset_options(name, timesteps, bits=8):
+def preset_options(name, timesteps, bits=8, hardware=None):
     """Option -> value of a preset for T timesteps and weight bits.
 
-    bits: the weight bits that are asked for; the presets choose others only where it is one number. Raises ValueError
-    for an unknown preset or number of timesteps.
+    bits: the weight bits that are asked for; the presets choose others only where it is one number. hardware: the chip
+    whose limits the network has to keep, or None. For it, as for "auto" bits, poolings keep their neurons: a folded one
+    makes the kernel behind it larger. Raises ValueError for an unknown preset or number of timesteps.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown preset '{name}', use one of {', '.join(PRESETS)}")
-    return PRESETS[name](check_option("timesteps", timesteps), bits)
+    chosen = PRESETS[name](check_option("timesteps", timesteps), bits)
+    is_limited = hardware is not None or bits == "auto"
+    return {key: value for key, value in chosen.items() if not (is_limited and key in POOLINGS)}
 
 
 def defaults(*classes):

@@ -65,7 +65,7 @@ from runtime.progress import Progress
 from snn_weight_setter import convert
 from spike_dag import format_table
 from spike_layers import SpikeMaxPool2d
-from spike_simulator import least_memory
+from spike_simulator import least_memory, threads_of
 from validate import classes_of, evaluate
 
 CLASSIFIER_FLAGS = ("report", "spike_epochs", "spike_epochs_unlabelled", "finetune_distill", "expect_top1")
@@ -227,7 +227,8 @@ def tell_memory(snn, loader, device):
     needed = least_memory(snn, first_inputs(loader_for(snn, loader), device, 1))
     if needed > snn.memory_budget:
         given, needed = memory_in_words(snn.memory_budget), memory_in_words(needed)
-        print(f"--memory_budget {given} does not hold: one image at a time takes about {needed}", file=sys.stderr)
+        at_once = f"one image on each of {threads} threads" if (threads := threads_of(device)) > 1 else "one image"
+        print(f"--memory_budget {given} is too small: {at_once} takes about {needed}", file=sys.stderr)
 
 
 def tell_where_they_part(made, loader, device, args):

@@ -184,7 +184,7 @@ class Walk:
         if neuron.Vthr.is_floating_point():
             raise Unfit("its weights are floats")
         if (neuron.Vthr != neuron.Vthr.flatten()[0]).any():
-            raise Unfit("its thresholds differ by channel (--per_channel spikes), cores take one for a layer")
+            raise Unfit("its thresholds differ by channel, cores take one for a layer: convert with --per_channel none")
 
         def flat(values):
             return np.broadcast_to(np.asarray(values, np.int64), shape).ravel()
@@ -263,7 +263,7 @@ def addition(walk, entry, inputs):
     if any(value is None for value in inputs):
         if all(value is None for value in inputs):
             return None
-        raise Unfit("it adds the image's own current, which is no integer")
+        raise Unfit("it adds a value that the host computes, the image's own or that of an ANN layer, to spikes")
     synapses, bias = [], 0
     for value, weight in zip(inputs, entry.op.branch_weights):
         if isinstance(value, Currents):

@@ -23,7 +23,7 @@ def command_of(args, report, **changes):
     T, bits = given["timesteps"], given["weight_bitwidth"]
     own_bits = preset_options(preset, T).get("weight_bitwidth")
     asked = {} if bits == own_bits else {"bits": bits}  # some presets choose by the bits that the command names
-    plain = {**defaults(*CONVERSION, AnalysisOptions), **preset_options(preset, T, **asked)}
+    plain = {**defaults(*CONVERSION, AnalysisOptions), **preset_options(preset, T, hardware=given["hardware"], **asked)}
     words = ["python3", "ann2snn.py", str(given["net_name"])]
     words += ["--preset", preset] if preset != "specification" else []
     for each in (each for cls in (*CONVERSION, AnalysisOptions) for each in fields(cls)):

@@ -11,7 +11,7 @@ from options import PRESETS, ConversionOptions, QuantizeOptions, SpikeFinetuneOp
 from pipeline import Networks, convert_by_options, quantize
 from runtime.device import seed_everything
 
-LEFT_OPEN = "what a layer leaves open"  # help group of the options that a network may need; they stay as they are
+LEFT_OPEN = "what a layer leaves open"  # help group of options that a network may need; all but avgpool stay
 OPTIONS = (QuantizeOptions, ConversionOptions, SpikeFinetuneOptions)
 
 
@@ -23,7 +23,7 @@ def preset_namespace(args, name):
     kept = {each.name for cls in OPTIONS for each in fields(cls) if is_left_open(each)}
     kept |= {"timesteps", "equalize"}  # the networks at hand are equalized, or not
     plain = {key: value for key, value in defaults(*OPTIONS).items() if key not in kept}
-    chosen = preset_options(name, args.timesteps)
+    chosen = preset_options(name, args.timesteps, hardware=args.hardware)
     return Namespace(**{**vars(args), **plain, **chosen, "preset": name})
 
 

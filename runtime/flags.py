@@ -4,6 +4,7 @@ add_options(parser, ConversionOptions, DataOptions)    # one flag per field
 """
 
 import argparse
+import math
 import re
 from dataclasses import fields
 
@@ -99,10 +100,10 @@ def memory_size(text):
 
 
 def memory_in_words(size):
-    """A number of bytes as `memory_size` reads it, with three digits: 1536 is 1.5K."""
+    """A number of bytes as `memory_size` reads it, rounded up to two decimals: 1536 is 1.5K."""
     for unit, factor in reversed(UNITS.items()):
         if size >= factor:
-            return f"{size / factor:.3g}{unit}"
+            return f"{math.ceil(100 * size / factor) / 100:.10g}{unit}"
     return str(size)
 
 

@@ -75,14 +75,17 @@ def useless(trial, record, runner):
 
 
 def poolings_help(choice, trial, record, runner):
-    """Whether the best conversion of the same T and bits with this `--avgpool` is better than the best with another."""
-    gains = {"fold": [], "spike": []}
-    for row in record.rows.values():
-        if (row.timesteps, row.bits) == (trial.timesteps, trial.bits) and row.hits and not row.listens:
-            chosen = runner.shared.args(Trial(row.timesteps, row.bits, row.flags)).avgpool
-            gains[chosen].append(gain(row, runner.ann_hits))
-    best = {name: max(found, default=float("-inf")) for name, found in gains.items()}
-    return best[choice] > max(value for name, value in best.items() if name != choice)
+    """Whether the best conversion alone with this `--avgpool` is better than the best with another, for T and bits.
+
+    Those that listen count only if all do. Where one of the two was not measured, it may help.
+    """
+    of_trial = [row for row in record.rows.values() if (row.timesteps, row.bits) == (trial.timesteps, trial.bits)]
+    measured = [(row, runner.shared.args(Trial(row.timesteps, row.bits, row.flags))) for row in of_trial if row.hits]
+    alone = [(row, args) for row, args in measured if stage_of(args) in (CONVERT, LEARN)]
+    alone = [(row, args) for row, args in alone if not row.listens] or alone
+    own = [gain(row, runner.ann_hits) for row, args in alone if args.avgpool == choice]
+    others = [gain(row, runner.ann_hits) for row, args in alone if args.avgpool != choice]
+    return not own or not others or max(own) > max(others)
 
 
 def fitted(trial, runner, record, limits, clock, sharing=1):

@@ -144,7 +144,7 @@ def preset_of(flags, args):
     """
     if "preset" not in flags or not set(flags) <= {"preset", "avgpool"}:
         return ""
-    wanted = preset_options(args.preset, args.timesteps, args.weight_bitwidth)
+    wanted = preset_options(args.preset, args.timesteps, args.weight_bitwidth, args.hardware)
     others = {name for name in wanted if name not in ("weight_bitwidth", "calibration_samples", "avgpool")}
     return args.preset if all(getattr(args, name) == wanted[name] for name in others) else ""
 

@@ -504,7 +504,10 @@ def test_memory_budget_is_read_in_powers_of_1024(capsys):
         with pytest.raises(SystemExit) as end:
             budget(wrong)
         assert end.value.code == 2 and "is not a memory size such as 512M" in capsys.readouterr().err
-    assert [memory_in_words(size) for size in (100, 1536, 2**20, 5 * 2**29)] == ["100", "1.5K", "1M", "2.5G"]
+    sizes = 100, 1536, 1023 * 1024, 2**20, 2**30 - 1, 5 * 2**29, 2**40, 100_400
+    said = [memory_in_words(size) for size in sizes]
+    assert said == ["100", "1.5K", "1023K", "1M", "1024M", "2.5G", "1024G", "98.05K"]
+    assert all(budget(text) >= size for text, size in zip(said, sizes))
 
 
 @pytest.mark.parametrize(

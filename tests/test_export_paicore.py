@@ -164,7 +164,7 @@ def refusal_of(snn, images):
     [
         (
             {"per_channel": "spikes"},
-            "its thresholds differ by channel (--per_channel spikes), cores take one for a layer",
+            "its thresholds differ by channel, cores take one for a layer: convert with --per_channel none",
         ),
         ({"avgpool": "fold"}, "it hands on sums of spikes, convert with --avgpool spike"),
         ({"listen": 2}, "its neurons wait before they fire (--listen)"),

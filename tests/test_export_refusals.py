@@ -333,7 +333,7 @@ def test_the_images_current_does_not_fit_cores():
         return n.fc(F.relu(n.b(F.relu(current)) + current).flatten(1))
 
     snn = convert(Function(forward, a=conv(1, 4), b=conv(4, 4), fc=nn.Linear(256, 3)), IMAGES, 4)
-    assert unfit(snn).startswith("add1 ") and unfit(snn).endswith("adds the image's own current, which is no integer")
+    assert unfit(snn).startswith("add1 ") and unfit(snn).endswith("or that of an ANN layer, to spikes")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

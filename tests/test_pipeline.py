@@ -195,9 +195,7 @@ def test_the_line_comes_for_a_network_that_loses_its_classes(digits_images, caps
     assert "spiking layers at T=1 without listening; try --preset exact" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "budget, said", [(2**30, ""), (1000, "--memory_budget 1000 does not hold: one image at a time")]
-)
+@pytest.mark.parametrize("budget, said", [(2**30, ""), (1000, "--memory_budget 1000 is too small: one image")])
 def test_a_memory_budget_that_is_too_small_says_what_is_needed(budget, said, digits_loaders, capsys):
     snn = convert_network(digits_net(), digits_loaders[3], timesteps=2, memory_budget=budget, **FAST).snn
     line = "".join(each for each in capsys.readouterr().err.splitlines(True) if "budget" in each)

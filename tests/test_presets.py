@@ -6,6 +6,7 @@ import analyse_error
 import ann2snn
 from options import PRESETS, preset_options
 from pipeline import options_by_name
+from reports.command import command_of
 
 FEW_STEPS = {
     "weight_bitwidth": 8,
@@ -105,6 +106,16 @@ def test_a_flag_that_is_given_overrides_the_preset(flags, name, value):
 
 def test_without_finetuning_a_preset_has_no_levels_to_learn():
     assert parsed("--preset finetuned -e 0")["activation_levels"] is None
+
+
+@pytest.mark.parametrize("preset", ["calibrated", "finetuned", "exact"])
+@pytest.mark.parametrize("limit", ["--hardware v1.0", "--weight_bitwidth auto"])
+def test_for_a_chip_poolings_keep_their_neurons(preset, limit):
+    """A folded pooling of 2x2 would make the 3x3 kernel behind it one of 6x6."""
+    assert parsed(f"--preset {preset} {limit}")["avgpool"] == "spike"
+    assert parsed(f"--preset {preset} {limit} --avgpool fold")["avgpool"] == "fold"
+    args = ann2snn.parse_args(["example_net", *f"--preset {preset} {limit} --timesteps 64".split()])
+    assert "avgpool" not in command_of(args, "report")
 
 
 @pytest.mark.parametrize("script", [ann2snn, analyse_error])

@@ -107,14 +107,22 @@ def test_poolings_that_can_be_folded_are_tried_both_ways_and_others_once():
 
 @pytest.mark.parametrize(
     "folded, spiking, tried",
-    [("1110", "1100", {"--preset calibrated"}), ("1000", "1100", {"--preset calibrated", "--preset calibrated -"})],
+    [
+        ("1110", "1100", {"--preset calibrated"}),
+        ("1000", "1100", {"--preset calibrated", "--preset calibrated -"}),
+        ("", "1100", {"--preset calibrated", "--preset calibrated -"}),
+    ],
 )
-def test_epochs_go_on_with_the_poolings_that_did_better_without(folded, spiking, tried):
+@pytest.mark.parametrize("listens", [False, True])
+def test_epochs_go_on_with_the_poolings_that_did_better_without(folded, spiking, tried, listens):
+    alone = {"preset": "calibrated", "spike_epochs_unlabelled": "0"}
     rows = [
-        row(folded, flags={"preset": "calibrated", "spike_epochs_unlabelled": "0"}),
-        row(spiking, flags={"preset": "calibrated", "spike_epochs_unlabelled": "0", "avgpool": "spike"}),
-        row("1111", flags={"preset": "exact"}, listens=True),  # it listens, so it says nothing of the others
+        row(folded, flags=alone, listens=listens),
+        row(spiking, flags={**alone, "avgpool": "spike"}, listens=listens),
+        row("1111", flags={"preset": "calibrated"}),  # it was trained, so it says nothing of the others
     ]
+    if not listens:
+        rows.append(row("1111", flags={"preset": "exact"}, listens=True))  # nor does one that listens
     record = SimpleNamespace(rows=dict(enumerate(rows)))
     runner = SimpleNamespace(shared=Shared("example_net", {}), ann_hits=[True] * 4)
     own = {"--preset calibrated": {}, "--preset calibrated -": {"avgpool": "spike"}}

@@ -27,16 +27,21 @@ def test_memory_budget_cuts_the_work_not_the_result(budget, every_step):
     assert torch.allclose(snn(images, every_step=every_step), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("listen, bytes_per_value, steps", [(0, 16, 1), (3, 24, 20), (20, 16, 1)])
-def test_the_least_memory_is_that_of_one_image_on_each_thread(listen, bytes_per_value, steps):
+@pytest.mark.parametrize("listen, bytes_per_value, steps, simulated", [(0, 16, 1, 20), (3, 24, 20, 20), (20, 16, 1, 1)])
+def test_the_least_memory_is_that_of_one_image_on_each_thread(listen, bytes_per_value, steps, simulated):
+    """simulated: the steps that a simulation cuts, 1 where it counts spikes in one pass."""
     net, images = small_model("shortcuts")
     snn = convert(net, images, 20, 4, listen=listen)
+    per_step = torch.get_num_threads() * bytes_per_value * snn.largest_sample((images,))
     least = spike_simulator.least_memory(snn, (images,))
-    assert least == torch.get_num_threads() * steps * bytes_per_value * snn.largest_sample((images,))
+    assert least == steps * per_step
+    snn.set_engine("auto", 1)
+    smallest = spike_simulator.cut(snn, (images,), simulated)
     for budget in (least, 3 * least):
         snn.set_engine("auto", budget)
-        parts, at_a_time = spike_simulator.cut(snn, (images,), 20 if steps == 20 else 1)
-        assert parts * at_a_time * bytes_per_value * snn.largest_sample((images,)) * torch.get_num_threads() <= budget
+        parts, at_a_time = spike_simulator.cut(snn, (images,), simulated)
+        assert parts * at_a_time * per_step <= budget
+        assert ((parts, at_a_time) == smallest) == (budget == least)
 
 
 def spike_bytes(snn, images):
