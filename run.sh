@@ -26,8 +26,8 @@ test)
     install requirements-test.txt
     .venv/bin/ruff check .
     .venv/bin/ruff format --check .
-    .venv/bin/python -m pytest -m "not slow"
-    .venv/bin/python -m pytest -m slow
+    .venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+    .venv/bin/python -m pytest -n 2 --dist loadfile -m slow
     ;;
 *)
     echo "error: say what to do, sh run.sh demo or sh run.sh test" >&2
