@@ -9,9 +9,12 @@ import torch
 from kernels.memory_order import flat, order, per_neuron
 
 try:
-    from numba import njit
+    from numba import config, njit
 except ImportError:  # optional: without it the neurons run in plain PyTorch
     njit = None
+else:
+    if config.DISABLE_JIT:  # loops in Python would take a thousand times as long as plain PyTorch
+        njit = None
 
 CHUNK = 1024  # neurons at a time, whose membrane potentials (4 KiB) stay in the L1 cache over all timesteps
 

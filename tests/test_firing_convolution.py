@@ -20,7 +20,7 @@ from kernels.firing_convolution import FiringConvolution, plan_tiles
 from spike_neurons import IFNeuron
 from spike_tensor import Current, Memory
 
-if not firing_convolution.usable_instructions():
+if firing_convolution.njit is None or not firing_convolution.usable_instructions():
     pytest.skip("no vector instructions for these kernels, or numba does not compile", allow_module_level=True)
 
 NAMES = {0: "VNNI, 512 bits", 1: "VNNI, 256 bits", 2: "AVX2"}

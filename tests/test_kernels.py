@@ -30,8 +30,10 @@ from spike_neurons import IFNeuron
 from spike_tensor import Current
 
 ROOT = Path(__file__).parents[1]
+needs_numba = pytest.mark.skipif(neurons_cpu.njit is None, reason="numba is missing, or does not compile")
 
 
+@needs_numba
 @settings(max_examples=60, deadline=None)
 @given(
     shape=st.sampled_from([(3, 5, 7, 6), (2, 1, 3, 3), (4, 33), (1, 2000)]),
@@ -42,7 +44,6 @@ ROOT = Path(__file__).parents[1]
     seed=st.integers(0, 1000),
 )
 def test_compiled_neurons_fire_as_the_plain_ones(shape, timesteps, granularity, reset_mode, kind, seed):
-    pytest.importorskip("numba")
     steps, constant, extra, membrane = neuron_inputs(shape, timesteps, seed, kind)
     neuron = IFNeuron(thresholds(shape, granularity, seed), 1.0, 0, reset_mode, largest_current=30)
     current = Current(constant if steps is None else steps, timesteps, steps is None, extra)
@@ -52,6 +53,7 @@ def test_compiled_neurons_fire_as_the_plain_ones(shape, timesteps, granularity, 
     assert fired == plain.count_nonzero()
 
 
+@needs_numba
 @settings(max_examples=60, deadline=None)
 @given(
     shape=st.sampled_from([(1, 3, 5, 7, 6), (4, 2, 1, 3, 3), (16, 4, 33), (5, 1, 2000)]),
@@ -61,7 +63,6 @@ def test_compiled_neurons_fire_as_the_plain_ones(shape, timesteps, granularity, 
     seed=st.integers(0, 1000),
 )
 def test_compiled_neurons_learn_as_the_plain_ones(shape, granularity, listen, subtract, seed):
-    pytest.importorskip("numba")
     given, listen = learning_inputs(shape, granularity, seed), min(listen, shape[0])
     found = learn(neurons.learning_steps, neurons.learning_steps_back, *given, listen, subtract)
     plain = learn(
@@ -137,10 +138,10 @@ print(checked)
 """
 
 
+@needs_numba
 def test_the_gpu_kernels_compute_as_the_cpu():
     """In Triton's interpreter, which runs a kernel without a GPU; all in one process, that imports Triton once."""
     pytest.importorskip("triton")
-    pytest.importorskip("numba")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     scripts = GPU_NEURONS + GPU_LEARNING + GPU_CONVOLUTIONS
     run = subprocess.run([sys.executable, "-c", scripts], env=environment, capture_output=True, text=True)
