@@ -82,7 +82,7 @@ SIZES = {"resnet20": 8, "mobilenet_small": 8, "inception_small": 8}  # networks 
 
 
 @pytest.mark.parametrize(
-    "name", [*SIZES, *(pytest.param(name, marks=pytest.mark.slow) for name in set(NETS) - set(SIZES))]
+    "name", [*SIZES, *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(set(NETS) - set(SIZES)))]
 )
 def test_a_file_with_batch_norms_gives_the_spikes_of_the_network(name, tmp_path):
     side = SIZES.get(name, 32)
