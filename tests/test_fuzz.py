@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks.fuzz import run_case, run_cases
+from kernels import neurons_cpu
 
 COUNT = 300  # half a minute on a core
 
@@ -16,6 +17,7 @@ def test_random_cases_keep_their_promises():
     assert kept["networks"] >= 0.45 * COUNT and kept["files"]  # they are not all refused
 
 
+@pytest.mark.skipif(neurons_cpu.njit is None, reason="without numba both simulators would be broken")
 def test_a_broken_promise_is_found(monkeypatch):
     """A reference whose neurons never fire."""
     monkeypatch.setattr("spike_neurons.if_step", lambda membrane, current, Vthr, mode: (membrane, 0 * membrane))
