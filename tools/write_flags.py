@@ -89,7 +89,10 @@ def presets_in_words():
             cells = f"`{name}`", f"{timesteps}", f"`{flags}`" if flags else "the defaults below"
             if not rows or rows[-1][::2] != cells[::2]:
                 rows.append(cells)
-    text = "`--preset NAME` sets several flags at once; a flag that is given as well overrides it.\n\n"
+    text = (
+        "`--preset NAME` sets several flags at once; a flag that is given as well overrides it. With `--hardware` or\n"
+    )
+    text += "`--weight_bitwidth auto`, average poolings keep their neurons.\n\n"
     return f"## Presets\n\n{text}{table(('preset', 'from T =', 'sets'), rows)}"
 
 
