@@ -187,7 +187,7 @@ GPU_THEN_CPU = (
 EXAMPLE_SPIKES = f"-e 20 --finetune_lr 0.02 {LABELS} {WEIGHTS} {FOLD} --activation_levels 16 {SPIKES} 3 {LR} 0.001875"
 CALIBRATED = (
     Line(RESNET20, 8, "--preset calibrated", (4, 8, 16, 32, 64)),
-    Line(PUBLIC_RESNET, 8, "--preset calibrated", (4, 8, 16, 64)),
+    Line(PUBLIC_RESNET, 8, "--preset calibrated", (4, 8, 16, 32, 64)),
     Line(VGG9, 8, "--preset calibrated", (4, 8, 64)),
 )
 EXACT = (
