@@ -226,9 +226,9 @@ def tell_memory(snn, loader, device):
         return
     needed = least_memory(snn, first_inputs(loader_for(snn, loader), device, 1))
     if needed > snn.memory_budget:
-        given, needed = memory_in_words(snn.memory_budget), memory_in_words(needed)
-        at_once = f"one image on each of {threads} threads" if (threads := threads_of(device)) > 1 else "one image"
-        print(f"--memory_budget {given} is too small: {at_once} takes about {needed}", file=sys.stderr)
+        given, needed, threads = memory_in_words(snn.memory_budget), memory_in_words(needed), threads_of(device)
+        images = "one image" if threads == 1 else f"one image on each of {threads} threads"
+        print(f"--memory_budget {given} is too small: {images} takes about {needed}", file=sys.stderr)
 
 
 def tell_where_they_part(made, loader, device, args):

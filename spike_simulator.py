@@ -151,19 +151,24 @@ def cut(dag, inputs, timesteps, stages=None):
     budget = default_memory_budget(device, threads)
     if dag.memory_budget is not None:
         budget = min(budget, dag.memory_budget)
-    at_once = timesteps > 1 and stages.all_at_once()
+    at_once = is_one_chunk(stages, timesteps)
     values = max(1, budget // threads // (bytes_of(at_once) * dag.largest_sample(inputs)))  # images * steps
     images = max(1, min(values // timesteps, -(-batch // threads)))
     return images, timesteps if at_once else max(1, min(timesteps, values // images))
 
 
 def least_memory(dag, inputs):
-    """Bytes that the smallest part of a simulation takes, one image on each thread: no memory budget is below that."""
+    """Bytes that the smallest part of a simulation takes, one image on each thread; it exceeds a smaller budget."""
     stages = Stages(dag)
     counts = counting_of(dag, stages, inputs, dag.timesteps) is not None
-    at_once = dag.timesteps > 1 and stages.all_at_once() and not counts
+    at_once = not counts and is_one_chunk(stages, dag.timesteps)
     steps = dag.timesteps if at_once else 1
     return threads_of(inputs[0].device) * steps * bytes_of(at_once) * dag.largest_sample(inputs)
+
+
+def is_one_chunk(stages, timesteps):
+    """Whether several timesteps cannot be cut into chunks."""
+    return timesteps > 1 and stages.all_at_once()
 
 
 def bytes_of(at_once):

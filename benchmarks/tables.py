@@ -193,6 +193,7 @@ CALIBRATED = (
 EXACT = (
     Line(RESNET20, 8, "--preset exact", (8, 16, 32, 64)),
     Line(VGG9, 8, "--preset exact", (8, 16, 32)),
+    Line(VGG9, 8, "--preset exact --avgpool spike", (8,)),
 )
 LITE = (
     Line(LITE0, 8, "--preset exact", (8, 16, 32)),

@@ -157,7 +157,7 @@ class Walk:
         """Note the value of an op, and its layer if it fires."""
         kind, inputs = type(entry.op).__name__, [self.values.get(node) for node in entry.inputs]
         if not entry.op.spiking:
-            if any(value is not None and self.is_of_cores(value) for value in inputs):
+            if any(value is not None and self.is_on_chip(value) for value in inputs):
                 raise Unfit(
                     "it stays ANN and reads all spikes of cores before others start, convert without --ann_layers"
                 )
@@ -169,7 +169,7 @@ class Walk:
             value = self.fire(entry, value)
         self.values[entry.out] = value
 
-    def is_of_cores(self, value):
+    def is_on_chip(self, value):
         """Whether a value is computed on the chip, not on the host."""
         return not (isinstance(value, Spikes) and value.source in self.hosts)
 

@@ -209,10 +209,8 @@ def test_integers_beyond_float32_are_refused(tmp_path):
 def test_what_c_code_cannot_hold(tmp_path):
     upwards = nn.Sequential(nn.ConvTranspose2d(1, 4, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 3))
     said = refusal(write_c, convert(upwards, IMAGES, 4), tmp_path)
-    assert (
-        said
-        == "conv_transpose1 (0): a transposed convolution of real values cannot be written as C, take a convolution"
-    )
+    wanted = "conv_transpose1 (0): a transposed convolution of real values cannot be written as C, take a convolution"
+    assert said == wanted
     ann = parse_ann_model(upwards, (IMAGES,))
     assert refusal(write_c, ann, tmp_path) == "the network is no converted one: it has no neurons to write as C"
 

@@ -8,16 +8,6 @@ from options import PRESETS, preset_options
 from pipeline import options_by_name
 from reports.command import command_of
 
-FEW_STEPS = {
-    "weight_bitwidth": 8,
-    "finetune_epochs": 0,
-    "threshold": "mse",
-    "per_channel": "both",
-    "hold_back": "auto",
-    "avgpool": "fold",
-    "spike_gradient": "time",
-    "calibration_samples": 2500,
-}
 MANY_STEPS = {
     "weight_bitwidth": 8,
     "finetune_epochs": 0,
@@ -26,6 +16,7 @@ MANY_STEPS = {
     "hold_back": "auto",
     "avgpool": "fold",
 }
+FEW_STEPS = {**MANY_STEPS, "spike_gradient": "time", "calibration_samples": 2500}
 FINETUNED = {
     "finetune_epochs": 20,
     "finetune_optimizer": "adam",

@@ -15,6 +15,10 @@ from options import FIELDS, GROUPS, PRESETS, preset_options
 from script_options import CONVERSION, OutputOptions
 
 PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "docs", "flags.md")
+OF_PRESETS = """\
+`--preset NAME` sets several flags at once; a flag that is given as well overrides it. With `--hardware` or
+`--weight_bitwidth auto`, average poolings keep their neurons.
+"""
 SHOWN_TIMESTEPS = (4, 16, 64)  # presets set different options for few and for many timesteps
 FORMER = {  # flags that became values of other flags; renamed flags are in the fields of options.py
     "--quantile Q": "--threshold Q",
@@ -89,11 +93,7 @@ def presets_in_words():
             cells = f"`{name}`", f"{timesteps}", f"`{flags}`" if flags else "the defaults below"
             if not rows or rows[-1][::2] != cells[::2]:
                 rows.append(cells)
-    text = (
-        "`--preset NAME` sets several flags at once; a flag that is given as well overrides it. With `--hardware` or\n"
-    )
-    text += "`--weight_bitwidth auto`, average poolings keep their neurons.\n\n"
-    return f"## Presets\n\n{text}{table(('preset', 'from T =', 'sets'), rows)}"
+    return f"## Presets\n\n{OF_PRESETS}\n{table(('preset', 'from T =', 'sets'), rows)}"
 
 
 def flag_of(name, value, timesteps):
