@@ -89,6 +89,7 @@ def join(name):
     if started() == 1:
         return choose_device(name)
     import torch.distributed as dist
+    import torch.distributed.nn  # noqa: F401  its functions keep the group that exists when they are defined, if any
 
     device = own_device(name)
     try:
@@ -106,7 +107,10 @@ def join(name):
 
 
 def leave():
-    """The end of the work together. Afterwards the first process is a run of one; returns whether this is the first."""
+    """The end of the work together. Afterwards the first process is a run of one; returns whether this is the first.
+
+    The group's threads end here: one that still works while Python ends can abort the process.
+    """
     if not GROUP:
         return True
     import torch.distributed as dist

@@ -348,6 +348,31 @@ def lines_of(stderr):
     return [line for line in re.split(r"[\r\n]", stderr) if re.match("error|warning|interrupted|preset|epoch", line)]
 
 
+LEAVES = """
+import os, torch
+from runtime import processes
+
+started = len(os.listdir("/proc/self/task"))
+processes.join("cpu")
+torch.optim.SGD([torch.ones(1, requires_grad=True)])  # imports most of torch, which then knows the group
+together = len(os.listdir("/proc/self/task"))
+first = processes.leave()
+ended = len(os.listdir("/proc/self/task")) == started
+print(f"rank {0 if first else 1}: {together > started}, {ended}\\n", end="", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux lists them")
+def test_no_thread_of_the_group_is_left_at_the_end(tmp_path):
+    """One that Python's end meets aborts the process now and then, after its work is done."""
+    script = tmp_path / "leaves.py"
+    script.write_text(LEAVES)
+    run = start(2, script)
+    assert run.returncode == 0, run.stderr
+    assert sorted(run.stdout.splitlines()) == ["rank 0: True, True", "rank 1: True, True"]
+
+
 @pytest.mark.slow  # test_runtime.py asserts the same line of another script, without torchrun
 def test_other_scripts_run_in_one_process():
     run = start(2, "show.py", "none.pth")
