@@ -168,9 +168,10 @@ def best_tile(width, channels, instructions):
     ]
 
     def cost(tile):
-        # loads per product; with fewer than 8 sums at a time each product waits for the one before
+        # loads per product; with fewer than 8 sums at a time each product waits for the one before; of two tiles with
+        # as many loads, the one that loads fewer weights, because these come from the second cache
         pixels, blocks = tile
-        return (pixels + blocks) / (pixels * blocks) + max(0, 8 - pixels * blocks) / 8
+        return (pixels + blocks) / (pixels * blocks) + max(0, 8 - pixels * blocks) / 8, blocks
 
     return min(tiles, key=cost, default=None)
 
