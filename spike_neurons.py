@@ -6,6 +6,7 @@ from torch import nn
 import spike_tensor
 from kernels.currents import EXACT_IN_FLOAT32
 from kernels.integer_state import IntegerState
+from kernels.levels_cpu import round_back_on_cpu, round_on_cpu
 from kernels.memory_order import order
 from kernels.neurons import can_run_compiled, if_steps, learning_steps, learning_steps_back
 from kernels.neurons_cpu import count_constant, count_whole
@@ -352,15 +353,33 @@ class RoundToLevels(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, levels):
         size = scale.abs().clamp_min(1e-6)  # no division by 0 while it is learnt
-        steps = (x / size).clamp_(0, 1).mul_(levels)
-        ctx.save_for_backward(steps, scale)
+        ctx.save_for_backward(x, scale, size)
         ctx.levels, ctx.share = levels, (x[0].numel() / scale.numel() * levels) ** -0.5
-        return (steps + 0.5).floor_().mul_(size / levels)
+        return round_on_cpu(x, size, levels) if rounds_compiled(x, size) else round_in_turn(x, size, levels)
 
     @staticmethod
     def backward(ctx, gradient):
-        (steps, scale), levels = ctx.saved_tensors, ctx.levels
-        inside = (steps > 0) & (steps < levels)
-        of_scale = (steps + 0.5).floor_().sub_(steps).mul_(inside).add_(steps >= levels, alpha=levels)
-        total = of_scale.mul_(gradient).sum_to_size(scale.shape) * (ctx.share / levels) * scale.sign()
-        return gradient * inside, total, None
+        (x, scale, size), levels = ctx.saved_tensors, ctx.levels
+        back = round_back_on_cpu if rounds_compiled(x, size) else round_back_in_turn
+        of_x, of_size = back(x, gradient, size, levels)
+        return of_x, of_size * (ctx.share / levels) * scale.sign(), None
+
+
+def rounds_compiled(x, size):
+    """Whether the compiled kernels can round activations [B, ...]: float32 on a CPU, one size, or one per channel."""
+    per_channel = (x.shape[1], *[1] * (x.dim() - 2)) if x.dim() in (2, 4) else None
+    fits = size.numel() == 1 or tuple(size.shape) == per_channel
+    return fits and x.device.type == "cpu" and x.dtype == torch.float32 and can_run_compiled(x)
+
+
+def round_in_turn(x, size, levels):
+    """Activations rounded to `levels` steps from 0 to `size`, in plain PyTorch."""
+    return ((x / size).clamp_(0, 1).mul_(levels) + 0.5).floor_().mul_(size / levels)
+
+
+def round_back_in_turn(x, gradient, size, levels):
+    """`of_x, of_size`: the gradients of `round_in_turn`; that of size lacks the factors that all neurons share."""
+    steps = (x / size).clamp_(0, 1).mul_(levels)
+    inside = (steps > 0) & (steps < levels)
+    of_size = (steps + 0.5).floor_().sub_(steps).mul_(inside).add_(steps >= levels, alpha=levels)
+    return gradient * inside, of_size.mul_(gradient).sum_to_size(size.shape)

@@ -20,11 +20,14 @@ CHUNK = 1024  # neurons at a time, whose membrane potentials (4 KiB) stay in the
 
 
 def compiled(function):
-    """Compile a function without Python's global lock, and cache it on disk if numba can write there."""
+    """Compile a function without Python's global lock, and cache it on disk if numba can write there.
+
+    No division asks whether the divisor is 0, as Python would: with such a question in it, no loop becomes vectors.
+    """
     try:
-        return njit(nogil=True, cache=True)(function)
+        return njit(nogil=True, cache=True, error_model="numpy")(function)
     except RuntimeError:  # numba found no writable folder for its cache
-        return njit(nogil=True)(function)
+        return njit(nogil=True, error_model="numpy")(function)
 
 
 if njit is not None:

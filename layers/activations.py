@@ -49,6 +49,9 @@ class SpikeReLU(SpikeLayer):
     def activation(self, x):
         return F.relu(x) if self.ceiling is None else x.clamp(0, self.ceiling)
 
+    def unclipped(self, x):
+        return x if self.ceiling is None else self.activation(x)
+
     def current(self, x):
         return x
 

@@ -81,13 +81,16 @@ class SpikeLayer(nn.Module):
     def forward(self, *inputs, memory=None):
         """The layer's output for activations [B, ...], or for spikes and currents [T*B, ...]."""
         if isinstance(inputs[0], torch.Tensor):
-            activation = self.activation(*inputs)
-            return activation if self.levels is None else self.levels(activation)
+            return self.activation(*inputs) if self.levels is None else self.levels(self.unclipped(*inputs))
         return self.send(self.current(*inputs), memory)
 
     def activation(self, *inputs):
         """The ANN function: activations [B, ...] -> [B, ...]. NotImplementedError in a layer without one."""
         raise NotImplementedError(f"{type(self).__name__} has no ANN function")
+
+    def unclipped(self, *inputs):
+        """Activations [B, ...] that may be negative where `activation` is 0: `levels` clips them."""
+        return self.activation(*inputs)
 
     def current(self, *inputs):
         """The Current that spikes and currents cause, or a SpikeTensor where spikes pass.

@@ -5,15 +5,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import CHOICES, MODELS, prepared, small_model
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import ann2snn
 from finetuning.levels import quantize_activations
+from kernels.levels_cpu import njit, round_back_on_cpu, round_on_cpu
 from quantization import quantize_finetune, round_to_integers
 from runtime.cli import run_script
 from snn_weight_setter import trans_ann2snn_weight
 from spike_dag import from_dict, load_dag
-from spike_neurons import ClipFloorShift
+from spike_neurons import ClipFloorShift, round_back_in_turn, round_in_turn, rounds_compiled
 
 
 def test_levels_and_gradients_by_hand():
@@ -41,6 +44,48 @@ def test_levels_and_gradients_of_channels():
         wanted = torch.autograd.grad((alone(x[:, part]) * weights[:, part]).sum(), (x, alone.scale))
         assert torch.equal(found[0][:, part], wanted[0][:, part])
         assert torch.allclose(found[1][channel], wanted[1], rtol=1e-5) and wanted[1] != 0
+
+
+@pytest.mark.skipif(njit is None, reason="numba is missing, or does not compile")
+@given(
+    st.sampled_from([(1, 1), (3, 7), (5, 3, 4, 6), (130, 2, 1, 1), (2, 1, 33, 33)]),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([1, 3, 4, 255]),
+    st.integers(1, 3),
+    st.integers(0, 2**32),
+)
+def test_kernels_round_as_plain_pytorch(shape, per_channel, channels_last, levels, threads, seed):
+    """Activations and their gradients bit for bit; the gradient of lambda but for the order in which floats are added.
+
+    Zeros, infinities and NaN are among the activations.
+    """
+    torch.manual_seed(seed)
+    size = torch.rand(shape[1], *[1] * (len(shape) - 2)) + 0.1 if per_channel else torch.tensor(1.5)
+    x, gradient = torch.randn(shape), torch.randn(shape)
+    if x.numel() > 6:
+        x.view(-1)[:6] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1.5])
+    if channels_last and x.dim() == 4:
+        x = x.to(memory_format=torch.channels_last)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert rounds_compiled(x, size)
+        assert torch.equal(round_on_cpu(x, size, levels).nan_to_num(7), round_in_turn(x, size, levels).nan_to_num(7))
+        x.nan_to_num_(7)
+        expected = round_back_in_turn(x.double(), gradient.double(), size.double(), levels)
+        of_x, of_size = round_back_on_cpu(x, gradient, size, levels)
+        assert torch.equal(of_x, round_back_in_turn(x, gradient, size, levels)[0])
+        assert of_size.shape == size.shape and torch.allclose(of_size.double(), expected[1], rtol=1e-3, atol=1e-3)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "x, size", [(torch.ones(2, 3, 4), torch.ones(3, 1)), (torch.ones(2, 3).double(), torch.ones(3))]
+)
+def test_no_kernel_for_lines_and_float64(x, size):
+    assert not rounds_compiled(x, size) and torch.equal(ClipFloorShift(4, size)(x), x)
 
 
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
