@@ -17,6 +17,8 @@ import pytest
 # Idle threads sleep. Otherwise they spin on a core that another thread or process needs: on a busy machine of two
 # cores, tests with two threads took about three times as much processor time.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# No progress bars. They appear after a second of work, on a busy machine therefore in what tests compare.
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
 

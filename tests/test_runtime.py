@@ -37,7 +37,7 @@ from runtime.files import write_json
 
 def main(args):
     print("begins", flush=True)
-    for step in tqdm(range(3), "work"):
+    for step in tqdm(range(3), "work", disable=False):
         print("warning: step", step, file=sys.stderr)
     write_json(args.file, {"done": True})
     print("saved", chr(0xDCFF))
