@@ -41,6 +41,12 @@ if njit is not None:
         return fired
 
     @compiled
+    def fire(u, Vthr, subtract):
+        """The membrane potential after the reset, and whether a neuron with the potential u fires."""
+        fires = u >= Vthr
+        return u - (Vthr if subtract else u) if fires else u, fires
+
+    @compiled
     def run_neurons(current, constant, extra, extra_weight, Vthr, membrane, spikes, subtract):
         """Integrate and fire: spikes[t, i] = u_i >= Vthr, then u_i -= Vthr (if `subtract`) or u_i = 0.
 
@@ -55,29 +61,19 @@ if njit is not None:
             stop = min(start + chunk, neurons)
             u = membrane[start:stop]
             for t in range(timesteps):
+                s = spikes[t, start:stop]
                 if constant.size:
                     c = constant[start:stop]
                     for i in range(stop - start):
-                        u[i] += c[i]
+                        u[i], s[i] = fire(u[i] + c[i], Vthr[i], subtract)
                 elif extra.size:
                     c, e = current[t, start:stop], extra[t, start:stop]
                     for i in range(stop - start):
-                        u[i] += c[i] + e[i] * extra_weight[i]
+                        u[i], s[i] = fire(u[i] + (c[i] + e[i] * extra_weight[i]), Vthr[i], subtract)
                 else:
                     c = current[t, start:stop]
                     for i in range(stop - start):
-                        u[i] += c[i]
-                s = spikes[t, start:stop]
-                if subtract:
-                    for i in range(stop - start):
-                        fires = u[i] >= Vthr[i]
-                        s[i] = fires
-                        u[i] = u[i] - Vthr[i] if fires else u[i]
-                else:
-                    for i in range(stop - start):
-                        fires = u[i] >= Vthr[i]
-                        s[i] = fires
-                        u[i] = u[i] - u[i] if fires else u[i]
+                        u[i], s[i] = fire(u[i] + c[i], Vthr[i], subtract)
                 fired += number_of(s)
         return fired
 
