@@ -4,6 +4,7 @@
     FiringConvolution(weight_q, bias_q, conv, plan)        # its integers, packed
 
 The currents never leave the registers (`kernels.tile_code`), so that neither currents nor their conversion take time.
+Where few inputs spike, `kernels.event_convolution` takes less time still.
 """
 
 import functools
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from kernels.event_convolution import plan_events
 from kernels.memory_order import flat, order
 from kernels.neurons_cpu import compiled, njit
 
@@ -19,12 +21,7 @@ MOST_SUM = 2**15 - 1  # largest sum of products in 16 bits (AVX2)
 MOST_PIXELS = 24  # output pixels of a tile
 
 if njit is not None:
-    from numba import cfunc, types
-
-    from kernels.tile_code import call_tile, run_tile, usable_instructions
-
-    # the first of `tile_code.PLACES`
-    SOURCE, WEIGHTS, BIAS, VTHR, EXTRA, EXTRA_WEIGHT, REST, MEMBRANE, SPIKES = range(9)
+    from kernels.tile_code import SOURCE, call_tile, compile_tile, go_to, in_order, run_tile, usable_instructions
 
     @compiled
     def pad_image(spikes, padded, image, shape):
@@ -63,31 +60,20 @@ if njit is not None:
                 for pixel in range(0, out_height * out_width, pixels):
                     y, x = pixel // out_width, pixel % out_width
                     at = (image * out_height * out_width + pixel) * out_channels + n * block
+                    go_to(places, first, at, n * block, n * tile_weights)
                     places[SOURCE] = source + (y * stride_height * columns + x * stride_width) * wide
-                    places[WEIGHTS] = first[WEIGHTS] + n * tile_weights
-                    places[BIAS] = first[BIAS] + 4 * n * block
-                    places[VTHR] = first[VTHR] + 4 * n * block
-                    places[EXTRA] = first[EXTRA] + at if first[EXTRA] else 0
-                    places[EXTRA_WEIGHT] = first[EXTRA_WEIGHT] + 4 * n * block
-                    places[REST] = first[REST] + 4 * at if first[REST] else 0
-                    places[MEMBRANE] = first[MEMBRANE] + 4 * at
-                    places[SPIKES] = first[SPIKES] + at
                     fired += call_tile(tile, places.ctypes.data)
         return fired
 
 
 @functools.cache
-def compile_tile(pixels, blocks, pitch, instructions):
-    """A compiled tile (`kernels.tile_code`); its `address` is what `run_tiles` calls."""
+def tile_of(pixels, blocks, pitch, instructions):
+    """A compiled tile (`kernels.tile_code`)."""
 
     def tile(places):
         return run_tile(pixels, blocks, pitch, instructions, places)
 
-    signature = types.int64(types.int64)
-    try:
-        return cfunc(signature, cache=True)(tile)
-    except RuntimeError:  # numba found no writable folder for its cache
-        return cfunc(signature)(tile)
+    return compile_tile(tile)
 
 
 @dataclass(frozen=True)
@@ -96,7 +82,8 @@ class TilePlan:
 
     sample: (C_in, H, W). output: (C_out, H', W'); out_shape is the same where no rows are merged: those of a 1x1
     convolution count as one. conv: (stride, padding, dilation). kernel: (kh, kw). pixels, blocks: of a tile.
-    instructions: of `tile_code`. taps_at_once: positions of the kernel whose products fit a sum of 16 bits.
+    instructions: of `tile_code`. taps_at_once: positions of the kernel whose products fit a sum of 16 bits. largest:
+    the largest input.
     """
 
     sample: tuple
@@ -108,6 +95,7 @@ class TilePlan:
     blocks: int
     instructions: object
     taps_at_once: int
+    largest: int
 
 
 def plan_tiles(weight_q, conv, sample, largest):
@@ -131,7 +119,7 @@ def plan_tiles(weight_q, conv, sample, largest):
         if tile is not None:
             conv = tuple(stride), tuple(padding), tuple(dilation)
             shapes = tuple(sample), (channels, *sizes), (channels, *out_shape)
-            return TilePlan(*shapes, conv, kernel, *tile, instructions, taps_at_once)
+            return TilePlan(*shapes, conv, kernel, *tile, instructions, taps_at_once, largest)
     return None
 
 
@@ -192,7 +180,8 @@ class FiringConvolution:
         self.shape = self.shape_of_image()
         self.taps = self.tap_offsets()
         pitch = plan.conv[0][1] * self.shape[5]
-        self.tile = compile_tile(plan.pixels, plan.blocks, int(pitch), plan.instructions.code)
+        self.tile = tile_of(plan.pixels, plan.blocks, int(pitch), plan.instructions.code)
+        self.events = plan_events(weight_q, plan)
 
     def shape_of_image(self):
         """Sizes for `run_tiles` behind steps and images: of the input, the padded input, and the output, as int64."""
@@ -229,20 +218,29 @@ class FiringConvolution:
         integers, scalars or [C_out, 1, 1]. membrane: float32 [B, ...] of whole numbers, changed in place.
         """
         sent = torch.empty((len(spikes), *membrane.shape[1:]), dtype=torch.uint8, memory_format=order(membrane))
-        read = flat(spikes, spikes, 1)[0]
+        read = flat(spikes, spikes, 1)[0].numpy()
         added = None if extra is None else flat(extra[0], membrane, timesteps)
         rest = None if rest is None else flat(rest, membrane, timesteps)
         Vthr, weight = (self.each_channel(each) for each in (Vthr, 0 if extra is None else extra[1]))
+        places = {
+            **{"bias": self.bias.ctypes.data, "Vthr": Vthr.ctypes.data},
+            **{"extra": address(added), "extra_weight": weight.ctypes.data, "rest": address(rest)},
+            **{"membrane": membrane.data_ptr(), "spikes": sent.data_ptr(), "steps": timesteps},
+            **{"spikes_step": sent[0].numel() * len(membrane), "channels": len(self.bias), "kept": -int(subtract)},
+        }
+        if self.events is not None and self.events.pay(read):
+            return sent, self.events.run(read, timesteps, len(membrane), places)
+        return sent, self.run(read, timesteps, len(membrane), places)
+
+    def run(self, spikes, timesteps, images, places):
+        """The number of spikes that the neurons send. spikes: uint8 [T*B*H*W*C]. places: some of `PLACES` -> value."""
         step = self.shape[3] * self.shape[4] * self.shape[5]
         direct = tuple(self.shape[:3]) == tuple(self.shape[3:6])
-        places = np.array(
-            [0, self.weights.ctypes.data, self.bias.ctypes.data, Vthr.ctypes.data, address(added), weight.ctypes.data,
-             address(rest), membrane.data_ptr(), sent.data_ptr(), timesteps, step * (len(membrane) if direct else 1),
-             sent[0].numel() * len(membrane), len(self.bias), self.taps.ctypes.data, len(self.taps),
-             self.plan.taps_at_once, self.shape[5] // 4, -1 if subtract else 0], np.int64,
-        )  # fmt: skip
-        shape = np.concatenate([np.array([timesteps, len(membrane)], np.int64), self.shape])
-        return sent, run_tiles(self.tile.address, read.numpy(), shape, places)
+        places |= {"weights": self.weights.ctypes.data, "source_step": step * (images if direct else 1)}
+        places |= {"tap_offsets": self.taps.ctypes.data, "taps": len(self.taps), "quads": self.shape[5] // 4}
+        places |= {"taps_at_once": self.plan.taps_at_once}
+        shape = np.concatenate([np.array([timesteps, images], np.int64), self.shape])
+        return run_tiles(self.tile.address, spikes, shape, in_order(places))
 
     def each_channel(self, values):
         """A scalar or [C_out, 1, 1] as int32 [C_out]."""

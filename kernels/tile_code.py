@@ -13,11 +13,14 @@ import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 from llvmlite import ir
-from numba import config, types
+from numba import cfunc, config, types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
+
+from kernels.neurons_cpu import compiled
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,14 @@ LIMITS = {"SSE41": (), "AVX": (), "AVX2": (2,), "AVX512_CORE": (2,), "AVX2_VNNI"
 PLACES = (
     "source", "weights", "bias", "Vthr", "extra", "extra_weight", "rest", "membrane", "spikes",
     "steps", "source_step", "spikes_step", "channels", "tap_offsets", "taps", "taps_at_once", "quads", "kept",
+    "events",
 )  # fmt: skip
+SOURCE, WEIGHTS, BIAS, VTHR, EXTRA, EXTRA_WEIGHT, REST, MEMBRANE, SPIKES = range(9)
+
+
+def in_order(places):
+    """What a tile reads, as an array. places: some of PLACES -> value; the others are 0."""
+    return np.array([places.get(name, 0) for name in PLACES], np.int64)
 
 
 @functools.cache
@@ -165,13 +175,22 @@ class TileCode:
                 cgutils.for_range(b, b.select(b.icmp_signed("<", rest, at_once), rest, at_once)) as tap,
             ):
                 offset = b.add(self.place["tap_offsets"], b.mul(b.add(first, tap.index), number(8)))
-                window = b.add(source, self.load(offset, I64))
-                with cgutils.for_range(b, self.place["quads"]) as quad:
-                    self.add_quad(b.add(window, b.mul(quad.index, number(4))), weights)
+                self.add_tap(b.add(source, self.load(offset, I64)), weights)
+
+    def add_tap(self, window, weights):
+        """Add the products of one position of the kernel, and move the address `weights` behind its weights."""
+        with cgutils.for_range(self.b, self.place["quads"]) as quad:
+            self.add_quad(self.b.add(window, self.b.mul(quad.index, number(4))), weights)
 
     def short_sums(self):
         """A context in which products are summed in 16 bits; nothing to do with VNNI."""
-        return nullcontext() if self.instructions.product else _ShortSums(self)
+        return nullcontext() if self.instructions.product else ShortSums(self)
+
+    def add_short_sums(self):
+        """Add the sums of 16 bits to the potentials."""
+        for cell in self.cells:
+            pairs = self.b.load(self.sums[cell])
+            self.add_to(self.u[cell], self.call("llvm.x86.avx2.pmadd.wd", self.ints, pairs, self.all(1, self.shorts)))
 
     def add_quad(self, window, weights):
         """Add the products of four input channels, and move the address `weights` to the next four."""
@@ -225,7 +244,7 @@ class TileCode:
             self.add_to(self.fired, b.zext(fires, self.ints))
 
 
-class _ShortSums:
+class ShortSums:
     """Within it products are added to sums of 16 bits; at its end these are added to the potentials."""
 
     def __init__(self, code):
@@ -236,11 +255,7 @@ class _ShortSums:
             self.code.b.store(self.code.all(0, self.code.shorts), self.code.sums[cell])
 
     def __exit__(self, *error):
-        code = self.code
-        for cell in code.cells:
-            ones = code.all(1, code.shorts)
-            total = code.call("llvm.x86.avx2.pmadd.wd", code.ints, code.b.load(code.sums[cell]), ones)
-            code.add_to(code.u[cell], total)
+        self.code.add_short_sums()
 
 
 @intrinsic(prefer_literal=True)
@@ -258,6 +273,32 @@ def run_tile(typing, pixels, blocks, pitch, instructions, places):
         return TileCode(builder, arguments[-1], *sizes[:3], INSTRUCTIONS[sizes[3]]).emit()
 
     return types.int64(*constants, types.int64), generate
+
+
+def compile_tile(tile):
+    """A compiled function of an address, such as one of `run_tile`; its `address` is what `call_tile` calls."""
+    signature = types.int64(types.int64)
+    try:
+        return cfunc(signature, cache=True)(tile)
+    except RuntimeError:  # numba found no writable folder for its cache
+        return cfunc(signature)(tile)
+
+
+@compiled
+def go_to(places, first, at, channel, weights):
+    """Let a tile compute the outputs from number `at` on, whose first channel is `channel`.
+
+    places: what PLACES names, changed in place; first: the same for the first tile. weights: bytes of the weights of
+    the tiles before.
+    """
+    places[WEIGHTS] = first[WEIGHTS] + weights
+    places[BIAS] = first[BIAS] + 4 * channel
+    places[VTHR] = first[VTHR] + 4 * channel
+    places[EXTRA] = first[EXTRA] + at if first[EXTRA] else 0
+    places[EXTRA_WEIGHT] = first[EXTRA_WEIGHT] + 4 * channel
+    places[REST] = first[REST] + 4 * at if first[REST] else 0
+    places[MEMBRANE] = first[MEMBRANE] + 4 * at
+    places[SPIKES] = first[SPIKES] + at
 
 
 @intrinsic

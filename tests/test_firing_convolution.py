@@ -8,14 +8,15 @@ import reference
 import torch
 import torch.nn.functional as F
 from helpers import Function, assert_every_spike_is_reproduced, conv, convert, with_statistics
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 pytest.importorskip("numba")
 
 import kernels.currents
-from kernels import firing_convolution
+from kernels import event_convolution, firing_convolution
+from kernels.event_convolution import plan_events
 from kernels.firing_convolution import FiringConvolution, plan_tiles
 from spike_neurons import IFNeuron
 from spike_tensor import Current, Memory
@@ -25,6 +26,7 @@ if firing_convolution.njit is None or not firing_convolution.usable_instructions
 
 NAMES = {0: "VNNI, 512 bits", 1: "VNNI, 256 bits", 2: "AVX2"}
 KINDS = firing_convolution.usable_instructions()
+GEOMETRIES = [(1, 1), (2, 1), (2, 2)], [(0, 0), (1, 1), (0, 2)], [(1, 1), (2, 1)]  # strides, paddings, dilations
 
 
 def draw_integers(generator, least, most, shape, dtype):
@@ -34,43 +36,60 @@ def draw_integers(generator, least, most, shape, dtype):
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: NAMES[kind.code])
 @settings(max_examples=30, deadline=None)
 @given(
-    channels=st.sampled_from([(1, 16), (4, 32), (7, 16), (16, 48), (130, 16)]),
+    channels=st.sampled_from([(1, 16), (4, 32), (7, 16), (16, 48), (130, 16), (8, 16), (24, 144)]),
     sizes=st.sampled_from([((3, 3), 4, 8), ((1, 1), 5, 4), ((2, 3), 6, 6), ((3, 1), 4, 9)]),
-    stride=st.sampled_from([(1, 1), (2, 1), (2, 2)]),
-    padding=st.sampled_from([(0, 0), (1, 1), (0, 2)]),
-    dilation=st.sampled_from([(1, 1), (2, 1)]),
+    geometry=st.tuples(*map(st.sampled_from, GEOMETRIES)),
     images=st.integers(1, 3),
     steps=st.sampled_from([(1,), (4,), (3, 2)]),
     largest=st.sampled_from([1, 1, 4, 255]),
-    bits=st.sampled_from([2, 4, 8]),
+    bound=st.sampled_from([1, 7, 127]),
     flows=st.sampled_from(["", "bias", "bias extra", "rest", "bias extra rest"]),
     reset_mode=st.sampled_from(["zero", "subtraction"]),
     per_channel=st.booleans(),
+    rate=st.sampled_from([0, 0.1, 0.5, 1]),
+    events=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_neurons_fire_as_behind_an_integer_convolution(
-    kind, channels, sizes, stride, padding, dilation, images, steps, largest, bits, flows, reset_mode, per_channel, seed
+    kind, channels, sizes, geometry, images, steps, largest, bound, flows, reset_mode, per_channel, rate, events, seed
 ):
-    generator, (kernel, *size), bound = torch.Generator().manual_seed(seed), sizes, 2 ** (bits - 1) - 1
+    """By products of all inputs and, where these suit, by events."""
+    generator, (kernel, *size) = torch.Generator().manual_seed(seed), sizes
     weight_q = draw_integers(generator, -bound, bound, (channels[1], channels[0], *kernel), torch.int8)
     bias_q = draw_integers(generator, -50, 50, channels[1:], torch.int32) if "bias" in flows else None
-    plan = plan_with(kind, weight_q, (stride, padding, dilation, 1), (channels[0], *size), largest)
-    if plan is None:
-        return
+    plan = plan_with(kind, weight_q, (*geometry, 1), (channels[0], *size), largest)
+    assume(plan is not None)
     Vthr = draw_integers(generator, 1, 400 * largest, (channels[1], 1, 1) if per_channel else (), torch.int32)
-    neuron = IFNeuron(Vthr, 1.0, 0, reset_mode, largest_current=1)
-    fires, membrane = FiringConvolution(weight_q, bias_q, plan), None
+    neuron, membrane = IFNeuron(Vthr, 1.0, 0, reset_mode, largest_current=1), None
+    fires = FiringConvolution(weight_q, bias_q, plan)
+    fires.events = events_of(weight_q, plan) if events else None  # however many inputs spike
     for count in steps:  # the second chunk starts from the potentials that the first one left
-        spikes = draw_integers(generator, 0, largest, (count * images, channels[0], *size), torch.uint8)
-        current = convolve(spikes, weight_q, bias_q, stride, padding, dilation)
-        if membrane is None:
-            membrane = torch.zeros(images, *current.shape[1:]).contiguous(memory_format=torch.channels_last)
+        spikes = draw_spikes(generator, rate, largest, (count * images, channels[0], *size))
+        current = convolve(spikes, weight_q, bias_q, *geometry)
+        membrane = at_rest(images, current) if membrane is None else membrane
         extra, rest = draw_others(generator, flows, current.shape, Vthr.shape)
-        total = Current(current if rest is None else current + rest, count, False, extra)
+        total = Current(current + (0 if rest is None else rest), count, False, extra)
         wanted, expected, _ = neuron.run(total, membrane.clone())
         assert fires.fits(extra, rest, Vthr, membrane)
         sent, fired = fires(spikes, extra, rest, Vthr, membrane, reset_mode == "subtraction", count)
         assert torch.equal(sent, wanted) and torch.equal(membrane, expected) and fired == wanted.count_nonzero()
+
+
+def at_rest(images, current):
+    """Membrane potentials of 0 for neurons that a current [T*B, C, H, W] flows into."""
+    return torch.zeros(images, *current.shape[1:]).contiguous(memory_format=torch.channels_last)
+
+
+def draw_spikes(generator, rate, largest, shape):
+    """Numbers from 0 to `largest`, of which at most the share `rate` is not 0, uint8."""
+    return draw_integers(generator, 0, largest, shape, torch.uint8) * (torch.rand(shape, generator=generator) < rate)
+
+
+def events_of(weight_q, plan):
+    """The Events of a convolution, however many inputs spike; None where they cannot be used."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(event_convolution, "largest_share", lambda plan: 1)
+        return plan_events(weight_q, plan)
 
 
 def draw_others(generator, flows, shape, weight_shape):
@@ -113,6 +132,45 @@ def test_sums_of_16_bits_go_to_the_potentials_in_time():
             Vthr = torch.tensor(2**24 - 1, dtype=torch.int32)
             sent, fired = FiringConvolution(weight_q, None, plan)(spikes, None, None, Vthr, membrane, True, 1)
             assert fired == 0 and not sent.any() and (membrane == 127 * 9 * channels * largest).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("inputs, columns", [(24, 3), (40, 2), (80, 1), (88, 0)])
+def test_sums_of_16_bits_hold_the_columns_of_a_kernel(inputs, columns, sign):
+    """All inputs spike, and all weights are the largest; one more column would overflow."""
+    weight_q = torch.full((16, inputs, 3, 3), sign * 127, dtype=torch.int8)
+    plan = plan_tiles(weight_q, ((1, 1), (0, 0), (1, 1), 1), (inputs, 3, 10), 1)
+    events = events_of(weight_q, plan)
+    assert (0 if events is None else events.columns) == columns
+    if events is not None:
+        fires = FiringConvolution(weight_q, None, plan)
+        fires.events = events
+        membrane = torch.zeros(1, 16, 1, 8).contiguous(memory_format=torch.channels_last)
+        fires(torch.ones(1, inputs, 3, 10, dtype=torch.uint8), None, None, torch.tensor(2**23), membrane, True, 1)
+        assert (membrane == sign * 127 * 9 * inputs).all()
+
+
+def test_events_pay_where_few_inputs_of_a_wide_layer_spike():
+    """The share grows with the layer; narrow layers, counts of spikes and odd numbers of channels have none."""
+
+    def share(channels, inputs=None, largest=1, kind=KINDS[-1]):
+        weight_q = torch.ones((channels, inputs or channels, 3, 3), dtype=torch.int8)
+        plan = plan_with(kind, weight_q, ((1, 1), (1, 1), (1, 1), 1), (inputs or channels, 8, 8), largest)
+        events = plan_events(weight_q, plan)
+        return 0 if events is None else events.share
+
+    shares = [share(channels) for channels in (16, 32, 64, 128)]
+    assert shares[0] == 0 and sorted(shares) == shares and shares[-1] > 0.1
+    assert share(64, 60) == share(64, largest=2) == share(40) == 0
+    if len(KINDS) > 1:
+        assert share(128, kind=KINDS[0]) < shares[-1]  # instructions for products of spikes and weights
+    weight_q = torch.ones((64, 64, 3, 3), dtype=torch.int8)
+    events = plan_events(weight_q, plan_with(KINDS[-1], weight_q, ((1, 1), (1, 1), (1, 1), 1), (64, 8, 8), 1))
+    spikes = np.zeros(1000, np.uint8)
+    spikes[: int(1000 * events.share)] = 1
+    assert events.pay(spikes)
+    spikes[int(1000 * events.share)] = 1
+    assert not events.pay(spikes)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +222,27 @@ def test_a_network_fires_in_its_convolutions(monkeypatch):
     changed = snn(images[:5])
     assert not torch.equal(changed, expected[-1])
     assert torch.equal(changed, copy.deepcopy(snn)(images[:5]))
+
+
+def test_a_wide_network_adds_the_weights_of_its_events(monkeypatch):
+    """The spikes of the reference, where every second call does."""
+    ran = []
+    for kernel in (event_convolution.Events, FiringConvolution):
+        monkeypatch.setattr(kernel, "run", watched(kernel.run, ran, kernel))
+    torch.manual_seed(0)
+    convs = [layer for inputs in (3, 64, 64) for layer in (conv(inputs, 64), nn.ReLU())]
+    snn = convert(
+        with_statistics(nn.Sequential(*convs, nn.Flatten(), nn.Linear(2304, 4))), torch.rand(8, 3, 6, 6), 16, 8
+    )
+    monkeypatch.setattr(event_convolution.Events, "pay", lambda self, spikes: len(ran) % 2 == 0)
+    ran.clear()
+    assert_every_spike_is_reproduced(snn, torch.rand(3, 3, 6, 6), 16)
+    assert set(ran) == {event_convolution.Events, FiringConvolution}
+
+
+def watched(run, ran, kernel):
+    """`run`, which also adds `kernel` to the list `ran`."""
+    return lambda *given: ran.append(kernel) or run(*given)
 
 
 def test_a_pending_current_is_computed_for_whoever_reads_it():
