@@ -135,6 +135,7 @@ def load(flags, most):
     from build_network import build_trained_net, choose_input
     from finetuning.on_spikes import first_images
 
+    flags = argparse.Namespace(**vars(flags))  # the caller's go into keys of rows, and stay as they were given
     choose_input(flags)
     test_loader, train_loader, train_val_loader = load_images(flags, {})
     images = train_loader.dataset

@@ -411,7 +411,7 @@ def test_peers_keep_what_they_measured(tmp_path, monkeypatch):
         return {reading: {T: 50.0 + T for T in timesteps} for reading in peers.READINGS}
 
     monkeypatch.setattr(peers, "check_installed", lambda: None)
-    monkeypatch.setattr(peers, "recipes", lambda calibration: {"own": "recipe"})
+    monkeypatch.setattr(peers, "recipes", lambda calibration: {"own": "recipe", "other": "second"})
     monkeypatch.setattr(peers, "measure", measure)
     plan = tables.PeersTable("peers", (SMALL,), timesteps=(2, 4), test_images=8)
     monkeypatch.setattr(peers, "PEERS", plan)
@@ -421,7 +421,8 @@ def test_peers_keep_what_they_measured(tmp_path, monkeypatch):
         argv = ["--cifar10", "debug0", "--results", f"{results}", "--write", f"{page}"]
         peers.main(peers.parse_args(argv))
     runs = json.loads(results.read_text())["runs"]
-    assert made == ["recipe"] and [run["mode"] for run in runs] == ["own", "own, delayed"]
+    assert made == ["recipe", "second"]
+    assert [run["mode"] for run in runs] == ["own", "own, delayed", "other", "other, delayed"]
     assert runs[0]["snn_top1"] == {"2": 52.0, "4": 54.0} and runs[0]["samples"] == 8
     assert (
         f"| debug | own, delayed | {runs[0]['ann_top1']:.2f} % | {52 - runs[0]['ann_top1']:+.2f} |" in page.read_text()
