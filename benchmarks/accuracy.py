@@ -82,10 +82,13 @@ def parse_args(argv=None):
     return args
 
 
-def add_table_flags(parser):
-    """Add the flags for networks, timesteps, images and results, which benchmarks/peers.py also has."""
+def add_table_flags(parser, has_timesteps=True):
+    """Add the flags for networks, timesteps, images and results, which the comparisons with others also have."""
     parser.add_argument("--networks", nargs="+", metavar="NETWORK", help="NAME:FILE, or another form and flags")
-    parser.add_argument("--timesteps", nargs="+", type=whole_number(1), default=[4, 8, 16, 32], help="T (4 8 16 32)")
+    if has_timesteps:
+        parser.add_argument(
+            "--timesteps", nargs="+", type=whole_number(1), default=[4, 8, 16, 32], help="T (4 8 16 32)"
+        )
     parser.add_argument("--dataset", default="digits", help="data set, as in ann2snn.py (%(default)s)")
     parser.add_argument("--test_images", type=whole_number(1), default=None, help="number of test images (all)")
     parser.add_argument("--results", metavar="FILE.json", help="file for all numbers, as JSON; what it has is kept")

@@ -96,7 +96,8 @@ def line_cells(line, by_T, steps):
     each_T = quantized if len(set(quantized)) > 1 else quantized[:1]  # it depends on T where it has T activation levels
     flags = f"`{line.flags}`" if line.flags else "none"
     cells = [points.get(T, "") for T in steps]
-    return (f"{line.network.title}, {line.bits}", flags, ann, ", ".join(each_T), *cells, prices)
+    bits = ", ".join(map(str, line.bits)) if isinstance(line.bits, tuple) else line.bits
+    return (f"{line.network.title}, {bits}", flags, ann, ", ".join(each_T), *cells, prices)
 
 
 def points_below(runs, name):
@@ -133,6 +134,24 @@ def table_of_peers(table, results):
             rows.append((peer.title, run["mode"], f"{run['ann_top1']:.2f} %", *points))
         found += runs
     return "\n\n".join([markdown(rows), facts_of(found), command_of("peers.py", "", table.places(), "peers.json")])
+
+
+def table_of_quantizers(table, results):
+    """A `tables.QuantizersTable` as Markdown, with the command; None if `results` lacks a row."""
+    rows, found = [("network", "mode", "ANN", *table.bits)], []
+    for quantizer in table.quantizers():
+        known = results.having({name: getattr(quantizer, name) for name in ("network", "dataset", "test_images")})
+        if not known:
+            return None
+        for mode in dict.fromkeys(run["mode"] for run in known):
+            runs = [results.with_facts(quantizer.facts(mode, bits)) for bits in table.bits]
+            if None in runs:
+                return None
+            points = [points_below([run], "quantized_top1") for run in runs]
+            rows.append((quantizer.title, mode, f"{runs[0]['ann_top1']:.2f} %", *points))
+            found += runs
+    said = f"{' and '.join(sorted({run['versions'] for run in found}))}. {facts_of(found)}"
+    return "\n\n".join([markdown(rows), said, command_of("quantizers.py", "", table.places(), "quantizers.json")])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -53,10 +53,13 @@ class Network:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a table: a network under the same flags at several T. seeds: more than one give mean and spread."""
+    """One line of a table: a network under the same flags at several T.
+
+    bits: one number, or one for each layer. seeds: more than one give mean and spread.
+    """
 
     network: Network
-    bits: int
+    bits: object
     flags: str
     timesteps: tuple
     seeds: tuple = (0,)
@@ -200,6 +203,13 @@ LITE = (
     Line(LITE0, 8, "--preset exact --listen auto", (32,)),
     Line(LITE0, 4, "--preset exact", (8, 16, 32)),
 )
+FIRST_OF_8_BITS = (8, 4, 4, 4)
+LEARNT = "--threshold mse --per_channel weights --rounding learnt"  # what --preset exact sets at 4 bits
+BESIDE_QUANTIZEML = (
+    *(Line(EXAMPLE_NET, bits, "--preset calibrated", (16,)) for bits in (8, FIRST_OF_8_BITS, 4)),
+    *(Line(EXAMPLE_NET, bits, "--preset exact", (16,)) for bits in (8, FIRST_OF_8_BITS, 4)),
+    Line(EXAMPLE_NET, FIRST_OF_8_BITS, f"--preset exact {LEARNT}", (16,)),
+)
 
 TABLES = {
     table.name: table
@@ -216,6 +226,7 @@ TABLES = {
         Table("with_labels_gpu_then_cpu", GPU_THEN_CPU, common=GPU),
         Table("public_resnet", tuple(Line(PUBLIC_RESNET, 8, each, (4, 8, 16, 32)) for each in ("-e 0", CHANNEL))),
         Table("imagenet_sample", LITE, common="--signed pair --calibration_samples 100"),
+        Table("beside_quantizeml", BESIDE_QUANTIZEML, common="--calibration_samples 1000"),
     )
 }
 
@@ -257,3 +268,39 @@ class PeersTable:
 
 
 PEERS = PeersTable("peers", (RESNET20, PUBLIC_RESNET), timesteps=(4, 8, 16), test_images=1000)
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """A network that benchmarks/quantizers.py measures. test_images: their number, None for all."""
+
+    FACTS = ("network", "dataset", "mode", "bits", "test_images")
+
+    network: str
+    title: str
+    dataset: str
+    test_images: int = None
+
+    def facts(self, mode, bits):
+        """Name -> value of all that identifies a row. mode: how it is quantized. bits: as in `QuantizersTable`."""
+        return dict(zip(self.FACTS, (self.network, self.dataset, mode, bits, self.test_images)))
+
+
+@dataclass(frozen=True)
+class QuantizersTable:
+    """The table of benchmarks/quantizers.py. bits: those of weights and activations, as "4/8"."""
+
+    name: str
+    networks: tuple
+    bits: tuple
+
+    def quantizers(self, test_images=None):
+        """A `Quantizer` for each network. test_images: their number, None for all."""
+        return [Quantizer(each.spec, each.title, each.dataset, test_images) for each in self.networks]
+
+    def places(self):
+        """Names of `PLACES` that the table needs."""
+        return needed_places(self.networks)
+
+
+QUANTIZERS = QuantizersTable("quantizeml", (EXAMPLE_NET,), bits=("8/8", "4/8", "4/4"))

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import ann2snn
-from benchmarks import accuracy, peers, simulate, tables
+from benchmarks import accuracy, keras_form, peers, quantizers, simulate, tables
 from benchmarks.network_forms import split_network, title_of
-from benchmarks.pages import write_tables
-from benchmarks.results import Kept, contents
+from benchmarks.pages import line_cells, table_of_quantizers, write_tables
+from benchmarks.results import Kept, Results, contents, key_of
 from build_network import get_net_by_name
 from runtime.cli import run_script
 from spike_dag import SpikeDAGModule, load_dag
@@ -105,12 +105,13 @@ def test_a_wrong_line_ends_in_one_error(script, argv, message, capsys):
     assert end.value.code == 2 and error.startswith("error: ") and message in error
 
 
-def test_peers_are_optional(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "spikingjelly", None)  # as if it were not installed
+@pytest.mark.parametrize("script, package", [(peers, "spikingjelly"), (quantizers, "quantizeml")])
+def test_peers_are_optional(script, package, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(SystemExit) as end:
-        run_script(peers.main, peers.parse_args(["--networks", NETWORK]))
-    assert end.value.code == 2
-    assert "pip install spikingjelly" in capsys.readouterr().err
+        run_script(script.main, script.parse_args(["--networks", NETWORK]))
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and error.startswith("error: ") and f"pip install {package}" in error
 
 
 @pytest.mark.skipif(importlib.util.find_spec("spikingjelly") is None, reason="needs SpikingJelly")
@@ -391,7 +392,11 @@ def test_a_command_line_names_networks_or_tables(argv, message, capsys):
 
 def test_every_table_has_its_place_and_flags_that_parse():
     page = (ROOT / "docs/accuracy.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^<!-- table (\S+) -->$", page, flags=re.MULTILINE)) == {*tables.TABLES, tables.PEERS.name}
+    assert set(re.findall(r"^<!-- table (\S+) -->$", page, flags=re.MULTILINE)) == {
+        *tables.TABLES,
+        tables.PEERS.name,
+        tables.QUANTIZERS.name,
+    }
     places = dict.fromkeys(tables.PLACES, "net.py:net")
     for table in tables.TABLES.values():
         for row in table.rows():
@@ -400,6 +405,12 @@ def test_every_table_has_its_place_and_flags_that_parse():
             )
             learns_levels = flags.finetune_epochs or flags.rounding == "learnt"
             assert flags.timesteps == row.T and (learns_levels or not flags.activation_levels)
+
+
+def test_bits_of_every_layer_are_listed():
+    run = {"ann_top1": 90.0, "qnet_top1": 89.0, "snn_top1": 88.0, "spikes": 2000.0, "synops": 5e6}
+    cells = line_cells(tables.Line(SMALL, (8, 4), "-e 0", (2,)), {2: [run]}, [2])
+    assert cells[:5] == ("debug, 8, 4", "`-e 0`", "90.00 %", "-1.00", "-2.00")
 
 
 def test_peers_keep_what_they_measured(tmp_path, monkeypatch):
@@ -460,3 +471,56 @@ def test_a_network_of_functions_becomes_one_of_modules():
     with torch.no_grad():
         assert torch.equal(graph(images), net(images))
     assert isinstance(net.shortcut, PaddedShortcut)  # the network itself stays
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# quantizeml
+
+
+def test_quantizers_need_nothing_for_what_was_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "quantizeml", None)
+    plan = tables.QuantizersTable("quantizeml", (SMALL,), bits=("8/8", "4/4"))
+    monkeypatch.setattr(quantizers, "QUANTIZERS", plan)
+    page, file = tmp_path / "page.md", tmp_path / "q.json"
+    page.write_text("<!-- table quantizeml -->\n<!-- end -->\n")
+    args = quantizers.parse_args(["--cifar10", "debug0", "--results", f"{file}", "--write", f"{page}"])
+    (network,) = plan.quantizers()
+    flags, results = quantizers.flags_of(args, network), Results(f"{file}", quantizers.FORMAT, network.FACTS, ())
+    shared = {"ann_top1": 90.0, "samples": 40, "versions": "quantizeml 0", "machine": "own", "date": "2026-11-28"}
+    for bits, top1 in (("8/8", 89.0), ("4/4", 85.5)):
+        for mode in quantizers.modes(8):
+            key = key_of(flags, accuracy.default_flags(), mode=mode, bits=bits, test_images=None)
+            results.add({"key": key, "quantized_top1": top1, **shared, **network.facts(mode, bits)})
+    quantizers.main(args)
+    assert capsys.readouterr().out.splitlines()[1].split() == ["debug", "defaults", "8/8", "90.00", "89.00", "-1.00"]
+    lines = page.read_text().splitlines()
+    assert lines[2] == "| network | mode | ANN | 8/8 | 4/4 |"
+    assert lines[4:8] == [f"| debug | {mode} | 90.00 % | -1.00 | -4.50 |" for mode in quantizers.modes(8)]
+    assert "quantizeml 0. Points of top-1 against the ANN, on 40 test images. own, 28 November 2026:" in lines
+    del results.rows[-1]
+    assert table_of_quantizers(plan, results) is None
+
+
+def test_keras_gets_the_layers_of_a_chain_and_no_others():
+    net, images = get_net_by_name("example_net", 3, 10), torch.rand(1, 3, 32, 32)
+    layers = [type(module).__name__ for module in keras_form.chain(peers.as_modules(net.eval(), images))]
+    assert layers == [*["Conv2d", "ReLU", "AvgPool2d"] * 2, "Conv2d", "ReLU", "Flatten", "Linear"]
+    graph = peers.as_modules(get_net_by_name("resnet20", 3, 10).eval(), images)
+    with pytest.raises(ValueError, match="'add' is no layer that this benchmark builds in Keras"):
+        list(keras_form.chain(graph))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("quantizeml") is None, reason="needs quantizeml")
+def test_a_network_in_keras_is_the_same_or_refused():
+    net, images = get_net_by_name("example_net", 3, 10), torch.rand(4, 3, 32, 32)
+    graph = peers.as_modules(net.eval(), images[:1])
+    with torch.no_grad():
+        wanted = graph(images).numpy()
+    found = keras_form.as_keras(graph, images).predict_on_batch(keras_form.channels_last(images))
+    assert abs(found - wanted).max() <= keras_form.MAX_DIFFERENCE
+    graph.of_avg_pool2d.divisor_override = 1
+    with pytest.raises(ValueError, match="the network in Keras is not the same"):
+        keras_form.as_keras(graph, images)
+    graph.of_relu_2 = torch.nn.Sigmoid()
+    with pytest.raises(ValueError, match="Sigmoid is no layer"):
+        keras_form.as_keras(graph, images)
