@@ -535,7 +535,8 @@ def exact(timesteps, bits):
     learnt on rounded activations, so that each layer makes up for the errors before it. Few bits have to be rounded
     with care, and a scale per channel of the spikes would round them a second time.
     """
-    is_coarse = isinstance(bits, int) and bits <= FEW_BITS
+    widths = [] if bits == "auto" else [bits] if isinstance(bits, int) else bits
+    is_coarse = any(width <= FEW_BITS for width in widths)
     if is_coarse or timesteps < MANY_LEVELS:
         scales = {"threshold": "mse", "per_channel": "weights" if is_coarse else "both", "rounding": "learnt"}
     else:

@@ -187,7 +187,7 @@ GPU_THEN_CPU = (
     Line(VGG9, 4, levels(12, 4, BOTH, FOLD, "--listen T", SPIKES, "1", LR, "0.005", GRADIENT, "tandem"), (4,)),
     Line(RESNET20, 4, levels(22, 16, WEIGHTS, SPIKES, "2", LR, "0.005"), (16,)),
 )
-EXAMPLE_SPIKES = f"-e 20 --finetune_lr 0.02 {LABELS} {WEIGHTS} {FOLD} --activation_levels 16 {SPIKES} 3 {LR} 0.001875"
+EXAMPLE_SPIKES = "--preset finetuned --finetune_optimizer sgd --finetune_lr 0.02"
 CALIBRATED = (
     Line(RESNET20, 8, "--preset calibrated", (4, 8, 16, 32, 64)),
     Line(PUBLIC_RESNET, 8, "--preset calibrated", (4, 8, 16, 32, 64)),
@@ -204,11 +204,9 @@ LITE = (
     Line(LITE0, 4, "--preset exact", (8, 16, 32)),
 )
 FIRST_OF_8_BITS = (8, 4, 4, 4)
-LEARNT = "--threshold mse --per_channel weights --rounding learnt"  # what --preset exact sets at 4 bits
 BESIDE_QUANTIZEML = (
     *(Line(EXAMPLE_NET, bits, "--preset calibrated", (16,)) for bits in (8, FIRST_OF_8_BITS, 4)),
     *(Line(EXAMPLE_NET, bits, "--preset exact", (16,)) for bits in (8, FIRST_OF_8_BITS, 4)),
-    Line(EXAMPLE_NET, FIRST_OF_8_BITS, f"--preset exact {LEARNT}", (16,)),
 )
 
 TABLES = {

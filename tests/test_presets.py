@@ -88,7 +88,10 @@ def test_without_a_preset_it_is_the_specification():
         ("--preset exact --timesteps 8 --rounding nearest", "activation_levels", None),
         ("--preset exact --timesteps 8 --threshold max", "activation_levels", None),
         ("--preset exact --timesteps 8 --threshold max", "rounding", "learnt"),
-        ("--preset exact --weight_bitwidth 4,8", "rounding", "nearest"),
+        ("--preset exact --weight_bitwidth 4,8", "rounding", "learnt"),  # one layer of few bits is enough
+        ("--preset exact --weight_bitwidth 8,4", "per_channel", "weights"),
+        ("--preset exact --weight_bitwidth 8,5", "rounding", "nearest"),
+        ("--preset exact --weight_bitwidth auto", "rounding", "nearest"),
     ],
 )
 def test_a_flag_that_is_given_overrides_the_preset(flags, name, value):
