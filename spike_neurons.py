@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 import spike_tensor
 from kernels.currents import EXACT_IN_FLOAT32
@@ -358,6 +359,7 @@ class RoundToLevels(torch.autograd.Function):
         return round_on_cpu(x, size, levels) if rounds_compiled(x, size) else round_in_turn(x, size, levels)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         (x, scale, size), levels = ctx.saved_tensors, ctx.levels
         back = round_back_on_cpu if rounds_compiled(x, size) else round_back_in_turn
@@ -369,7 +371,7 @@ def rounds_compiled(x, size):
     """Whether the compiled kernels can round activations [B, ...]: float32 on a CPU, one size, or one per channel."""
     per_channel = (x.shape[1], *[1] * (x.dim() - 2)) if x.dim() in (2, 4) else None
     fits = size.numel() == 1 or tuple(size.shape) == per_channel
-    return fits and x.device.type == "cpu" and x.dtype == torch.float32 and can_run_compiled(x)
+    return fits and x.device.type == "cpu" and x.dtype == size.dtype == torch.float32 and can_run_compiled(x)
 
 
 def round_in_turn(x, size, levels):

@@ -1,8 +1,8 @@
 """LLVM code for a CPU: as `kernels.tile_code`, for one pixel, where only inputs that spiked cost time.
 
-A list holds, for one step, the places of the weights of all inputs in the kernel's reach that spiked. The weights of
-each are added to sums of 16 bits, and those to the membrane potentials. With a few percent of the inputs spiking, this
-is less work than multiplying all of them by 0 or 1, even with instructions for such products.
+A list holds the events of one step and one column of the padded input: the places of the weights of its inputs that
+spiked. These weights are added to sums of 16 bits, and those to the membrane potentials. With a few percent of the
+inputs spiking, this is less work than multiplying all of them by 0 or 1.
 """
 
 from llvmlite import ir
@@ -15,7 +15,8 @@ from kernels.tile_code import I8, I32, I64, INSTRUCTIONS, ShortSums, TileCode, n
 AVX2 = INSTRUCTIONS[-1]  # its vectors of 32 bytes; every processor that these kernels run on has them
 LANES = 2 * AVX2.lanes  # channels of a sum of 16 bits
 WORD = 8  # inputs, one byte each, that are listed at a time
-GROUP = 4  # events that are added at a time; lists consist of whole groups, because a loop's end costs as much as four
+GROUP = 4  # events that are added at a time; lists are filled up to whole groups, because a loop for the rest takes as
+# long as four events
 
 
 class EventCode(TileCode):
@@ -54,15 +55,18 @@ class EventCode(TileCode):
 
 
 @intrinsic(prefer_literal=True)
-def run_event_tile(typing, blocks, places):
-    """`run_event_tile(blocks, places)`: compute an output pixel for all steps, and return its number of spikes."""
+def run_event_tile(typing, blocks, version, places):
+    """`run_event_tile(blocks, version, places)`: compute an output pixel for all steps; returns its number of spikes.
+
+    version: `tile_code.CODE`.
+    """
     if not isinstance(blocks, types.IntegerLiteral):
         return None
 
     def generate(context, builder, signature, arguments):
         return EventCode(builder, arguments[-1], blocks.literal_value).emit()
 
-    return types.int64(blocks, types.int64), generate
+    return types.int64(blocks, version, types.int64), generate
 
 
 @intrinsic
@@ -94,7 +98,7 @@ def list_spikes(typing, source, words, first, step, table, events):
             so_far = builder.load(listed)
             target = builder.add(events, builder.mul(so_far, number(4)))
             builder.store(builder.add(values, added), place(target, eight), align=1)
-            builder.store(builder.add(so_far, builder.ctpop(word)), listed)
+            builder.store(builder.add(so_far, builder.ctpop(pattern)), listed)
         return builder.load(listed)
 
     return types.int64(*[types.int64] * 6), generate

@@ -1,6 +1,6 @@
 """Convolutions and the neurons behind them on a CPU that add the weights of the inputs that spiked, and of no others.
 
-    events = plan_events(weight_q, plan)              # None where they never pay
+    events = plan_events(weight_q, plan)              # None where they cannot be used, or never pay
     events.pay(spikes)                                # few enough spikes: faster than `firing_convolution`
     events.run(spikes, timesteps, images, places)     # the number of spikes that the neurons send
 
@@ -28,19 +28,20 @@ NEAR_BYTES = 2**18
 # it with 32 bytes.
 PRODUCTS = {0: 250, 1: 125, 2: 60}
 SURELY = 0.8  # of the other kernel's time that events may take at most
+MOST_SHARE = 0.3  # of inputs that spike, from which events took longer in a layer of 128 channels
 
 if njit is not None:
     from kernels.event_code import GROUP, LANES, WORD, list_spikes, run_event_tile
-    from kernels.tile_code import SOURCE, call_tile, compile_tile, go_to, in_order
+    from kernels.tile_code import CODE, SOURCE, call_tile, compile_tile, go_to, in_order
 
     @compiled
     def list_row(spikes, image, row, shape, table, starts, events):
         """Fill `starts`, [T, columns + 1], and `events` with the lists for one row of outputs of an image.
 
-        spikes: address of uint8 [T, B, H, W, C]. A list ends in a whole group, filled up with the weights that are 0.
+        spikes: address of uint8 [T, B, H, W, C]. A list is filled up to whole groups with events whose weights are 0.
         """
         steps, images, height, width, channels, columns, top, left, kernel_rows, down, stride, row_bytes = shape[:12]
-        n, none = 0, kernel_rows * channels * row_bytes
+        n, none = 0, kernel_rows * channels * row_bytes  # none: the row of zeros behind the weights of a column
         for t in range(steps):
             for column in range(columns):
                 starts[t, column] = n
@@ -80,9 +81,10 @@ if njit is not None:
 @functools.cache
 def tile_of(blocks):
     """A compiled tile of one pixel (`kernels.event_code`)."""
+    version = CODE
 
     def tile(places):
-        return run_event_tile(blocks, places)
+        return run_event_tile(blocks, version, places)
 
     return compile_tile(tile)
 
@@ -95,9 +97,9 @@ def plan_events(weight_q, plan):
     channels, inputs = weight_q.shape[:2]
     if plan.largest != 1 or inputs % WORD or channels % LANES:
         return None
-    columns = most_columns(weight_q)
     share = largest_share(plan)
-    return Events(weight_q, plan, columns, share) if columns and share > 0 else None
+    columns = most_columns(weight_q) if share > 0 else 0
+    return Events(weight_q, plan, columns, share) if columns else None
 
 
 def most_columns(weight_q):
@@ -108,14 +110,22 @@ def most_columns(weight_q):
 
 
 def largest_share(plan):
-    """The largest share of inputs that spike with which events take less time; negative if it is never less."""
+    """The largest share of inputs that spike with which events take less time, at most `MOST_SHARE`.
+
+    It is not positive where they never take less.
+    """
     (inputs, *_), channels, (rows, columns) = plan.sample, plan.output[0], plan.kernel
-    taps, stride = rows * columns, plan.conv[0][1]
+    taps, stride, tiles = rows * columns, plan.conv[0][1], channels // tile_channels(channels)
     other = taps * inputs * channels / PRODUCTS[plan.instructions.code]
-    always = NS_PIXEL + NS_CHANNEL * channels + NS_WORD * stride * rows * inputs / WORD
+    always = NS_PIXEL * tiles + NS_CHANNEL * channels + NS_WORD * stride * rows * inputs / WORD
     of_vector = NS_VECTOR if taps * inputs * channels <= NEAR_BYTES else NS_FAR_VECTOR
-    each = NS_EVENT + of_vector * channels / LANES
-    return (SURELY * other - always) / (taps * inputs * each)
+    each = NS_EVENT * tiles + of_vector * channels / LANES
+    return min((SURELY * other - always) / (taps * inputs * each), MOST_SHARE)
+
+
+def tile_channels(channels):
+    """The output channels of a tile: as many whole vectors as divide all, and fit."""
+    return max(n for n in range(LANES, min(channels, MOST_CHANNELS) + 1, LANES) if channels % n == 0)
 
 
 class Events:
@@ -126,8 +136,7 @@ class Events:
 
     def __init__(self, weight_q, plan, columns, share):
         self.plan, self.columns, self.share = plan, columns, share
-        channels = len(weight_q)
-        self.block = max(n for n in range(LANES, min(channels, MOST_CHANNELS) + 1, LANES) if channels % n == 0)
+        self.block = tile_channels(len(weight_q))
         self.weights = self.pack(weight_q.numpy())  # [C_out / block, kw, kh * C_in + 1, block]
         self.table = np.zeros((2**WORD, WORD), np.int32)
         for pattern, row in enumerate(self.table):
@@ -162,6 +171,7 @@ class Events:
         """The number of spikes that the neurons send. spikes: uint8 [T*B*H*W*C]. places: some of `PLACES` -> value."""
         columns, rows_and_inputs = self.shape[3], self.weights.shape[2] - 1
         starts = np.empty((timesteps, columns + 1), np.int32)
+        # room for every input, for filling up groups, and for what a word writes behind the last event
         events = np.empty(timesteps * columns * (rows_and_inputs + GROUP) + WORD, np.int32)
         offsets = np.arange(self.plan.kernel[1]) * 4 * self.plan.conv[2][1]
         places |= {"weights": self.weights.ctypes.data, "source_step": starts[0].nbytes, "events": events.ctypes.data}

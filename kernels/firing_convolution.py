@@ -1,7 +1,7 @@
 """Convolutions and the integrate-and-fire neurons behind them in one pass on a CPU, compiled by numba.
 
     plan = plan_tiles(weight_q, conv, sample, largest)     # None if no kernel suits the convolution or the processor
-    FiringConvolution(weight_q, bias_q, conv, plan)        # its integers, packed
+    FiringConvolution(weight_q, bias_q, plan)              # its integers, packed
 
 The currents never leave the registers (`kernels.tile_code`), so that neither currents nor their conversion take time.
 Where few inputs spike, `kernels.event_convolution` takes less time still.
@@ -21,7 +21,7 @@ MOST_SUM = 2**15 - 1  # largest sum of products in 16 bits (AVX2)
 MOST_PIXELS = 24  # output pixels of a tile
 
 if njit is not None:
-    from kernels.tile_code import SOURCE, call_tile, compile_tile, go_to, in_order, run_tile, usable_instructions
+    from kernels.tile_code import CODE, SOURCE, call_tile, compile_tile, go_to, in_order, run_tile, usable_instructions
 
     @compiled
     def pad_image(spikes, padded, image, shape):
@@ -69,9 +69,10 @@ if njit is not None:
 @functools.cache
 def tile_of(pixels, blocks, pitch, instructions):
     """A compiled tile (`kernels.tile_code`)."""
+    version = CODE
 
     def tile(places):
-        return run_tile(pixels, blocks, pitch, instructions, places)
+        return run_tile(pixels, blocks, pitch, instructions, version, places)
 
     return compile_tile(tile)
 

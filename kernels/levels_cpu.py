@@ -8,6 +8,8 @@ import torch
 from kernels.memory_order import flat, order, per_neuron
 from kernels.neurons_cpu import compiled, in_chunks, njit
 
+WORTH_A_THREAD = 2**16  # activations; with fewer, to start threads takes longer than the work
+
 if njit is not None:
 
     @compiled
@@ -33,20 +35,23 @@ if njit is not None:
 
         size and of_size repeat over the neurons; the gradient of lambda lacks the factors that all neurons share.
         """
-        chunk, half, nothing = len(size), np.float32(0.5), np.float32(0)
+        chunk, half, nothing, one = len(size), np.float32(0.5), np.float32(0), np.float32(1)
         for first in range(0, len(x), chunk):
             length = min(chunk, len(x) - first)
             read, g, written = x[first : first + length], gradient[first : first + length], of_x[first : first + length]
             for i in range(length):
                 steps = steps_of(read[i], size[i], levels)
                 is_inside = (steps > nothing) & (steps < levels)
-                written[i] = g[i] if is_inside else nothing
+                written[i] = g[i] * (one if is_inside else nothing)  # 0 x NaN is NaN, as in plain PyTorch
                 above = levels if steps >= levels else nothing
                 of_size[i] += g[i] * (np.floor(steps + half) - steps if is_inside else above)
 
 
 def round_on_cpu(x, size, levels):
-    """Activations, float32 [B, ...], rounded to `levels` steps from 0 to `size`, a scalar or one value per channel."""
+    """Activations, float32 [B, ...], rounded to `levels` steps from 0 to `size`, a scalar or one value per channel.
+
+    The result is in the memory order `order(x)`, whatever that of x.
+    """
     rounded = torch.empty_like(x, memory_format=order(x))
     sizes, steps = in_chunks(per_neuron(size, x), per_neuron(size / levels, x))
     arrays = [flat(each, x, len(x)).numpy() for each in (x, rounded)]
@@ -77,7 +82,9 @@ def round_back_on_cpu(x, gradient, size, levels):
 def share(run, arrays):
     """The results of `run` on parts of arrays [B, N]; the threads share the samples."""
     samples = len(arrays[0])
-    threads = max(1, min(torch.get_num_threads(), samples))
+    threads = min(torch.get_num_threads(), samples)
+    if threads <= 1 or arrays[0].size < WORTH_A_THREAD:
+        return [run(*arrays)]
     bounds = [samples * n // threads for n in range(threads + 1)]
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(lambda first, stop: run(*(each[first:stop] for each in arrays)), bounds, bounds[1:]))

@@ -22,7 +22,7 @@ CHUNK = 1024  # neurons at a time, whose membrane potentials (4 KiB) stay in the
 def compiled(function):
     """Compile a function without Python's global lock, and cache it on disk if numba can write there.
 
-    No division asks whether the divisor is 0, as Python would: with such a question in it, no loop becomes vectors.
+    Divisions do not check for 0, as Python's do, because loops with that check do not become vectors.
     """
     try:
         return njit(nogil=True, cache=True, error_model="numpy")(function)

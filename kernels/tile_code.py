@@ -10,8 +10,10 @@ vpmaddubsw of AVX2, whose sums of 16 bits are added to the potentials before the
 
 import functools
 import os
+import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from llvmlite import ir
@@ -76,6 +78,10 @@ def usable_instructions():
         if each.code in allowed and all(features.intersection(group) for group in each.features)
     )
 
+
+# A number for the code that is generated here and in `event_code`. A tile has it in its closure, because numba's cache
+# on disk looks at a function's own file and closure, not at what generates its code.
+CODE = zlib.crc32(b"".join(Path(__file__).with_name(name).read_bytes() for name in ("tile_code.py", "event_code.py")))
 
 I64, I32, I16, I8, F32 = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8), ir.FloatType()
 
@@ -259,10 +265,11 @@ class ShortSums:
 
 
 @intrinsic(prefer_literal=True)
-def run_tile(typing, pixels, blocks, pitch, instructions, places):
-    """`run_tile(pixels, blocks, pitch, instructions, places)`: run one tile, and return its number of spikes.
+def run_tile(typing, pixels, blocks, pitch, instructions, version, places):
+    """`run_tile(pixels, blocks, pitch, instructions, version, places)`: run one tile; returns its number of spikes.
 
-    places: the address of an int64 array with the values that PLACES names. The other arguments are constants.
+    version: CODE. places: the address of an int64 array with the values that PLACES names. The other arguments are
+    constants.
     """
     constants = (pixels, blocks, pitch, instructions)
     if not all(isinstance(each, types.IntegerLiteral) for each in constants):
@@ -272,11 +279,11 @@ def run_tile(typing, pixels, blocks, pitch, instructions, places):
     def generate(context, builder, signature, arguments):
         return TileCode(builder, arguments[-1], *sizes[:3], INSTRUCTIONS[sizes[3]]).emit()
 
-    return types.int64(*constants, types.int64), generate
+    return types.int64(*constants, version, types.int64), generate
 
 
 def compile_tile(tile):
-    """A compiled function of an address, such as one of `run_tile`; its `address` is what `call_tile` calls."""
+    """Compile `tile`, a function of the address of what PLACES names; `call_tile` calls its `address`."""
     signature = types.int64(types.int64)
     try:
         return cfunc(signature, cache=True)(tile)

@@ -89,7 +89,7 @@ class SpikeLayer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no ANN function")
 
     def unclipped(self, *inputs):
-        """Activations [B, ...] that may be negative where `activation` is 0: `levels` clips them."""
+        """Activations [B, ...] for `levels`, which clips them at 0: they may be negative where `activation` is 0."""
         return self.activation(*inputs)
 
     def current(self, *inputs):
