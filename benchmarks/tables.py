@@ -247,11 +247,21 @@ class Peer:
 
 
 @dataclass(frozen=True)
-class PeersTable:
-    """The table of benchmarks/peers.py."""
+class Comparison:
+    """A table of networks that another tool converts or quantizes, too."""
 
     name: str
     networks: tuple
+
+    def places(self):
+        """Names of `PLACES` that the table needs."""
+        return needed_places(self.networks)
+
+
+@dataclass(frozen=True)
+class PeersTable(Comparison):
+    """The table of benchmarks/peers.py."""
+
     timesteps: tuple
     test_images: int
 
@@ -259,10 +269,6 @@ class PeersTable:
         """A `Peer` for each network. test_images: a number that replaces the table's."""
         images = test_images or self.test_images
         return [Peer(each.spec, each.title, each.dataset, self.timesteps, images) for each in self.networks]
-
-    def places(self):
-        """Names of `PLACES` that the table needs."""
-        return needed_places(self.networks)
 
 
 PEERS = PeersTable("peers", (RESNET20, PUBLIC_RESNET), timesteps=(4, 8, 16), test_images=1000)
@@ -285,20 +291,14 @@ class Quantizer:
 
 
 @dataclass(frozen=True)
-class QuantizersTable:
+class QuantizersTable(Comparison):
     """The table of benchmarks/quantizers.py. bits: those of weights and activations, as "4/8"."""
 
-    name: str
-    networks: tuple
     bits: tuple
 
     def quantizers(self, test_images=None):
         """A `Quantizer` for each network. test_images: their number, None for all."""
         return [Quantizer(each.spec, each.title, each.dataset, test_images) for each in self.networks]
-
-    def places(self):
-        """Names of `PLACES` that the table needs."""
-        return needed_places(self.networks)
 
 
 QUANTIZERS = QuantizersTable("quantizeml", (EXAMPLE_NET,), bits=("8/8", "4/8", "4/4"))

@@ -34,7 +34,7 @@ class EventCode(TileCode):
         b, first = self.b, self.b.load(weights)
         start, end = (b.sext(self.load(b.add(window, number(4 * i)), I32), I64) for i in range(2))
         events = b.add(self.place["events"], b.mul(start, number(4)))
-        with cgutils.for_range(b, b.lshr(b.sub(end, start), number(2))) as group:
+        with cgutils.for_range(b, b.udiv(b.sub(end, start), number(GROUP))) as group:
             at = b.add(events, b.mul(group.index, number(4 * GROUP)))
             for event in range(GROUP):
                 row = b.add(first, b.sext(self.load(b.add(at, number(4 * event)), I32), I64))

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels.event_convolution import plan_events
+from kernels.event_convolution import MOST_SUM, plan_events
 from kernels.memory_order import flat, order
 from kernels.neurons_cpu import compiled, njit
 
-MOST_SUM = 2**15 - 1  # largest sum of products in 16 bits (AVX2)
 MOST_PIXELS = 24  # output pixels of a tile
 
 if njit is not None:

@@ -1,12 +1,10 @@
 """Activations rounded to levels on a CPU, and their gradients, each in one pass over the memory, compiled by numba."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import torch
 
 from kernels.memory_order import flat, order, per_neuron
-from kernels.neurons_cpu import compiled, in_chunks, njit
+from kernels.neurons_cpu import compiled, in_chunks, in_threads, njit
 
 WORTH_A_THREAD = 2**16  # activations; with fewer, to start threads takes longer than the work
 
@@ -81,10 +79,5 @@ def round_back_on_cpu(x, gradient, size, levels):
 
 def share(run, arrays):
     """The results of `run` on parts of arrays [B, N]; the threads share the samples."""
-    samples = len(arrays[0])
-    threads = min(torch.get_num_threads(), samples)
-    if threads <= 1 or arrays[0].size < WORTH_A_THREAD:
-        return [run(*arrays)]
-    bounds = [samples * n // threads for n in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(lambda first, stop: run(*(each[first:stop] for each in arrays)), bounds, bounds[1:]))
+    most = 1 if arrays[0].size < WORTH_A_THREAD else len(arrays[0])
+    return in_threads(lambda first, stop: run(*(each[first:stop] for each in arrays)), len(arrays[0]), most)

@@ -1,6 +1,7 @@
 """Integrate-and-fire neurons on a CPU: all timesteps in one pass, compiled by numba."""
 
 import math
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -240,9 +241,15 @@ def learning_steps_back_on_cpu(gradient, potentials, Vthr, of_steps, listen, sub
 
 def share_samples(kernel, tensors, listen, subtract):
     """Run a learning kernel on tensors [T, B, ...] and [N]; the threads share the samples."""
-    samples = tensors[0].shape[1]
     arrays = [tensor.flatten(2).numpy() if tensor.dim() > 1 else tensor.numpy() for tensor in tensors]
-    threads = min(torch.get_num_threads(), samples)
+    in_threads(lambda first, stop: kernel(first, stop, *arrays, listen, subtract), tensors[0].shape[1])
+
+
+def in_threads(run, samples, most=sys.maxsize):
+    """The results of `run(first, stop)` for parts of the samples, one for each of torch's threads, at most `most`."""
+    threads = max(1, min(torch.get_num_threads(), samples, most))
     bounds = [samples * n // threads for n in range(threads + 1)]
+    if threads == 1:
+        return [run(*bounds)]
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda first, stop: kernel(first, stop, *arrays, listen, subtract), bounds, bounds[1:]))
+        return list(pool.map(run, bounds, bounds[1:]))
