@@ -11,7 +11,7 @@ import sys
 
 from options import GROUPS, PRESETS, check_threshold, joined_per_channel, preset_options
 from runtime.flags import add_help_all, add_options, number_in
-from runtime.ranges import Real
+from runtime.ranges import THRESHOLDS, Real
 from runtime.user_code import names_code
 from script_options import CONVERSION
 
@@ -72,7 +72,7 @@ def settle_former_flags(args, given):
     elif args.pretrained:
         args.ann_weight = "pretrained"
     if args.quantile is not None:
-        if args.threshold in ("max", "mse"):
+        if args.threshold in THRESHOLDS:
             unused.append(("quantile", f"--threshold {args.threshold} uses none"))
         else:
             args.threshold = args.quantile

@@ -9,7 +9,7 @@ dataclass checks its values, so the code below the calls can trust them. This mo
 
 from dataclasses import MISSING, dataclass, field, fields
 
-from runtime.ranges import Real, Whole, check_number
+from runtime.ranges import THRESHOLDS, Real, Whole, check_number
 
 FLOAT_BITS = 32
 TIMESTEPS = Whole(1, 65536)
@@ -107,13 +107,13 @@ def check_option(name, value):
 
 
 def check_threshold(value):
-    """ "max", "mse" or a quantile of the activations, above 0 and up to 1. Raises ValueError for other values."""
-    if value in ("max", "mse"):
+    """One of `THRESHOLDS` or a quantile of the activations, above 0 and up to 1. Raises ValueError for other values."""
+    if value in THRESHOLDS:
         return value
     if value == "quantile":
         return QUANTILE
     if isinstance(value, str):
-        raise ValueError(f"unknown threshold '{value}', use one of quantile, max, mse")
+        raise ValueError(f"unknown threshold '{value}', use one of {', '.join(('quantile', *THRESHOLDS))}")
     return check_number("quantile", value, Real(0, 1, open=True))
 
 
@@ -265,11 +265,12 @@ class ConversionOptions(WeightOptions):
     threshold: object = option(
         QUANTILE,
         "how Vthr is chosen: by a quantile of the activations (a number up to 1), by their maximum (max), or by the "
-        "least squared error after T timesteps (mse)",
+        "least squared error after T timesteps (mse), also with room for the spikes that come unevenly, of which the "
+        "layers behind suffer (spikes)",
         "conversion",
         parse="threshold",
         check=check_threshold,
-        metavar="{QUANTILE,max,mse}",
+        metavar="{QUANTILE,max,mse,spikes}",
         main=True,
     )
     listen: object = option(
@@ -362,6 +363,11 @@ class ConversionOptions(WeightOptions):
     def listens_to_windows(self):
         """Whether every layer listens until the windows of the layers before it are over (`conversion.windows`)."""
         return self.listen == "auto"
+
+    @property
+    def hears_all(self):
+        """Whether every layer receives all of its spikes before it fires, so that none is early or late."""
+        return self.listens_to_windows or self.listen == self.timesteps
 
     def check_windows(self):
         """Raise ValueError for options under which a window does not hold all of a layer's spikes."""

@@ -74,7 +74,8 @@ def set_integers(snn, plan, loader, device, options):
 
     Returns node -> shape of one sample, from the calibration.
     """
-    known = options.calibration_samples, options.threshold, options.timesteps, options.spikes_per_channel
+    threshold = "mse" if options.threshold == "spikes" and options.hears_all else options.threshold
+    known = options.calibration_samples, threshold, options.timesteps, options.spikes_per_channel
     statistics, shapes = calibrate(snn, plan, loader, device, *known)
     windows = windows_of(snn, options.timesteps) if options.listens_to_windows else {}
     learnt = use_learnt_scales(snn, statistics) and not (windows and snn.scales_of_conversion is None)

@@ -1,5 +1,6 @@
 """Statistics of every layer on calibration images: pooled activations, and the lambdas chosen from them."""
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,12 +41,28 @@ def calibrate(dag, plan, loader, device, samples, threshold, timesteps, per_chan
     for name, pool in pools.items():
         if not pool.is_finite:
             raise ValueError(f"{dag.where(name)} has NaN or infinite activations, train the network again")
+    steps = even_steps(dag, plan, timesteps) if threshold == "spikes" else dict.fromkeys(wanted, timesteps)
     for name in wanted:
         pool = pools.pop(name)
-        max_o, scales = lambdas_of(pool, threshold, timesteps, per_channel)
+        max_o, scales = lambdas_of(pool, threshold, steps[name], per_channel)
         square_o = pool.values().double().square().mean().item()
         statistics[name] = LayerStatistics(max_o.item(), scales.cpu(), square_o)
     return statistics, shapes
+
+
+def even_steps(dag, plan, timesteps):
+    """Op name -> the number of steps of even spikes whose error is that of T steps of the network's uneven spikes.
+
+    A layer's spikes do not arrive evenly, so each of the N spiking layers behind it, counted along the longest path,
+    fires too early or too late by about as much as rounding costs. The squared rounding error thus counts 1 + N times,
+    as with sqrt(1 + N) times fewer steps. (Measured on a ResNet-20 at T = 32 and 64: docs/accuracy.md.)
+    """
+    behind, found = defaultdict(int), {}  # behind: node -> N
+    for name, entry in reversed(dag.ops.items()):
+        found[name] = max(1.0, timesteps / (1 + behind[entry.out]) ** 0.5)
+        for node in entry.inputs:
+            behind[node] = max(behind[node], behind[entry.out] + (name in plan.firing))
+    return found
 
 
 def lambdas_of(pool, threshold, timesteps, per_channel, samples=ERROR_SAMPLES):
@@ -65,13 +82,14 @@ def lambdas_of(pool, threshold, timesteps, per_channel, samples=ERROR_SAMPLES):
 
 
 def choose_lambdas(values, channels, count, largest, threshold, timesteps, samples):
-    """The lambda of every channel, [C]: the "max" of its activations, a quantile, or that of least error ("mse").
+    """The lambda of every channel, [C]: the "max" of its activations, a quantile, or that of least error.
 
-    threshold: "max" for the largest activation, a number for that quantile of the activations, "mse" for the least mean
-    squared error after T timesteps. values, channels: sampled activations and their channels, [N]. count: C. largest:
-    largest activation of each channel, [C], over all elements, not only the sampled ones; read for "max" alone.
+    threshold: "max" for the largest activation, a number for that quantile of the activations, "mse" or "spikes" for
+    the least mean squared error after T timesteps of even spikes. values, channels: sampled activations and their
+    channels, [N]. count: C. largest: largest activation of each channel, [C], over all elements, not only the sampled
+    ones; read for "max" alone.
     """
-    if threshold == "mse":
+    if threshold in ("mse", "spikes"):
         return least_error_scales(values, channels, count, timesteps, samples)
     return largest if threshold == "max" else positive_tops(values, channels, count, threshold)
 

@@ -45,7 +45,7 @@ def estimate(args, seconds, samples, repaired, alternatives, calibration):
     alternatives: how many conversions of each kind the report makes, on `calibration` images each.
     """
     images = args.analysis_images
-    fixed = SEARCH if args.threshold == "mse" else 0.0
+    fixed = SEARCH if args.threshold in ("mse", "spikes") else 0.0
     share = fixed + (1 - fixed) * min(1.0, calibration / args.calibration_samples)
     convert = seconds["trans_ann2snn_weight"] * share
     simulate = seconds["validate_snn"] * images / samples

@@ -9,7 +9,7 @@ import re
 from dataclasses import fields
 
 from runtime.cli import HelpAll
-from runtime.ranges import Real, Whole
+from runtime.ranges import THRESHOLDS, Real, Whole
 from runtime.user_code import assignments
 
 LARGEST_SIDE = 65536  # channels or pixels of an image
@@ -113,15 +113,15 @@ def listening(text):
 
 
 def threshold(text):
-    """An argparse type: a quantile above 0 and up to 1, "max" or "mse"; "quantile" means the default quantile."""
-    if text in ("quantile", "max", "mse"):
+    """An argparse type: a quantile above 0 and up to 1, or a name; "quantile" means the default quantile."""
+    if text in ("quantile", *THRESHOLDS):
         return text
     try:
         number = float(text)
     except ValueError:
         number = 0.0
     if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a quantile above 0 up to 1, max, or mse")
+        raise argparse.ArgumentTypeError(f"{text} is not a quantile above 0 up to 1, or one of {', '.join(THRESHOLDS)}")
     return number
 
 

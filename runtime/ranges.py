@@ -7,6 +7,8 @@ import math
 import numbers
 from dataclasses import dataclass
 
+THRESHOLDS = ("max", "mse", "spikes")  # rules by which lambda is chosen, besides a quantile
+
 
 @dataclass(frozen=True)
 class Whole:

@@ -182,7 +182,7 @@ def test_relu_of_the_image_stays_ann():
         (dict(weight_bitwidth=9), "weight bit width 9: use 1 to 8"),
         (dict(reset_mode="hard"), "unknown reset mode 'hard'"),
         (dict(quantile=0.0), "quantile 0.0: use a number above 0 to 1"),
-        (dict(threshold="best"), "unknown threshold 'best', use one of quantile, max, mse"),
+        (dict(threshold="best"), "unknown threshold 'best', use one of quantile, max, mse, spikes"),
         (dict(loader=[]), "the data loader is empty"),
     ],
 )

@@ -8,7 +8,8 @@ from torch import nn
 
 from ann_parser import parse_ann_model
 from build_network import get_net_by_name
-from conversion.statistics import Pool, least_error_scales
+from conversion.plan import plan_conversion
+from conversion.statistics import Pool, even_steps, least_error_scales
 from networks.checkpoint import load_weights
 from quantization import init_quantize_net
 from snn_weight_setter import trans_ann2snn_weight
@@ -77,3 +78,40 @@ def test_least_error_scale_against_a_brute_force_search():
 def first_scale(values, timesteps):
     """The scale of values that are all of one channel."""
     return least_error_scales(values, torch.zeros(len(values), dtype=torch.long), 1, timesteps)
+
+
+class Residual(nn.Module):
+    """A convolution, a block of two with a shortcut, and a linear layer behind the last spikes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = conv(2, 4), conv(4, 4), conv(4, 4)
+        self.last = nn.Linear(4 * 49, 3)
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        return self.last(F.relu(self.third(F.relu(self.second(x))) + x).flatten(1))
+
+
+def test_uneven_spikes_count_once_for_every_layer_behind():
+    images = torch.rand(8, 2, 7, 7)
+    dag = parse_ann_model(Residual(), (images,))
+    plan = plan_conversion(dag)
+    steps = even_steps(dag, plan, 12)
+    assert plan.firing == ["relu1", "relu2", "relu3"]
+    assert [steps[name] for name in plan.firing] == [12 / 3**0.5, 12 / 2**0.5, 12]  # 2, 1 and 0 layers behind
+    assert even_steps(dag, plan, 1)["relu1"] == 1  # a lambda has one step at least
+    snn = trans_ann2snn_weight(dag, [(images,)], "cpu", 12, 8, threshold="spikes", per_channel="none")
+    for name in plan.firing:
+        wanted = first_scale(activations_of(dag, name, images), steps[name])
+        assert snn.neurons()[name].scale_factor.item() == pytest.approx(wanted.item(), rel=0.02)  # Vthr is an integer
+
+
+@pytest.mark.parametrize("listen", [16, "auto"])
+def test_without_uneven_spikes_the_rule_is_that_of_least_error(listen):
+    images = torch.rand(8, 2, 7, 7)
+    snns = [convert(Residual(), images, 16, 8, threshold=rule, listen=listen) for rule in ("spikes", "mse")]
+    for one, other in zip(*(snn.neurons().values() for snn in snns)):
+        assert torch.equal(one.scale_factor, other.scale_factor) and torch.equal(one.Vthr, other.Vthr)
+    assert torch.equal(snns[0](images), snns[1](images))
