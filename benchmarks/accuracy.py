@@ -54,7 +54,8 @@ OBSERVED = 20  # images for which synaptic operations are counted
 DATA_FLAGS = (*(each.name for each in fields(DataOptions)), "image_size", "channels", "seed")
 FORMAT = "ann2snn-accuracy-1"
 NUMBERS = ("ann_top1", "qnet_top1", "snn_top1", "samples", "interval", "latency", "spikes", "synops")
-HEADINGS = ("network", "bits", "method", "T", "ANN %", "SNN %", "points", "interval", "latency", "spikes", "synops")
+ACCURACIES = ("ANN %", "SNN %", "points", "agree %")
+HEADINGS = ("network", "bits", "method", "T", *ACCURACIES, "interval", "latency", "spikes", "synops")
 
 
 def after_finetuning():
@@ -280,15 +281,22 @@ def measure(args, flags, loaders, finetuned, kept=None, test_images=None):
 
 
 def accuracies(made, snn, timesteps, evaluate):
-    """Top-1 of the three networks in percent, and the number of images. evaluate: called with a network, and T.
+    """Top-1 of the three networks and the share of images with the float ANN's class, in percent; number of images.
 
-    made: a `pipeline.Networks`, which keeps the accuracies of the float and the quantized network for the next T.
+    evaluate: called with a network, and T. made: a `pipeline.Networks`, which keeps what the float and the quantized
+    network answer for the next T.
     """
-    spiking = evaluate(snn, timesteps=timesteps)
+    spiking = evaluate(snn, timesteps=timesteps, keep_answers=True)
     if made.accuracies.get("samples") != spiking["samples"]:
-        found = {f"{name}_top1": evaluate(getattr(made, name))["top1"] for name in ("ann", "qnet")}
-        made.accuracies = {**found, "samples": spiking["samples"]}
-    return {**made.accuracies, "snn_top1": spiking["top1"]}
+        made.accuracies = {name: evaluate(getattr(made, name), keep_answers=True) for name in ("ann", "qnet")}
+        made.accuracies["samples"] = spiking["samples"]
+    answered = {**made.accuracies, "snn": spiking}
+    of_ann, of_snn = answered["ann"]["answers"]["classes"], spiking["answers"]["classes"]
+    return {
+        **{f"{name}_top1": answered[name]["top1"] for name in ("ann", "qnet", "snn")},
+        "agreement": 100 * (of_ann == of_snn).double().mean().item(),
+        "samples": spiking["samples"],
+    }
 
 
 def split(images, targets):
@@ -411,7 +419,9 @@ def summary(runs):
     spread = f" +- {statistics.stdev(points):.2f}" if len(runs) > 1 else ""
     prices = (f"{mean['spikes'] / 1e3:.1f}k", f"{mean['synops'] / 1e6:.2f}M")
     accuracies = f"{mean['ann_top1']:.2f}", f"{mean['snn_top1']:.2f}", f"{statistics.mean(points):+.2f}{spread}"
-    return (*accuracies, int(mean["interval"]), int(mean["latency"]), *prices)
+    agreements = [run["agreement"] for run in runs if "agreement" in run]  # rows of earlier versions have none
+    agreement = f"{statistics.mean(agreements):.2f}" if agreements else "-"
+    return (*accuracies, agreement, int(mean["interval"]), int(mean["latency"]), *prices)
 
 
 if __name__ == "__main__":

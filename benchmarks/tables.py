@@ -191,7 +191,7 @@ EXAMPLE_SPIKES = "--preset finetuned --finetune_optimizer sgd --finetune_lr 0.02
 CALIBRATED = (
     Line(RESNET20, 8, "--preset calibrated", (4, 8, 16, 32, 64)),
     Line(PUBLIC_RESNET, 8, "--preset calibrated", (4, 8, 16, 32, 64)),
-    Line(VGG9, 8, "--preset calibrated", (4, 8, 64)),
+    Line(VGG9, 8, "--preset calibrated", (4, 8, 16, 32, 64)),
 )
 EXACT = (
     Line(RESNET20, 8, "--preset exact", (8, 16, 32, 64)),

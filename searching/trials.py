@@ -26,6 +26,7 @@ WITHOUT_EPOCHS = (
     {"preset": "calibrated", **NO_EPOCHS},
     {"preset": "exact", "threshold": "max"},
     {"preset": "exact", "threshold": "mse"},
+    {"preset": "calibrated", **NO_EPOCHS, "threshold": "spikes"},
     {"preset": "calibrated", **NO_EPOCHS, "hold_back": "0.25"},
     {"finetune_epochs": "0", "threshold": "mse"},
     {"finetune_epochs": "0"},

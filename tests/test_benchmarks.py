@@ -6,6 +6,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,6 +69,22 @@ def test_several_seeds_give_mean_and_spread():
     ann, snn, points, *_ = accuracy.summary(runs)
     assert (ann, snn) == ("90.00", "88.00")
     assert points == f"-2.00 +- {math.sqrt(((88 - 88) ** 2 + 1 + 1) / 2):.2f}"
+    assert accuracy.summary(runs)[3] == "-"  # rows of earlier versions
+    agreeing = [{**run, "agreement": share} for run, share in zip(runs, (95.0, 96.0, 97.3))]
+    assert accuracy.summary(agreeing)[3] == "96.10"
+
+
+def test_agreement_is_the_share_of_images_with_the_class_of_the_float_network():
+    digits = torch.arange(8)
+    answers = {"ann": digits, "qnet": digits, 4: digits // 2, 8: digits % 7}  # 4 and 8: the spiking one's, by T
+    networks = SimpleNamespace(ann="ann", qnet="qnet", accuracies={})
+
+    def evaluate(network, timesteps=None, keep_answers=False):
+        classes = answers[timesteps or network]
+        return {"top1": float(classes[0]), "samples": 8, **({"answers": {"classes": classes}} if keep_answers else {})}
+
+    found = [accuracy.accuracies(networks, "snn", timesteps, evaluate)["agreement"] for timesteps in (4, 8)]
+    assert found == [12.5, 87.5]
 
 
 @pytest.mark.slow
