@@ -55,7 +55,7 @@ def even_steps(dag, plan, timesteps):
 
     A layer's spikes do not arrive evenly, so each of the N spiking layers behind it, counted along the longest path,
     fires too early or too late by about as much as rounding costs. The squared rounding error thus counts 1 + N times,
-    as with sqrt(1 + N) times fewer steps. (Measured on a ResNet-20 at T = 32 and 64: docs/accuracy.md.)
+    as with sqrt(1 + N) times fewer steps. (What it gains on a ResNet-20: docs/accuracy.md.)
     """
     behind, found = defaultdict(int), {}  # behind: node -> N
     for name, entry in reversed(dag.ops.items()):
