@@ -264,9 +264,8 @@ class ConversionOptions(WeightOptions):
     )
     threshold: object = option(
         QUANTILE,
-        "how Vthr is chosen: by a quantile of the activations (a number up to 1), by their maximum (max), or by the "
-        "least squared error after T timesteps (mse), also with room for the spikes that come unevenly, of which the "
-        "layers behind suffer (spikes)",
+        "how Vthr is chosen: by a quantile of the activations (a number up to 1), by their maximum (max), by the "
+        "least squared error after T timesteps (mse), or by the same with room for spikes that come unevenly (spikes)",
         "conversion",
         parse="threshold",
         check=check_threshold,
