@@ -287,13 +287,11 @@ def accuracies(made, snn, timesteps, evaluate):
     network answer for the next T.
     """
     spiking = evaluate(snn, timesteps=timesteps, keep_answers=True)
-    if made.accuracies.get("samples") != spiking["samples"]:
-        made.accuracies = {name: evaluate(getattr(made, name), keep_answers=True) for name in ("ann", "qnet")}
-        made.accuracies["samples"] = spiking["samples"]
-    answered = {**made.accuracies, "snn": spiking}
-    of_ann, of_snn = answered["ann"]["answers"]["classes"], spiking["answers"]["classes"]
+    if not made.accuracies or made.accuracies["ann"]["samples"] != spiking["samples"]:
+        made.accuracies = {"ann": evaluate(made.ann, keep_answers=True), "qnet": evaluate(made.qnet)}
+    of_ann, of_snn = (each["answers"]["classes"] for each in (made.accuracies["ann"], spiking))
     return {
-        **{f"{name}_top1": answered[name]["top1"] for name in ("ann", "qnet", "snn")},
+        **{f"{name}_top1": each["top1"] for name, each in (*made.accuracies.items(), ("snn", spiking))},
         "agreement": 100 * (of_ann == of_snn).double().mean().item(),
         "samples": spiking["samples"],
     }

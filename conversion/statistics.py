@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from quantization import sampling_stride
 from runtime.batches import batches_of, on_device, split_batch
+from runtime.ranges import LEAST_ERROR
 
 MOST_BYTES = 2**27  # of the largest layer's float32 activations in one pass; larger batches pass in parts
 MOST_SAMPLES = 1_000_000  # pooled activations per layer
@@ -89,7 +90,7 @@ def choose_lambdas(values, channels, count, largest, threshold, timesteps, sampl
     channels, [N]. count: C. largest: largest activation of each channel, [C], over all elements, not only the sampled
     ones; read for "max" alone.
     """
-    if threshold in ("mse", "spikes"):
+    if threshold in LEAST_ERROR:
         return least_error_scales(values, channels, count, timesteps, samples)
     return largest if threshold == "max" else positive_tops(values, channels, count, threshold)
 

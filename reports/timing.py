@@ -2,11 +2,13 @@
 
 import time
 
+from runtime.ranges import LEAST_ERROR
+
 # CPU seconds of the figures and the page, on one core of an AMD EPYC; they do not depend on the network
 DRAWING = 5.0
 WATCHED = 4.0  # a simulation whose spikes are counted, in small batches, in plain ones
 CLOSELY = 12.0  # a simulation that is replayed in float64 beside two ANNs, in plain ones
-SEARCH = 0.5  # share of a conversion with --threshold mse that does not depend on the number of images
+SEARCH = 0.5  # share of a conversion by least error (`LEAST_ERROR`) that does not depend on the number of images
 
 
 class Clock:
@@ -45,7 +47,7 @@ def estimate(args, seconds, samples, repaired, alternatives, calibration):
     alternatives: how many conversions of each kind the report makes, on `calibration` images each.
     """
     images = args.analysis_images
-    fixed = SEARCH if args.threshold in ("mse", "spikes") else 0.0
+    fixed = SEARCH if args.threshold in LEAST_ERROR else 0.0
     share = fixed + (1 - fixed) * min(1.0, calibration / args.calibration_samples)
     convert = seconds["trans_ann2snn_weight"] * share
     simulate = seconds["validate_snn"] * images / samples

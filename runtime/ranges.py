@@ -7,7 +7,8 @@ import math
 import numbers
 from dataclasses import dataclass
 
-THRESHOLDS = ("max", "mse", "spikes")  # rules by which lambda is chosen, besides a quantile
+LEAST_ERROR = ("mse", "spikes")  # rules that search for the lambda of least squared error
+THRESHOLDS = ("max", *LEAST_ERROR)  # rules by which lambda is chosen, besides a quantile
 
 
 @dataclass(frozen=True)

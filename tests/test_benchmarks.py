@@ -5,11 +5,13 @@ import json
 import math
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import Dense, convert, with_random_norms
 
 import ann2snn
 from benchmarks import accuracy, keras_form, peers, quantizers, simulate, tables
@@ -19,6 +21,7 @@ from benchmarks.results import Kept, Results, contents, key_of
 from build_network import get_net_by_name
 from runtime.cli import run_script
 from spike_dag import SpikeDAGModule, load_dag
+from validate import evaluate
 
 ROOT = Path(__file__).parents[1]
 NETWORK = f"example_net:{ROOT}/checkpoint/example_net_ann.pth"
@@ -75,16 +78,16 @@ def test_several_seeds_give_mean_and_spread():
 
 
 def test_agreement_is_the_share_of_images_with_the_class_of_the_float_network():
-    digits = torch.arange(8)
-    answers = {"ann": digits, "qnet": digits, 4: digits // 2, 8: digits % 7}  # 4 and 8: the spiking one's, by T
-    networks = SimpleNamespace(ann="ann", qnet="qnet", accuracies={})
-
-    def evaluate(network, timesteps=None, keep_answers=False):
-        classes = answers[timesteps or network]
-        return {"top1": float(classes[0]), "samples": 8, **({"answers": {"classes": classes}} if keep_answers else {})}
-
-    found = [accuracy.accuracies(networks, "snn", timesteps, evaluate)["agreement"] for timesteps in (4, 8)]
-    assert found == [12.5, 87.5]
+    torch.manual_seed(0)
+    images, net = torch.rand(40, 2, 7, 7), with_random_norms(Dense())
+    networks = SimpleNamespace(ann=net, qnet=net, accuracies={})
+    batches = [(part, torch.zeros(len(part), dtype=torch.long)) for part in images.split(20)]
+    measure = partial(evaluate, loader=batches, device="cpu", criterion=torch.nn.CrossEntropyLoss())
+    for timesteps in (1, 8):
+        snn = convert(net, images, timesteps)
+        same = (snn(images).argmax(1) == net(images).argmax(1)).double().mean().item()
+        assert 0.2 < same < 1
+        assert accuracy.accuracies(networks, snn, timesteps, measure)["agreement"] == pytest.approx(100 * same)
 
 
 @pytest.mark.slow
