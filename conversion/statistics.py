@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from kernels.rounding_errors import can_sum, sum_errors
 from quantization import sampling_stride
 from runtime.batches import batches_of, on_device, split_batch
 from runtime.ranges import LEAST_ERROR
@@ -148,15 +149,16 @@ class Pool:
     """A sample of evenly spaced elements, at most `most`, from the activations of `samples` images.
 
     is_kept: keep the sample; without it, only `is_finite` is known: whether no element of the sample is NaN or
-    infinite. with_channels: also keep the channel of each element. count, dim: number of channels and of dimensions of
-    the activations. largest: with `with_largest`, the largest activation of each channel, [C], over all elements.
+    infinite. with_channels: also note where the elements stood, for `channels`. count, dim: number of channels and of
+    dimensions of the activations. largest: with `with_largest`, the largest activation of each channel, [C], over all
+    elements.
     """
 
     def __init__(self, most, samples, is_kept=True, with_channels=False, with_largest=False):
         self.most, self.samples, self.is_kept, self.is_finite = most, samples, is_kept, True
         self.with_channels, self.with_largest = with_channels, with_largest
         self.parts, self.seen, self.stride = [], 0, None
-        self.channel_parts, self.count, self.dim, self.largest = [], 1, 0, None
+        self.places, self.count, self.dim, self.largest = [], 1, 0, None
 
     def add(self, values):
         """Take every `stride`-th element of one more batch [B, C, ...], counted over all batches."""
@@ -173,10 +175,9 @@ class Pool:
             largest = values.amax([d for d in range(values.dim()) if d != 1])  # [C]
             self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
         if self.with_channels:
-            place = torch.arange(first, values.numel(), self.stride)
             # number of adjacent elements of one channel in memory
             run = 1 if has_channels_last(values) else values[0, 0].numel()
-            self.channel_parts.append((place // run % self.count).to(torch.int32))
+            self.places.append((range(first, values.numel(), self.stride), run))
 
     def values(self):
         """The sample, [N]."""
@@ -184,7 +185,12 @@ class Pool:
 
     def channels(self):
         """The channel of every element of the sample, [N]."""
-        return torch.cat(self.channel_parts).to(self.parts[0].device, torch.long)
+        device = self.parts[0].device
+        parts = [
+            torch.arange(kept.start, kept.stop, kept.step, device=device) // run % self.count
+            for kept, run in self.places
+        ]
+        return torch.cat(parts)
 
 
 def has_channels_last(values):
@@ -231,12 +237,17 @@ def least_error_scales(values, channels, count, timesteps, most=ERROR_SAMPLES):
     """
     values, channels = values[:most].clamp_min(0), channels[:most]
     largest = values.new_zeros(count).scatter_reduce_(0, channels, values, "amax")
-    least, best = torch.full_like(largest, torch.inf), largest
-    for share in SHARES:
-        steps = (share * largest / timesteps).clamp_min(1e-30)  # no division by 0 in a silent channel
-        step = steps[channels]
+    tried = torch.stack([share * largest for share in SHARES], 1)  # [C, shares]
+    steps = (tried / timesteps).clamp_min(1e-30)  # no division by 0 in a silent channel
+    errors = (sum_errors if can_sum(values) else sums_of_errors)(values, channels, steps, timesteps)
+    return tried.gather(1, errors.argmin(1, keepdim=True)).squeeze(1)  # the first of equal errors wins
+
+
+def sums_of_errors(values, channels, steps, timesteps):
+    """As `kernels.rounding_errors.sum_errors`, in plain PyTorch, for any device."""
+    errors = torch.zeros_like(steps)
+    for step, error in zip(steps.T, errors.T):
+        step = step[channels]
         decoded = (values / step).round_().clamp_max_(timesteps).mul_(step)
-        error = torch.zeros_like(largest).index_add_(0, channels, decoded.sub_(values).square_())
-        best = torch.where(error < least, share * largest, best)
-        least = torch.minimum(error, least)
-    return best
+        error.index_add_(0, channels, decoded.sub_(values).square_())
+    return errors

@@ -9,7 +9,8 @@ from torch import nn
 from ann_parser import parse_ann_model
 from build_network import get_net_by_name
 from conversion.plan import plan_conversion
-from conversion.statistics import Pool, even_steps, least_error_scales
+from conversion.statistics import Pool, even_steps, least_error_scales, sums_of_errors
+from kernels.rounding_errors import can_sum, sum_errors
 from networks.checkpoint import load_weights
 from quantization import init_quantize_net
 from snn_weight_setter import trans_ann2snn_weight
@@ -73,6 +74,21 @@ def test_least_error_scale_against_a_brute_force_search():
     pair = torch.cat([values, 3 * values]), torch.arange(2).repeat_interleave(5000)  # two channels at once
     assert torch.allclose(least_error_scales(*pair, 2, 4), torch.tensor([1.0, 3.0]) * first_scale(values, 4))
     assert least_error_scales(torch.zeros(10), torch.zeros(10, dtype=torch.long), 1, 4) == 0
+
+
+@pytest.mark.skipif(not can_sum(torch.zeros(1)), reason="numba is missing or switched off")
+@pytest.mark.parametrize("count, steps", [(1, 1), (3, 16), (200, 7.5)])
+def test_compiled_errors_equal_those_of_plain_pytorch_to_the_last_bit(count, steps):
+    draw = torch.Generator().manual_seed(count)
+    values = torch.randn(10_000, generator=draw).clamp_min(0)
+    channels = torch.randint(0, count, values.shape, generator=draw)
+    sizes = torch.rand(count, 9, generator=draw) / steps + 1e-30
+    compiled = sum_errors(values, channels, sizes, steps)
+    assert torch.equal(compiled, sums_of_errors(values, channels, sizes, steps))
+    wanted = torch.zeros(count, 9, dtype=torch.float64)  # step by step, in float64
+    decoded = (values[:, None].double() / sizes[channels]).round().clamp_max(steps) * sizes[channels]
+    wanted.index_add_(0, channels, (decoded - values[:, None]).square())
+    assert torch.allclose(compiled.double(), wanted, rtol=1e-3)
 
 
 def first_scale(values, timesteps):
