@@ -12,6 +12,7 @@ hold the corrected values. Each layer takes two steps:
 """
 
 import copy
+import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -33,6 +34,7 @@ MOST_KEPT = 2**29  # bytes of the currents into one layer that are kept; the oth
 LARGE_BYTES = 2**27  # activations of a layer behind which memory is given back: 8 times the largest of a ResNet-20
 CHUNK_BYTES = 2**25  # limit for the float32 currents of the largest layer, over the images of one thread
 TRIAL_IMAGES = 64  # images on which `SHARES` are tried: a channel has hundreds of neurons in most layers
+MOST_PLACES = 32 * 32  # of a map that means are taken over: neighbours in a larger map say almost the same
 SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)  # candidates of hold_back "auto"; above 1/2 the error changes slowly
 
 
@@ -92,15 +94,18 @@ class CorrectionImages:
         is_whole = neuron.largest_current is not None and not (carrier is not None and has_float_bias(carrier))
         carrier = carrier if with_bias else None
         targets = each(partial(self.activation_of, name), self.activations)
+        wanted = [some_places(target) for target in targets]
         currents = KeptCurrents(partial(self.current_into, name), self.values, is_whole)
 
         def each_current(function, chunks=None):
-            """Apply `function(current, target)` to every chunk, or to the first ones."""
-            return each(lambda n, target: function(currents.of(n), target), range(len(targets[:chunks])), targets)
+            """Apply `function(current, target)`, at some places, to every chunk, or to the first ones."""
+            return each(lambda n, target: function(currents.of(n), target), range(len(wanted[:chunks])), wanted)
 
-        share = self.best_shares(name, each_current, targets, carrier) if hold_back == "auto" else hold_back
+        share = self.best_shares(name, each_current, wanted, carrier) if hold_back == "auto" else hold_back
         currents.add(hold_back_neuron(self.snn, self.qnet, name, share))
-        decode = partial(self.decoded_counts, at_rest=self.note_rest(name)) if self.counts else decoded_steps
+        decode = decoded_steps
+        if self.counts:
+            decode = partial(self.decoded_counts, at_rest=some_places(self.note_rest(name)))
         currents.add(correct_means(neuron, each_current, carrier, self.timesteps, decode))
         self.note_rest(name)
         self.keep(name, targets, each(lambda n: self.spikes_of(name, currents.take(n)), range(len(targets))))
@@ -180,30 +185,37 @@ class KeptCurrents:
     """The currents into one neuron, for every chunk of images: those of the first chunks are kept, within `MOST_KEPT`.
 
     compute: function from a dict node -> value to a Current. values: such a dict for every chunk. is_whole: whether the
-    currents are integers, so that the order of a sum does not matter.
+    currents are integers, so that the order of a sum does not matter. leaves_out: whether `of` leaves places out.
     """
 
     def __init__(self, compute, values, is_whole):
         self.compute, self.values, self.is_whole, self.kept = compute, values, is_whole, {}
+        self.leaves_out = False
 
     def of(self, n):
-        """The current of chunk number n."""
+        """The current of chunk number n at `some_places`."""
         if n in self.kept:
             return self.kept[n]
-        current = self.compute(self.values[n])
-        if self.is_whole and current.spikes is not None and current.data.dtype == torch.float32:
-            add_spikes(current)
+        whole = self.whole(n)
+        current = at_some_places(whole)
+        self.leaves_out = current is not whole
         data = current.data.contiguous(memory_format=order(current.data))  # now, not for every count
         current = Current(data, current.timesteps, current.constant, current.spikes)
         if (n + 1) * current.data.nbytes <= MOST_KEPT:
             self.kept[n] = current
         return current
 
-    def take(self, n):
-        """As `of`, for the last time: the memory is free then."""
-        current = self.of(n)
-        self.kept.pop(n, None)
+    def whole(self, n):
+        """The current of chunk number n at all places, computed from the values."""
+        current = self.compute(self.values[n])
+        if self.is_whole and current.spikes is not None and current.data.dtype == torch.float32:
+            add_spikes(current)
         return current
+
+    def take(self, n):
+        """The current of chunk number n at all places, for the last time: the memory is free then."""
+        kept = self.kept.pop(n, None)
+        return self.whole(n) if kept is None or self.leaves_out else kept
 
     def add(self, current):
         """Note that the biases give `current` more at every step from now on."""
@@ -455,6 +467,25 @@ class ShiftSearch:
         self.best = torch.where(is_nearer, self.total, self.best)
         self.error = self.error if error is None else torch.where(is_nearer, error, self.error)
         self.total = self.total + difference * self.per_activation
+
+
+def some_places(values):
+    """Every n-th row and column of maps [..., H, W] with more than `MOST_PLACES` places; a view.
+
+    n is odd: an even one would meet only every second output of a transposed convolution of stride 2.
+    """
+    places = values.shape[2] * values.shape[3] if values.dim() == 4 else 1
+    stride = math.ceil(math.sqrt(places / MOST_PLACES)) // 2 * 2 + 1
+    return values[..., ::stride, ::stride] if stride > 1 else values
+
+
+def at_some_places(current):
+    """A Current at `some_places`; the same one if these are all."""
+    data = some_places(current.data)
+    if data is current.data:
+        return current
+    spikes = None if current.spikes is None else (some_places(current.spikes[0]), current.spikes[1])
+    return Current(data, current.timesteps, current.constant, spikes)
 
 
 def over_places(values):

@@ -300,6 +300,40 @@ def test_correction_does_not_depend_on_how_the_images_are_cut(monkeypatch):
     assert (potentials[0] - potentials[1]).abs().max() <= 1  # sums in another order, then rounded
 
 
+@pytest.mark.parametrize("listen", [0, 8])
+def test_means_of_large_maps_are_those_of_some_places(listen, monkeypatch):
+    """A transposed convolution of stride 2, whose outputs are of four kinds, makes maps of 80x80 places."""
+    torch.manual_seed(0)
+    up = nn.ConvTranspose2d(4, 3, 2, stride=2)
+    net = nn.Sequential(conv(2, 4), nn.ReLU(), up, nn.ReLU(), nn.Flatten(), nn.Linear(3 * 80 * 80, 5))
+    images = torch.rand(8, 2, 40, 40)
+    known = ann_forward(ann_of(net, images), (images,))[1]["relu2"].mean([0, 2, 3])  # [3]
+
+    def differences(**options):
+        snn = convert(net, images, 8, 8, listen=listen, initial_potential=0, hold_back=0, per_channel="both", **options)
+        return (decoded_rates(snn, (images,))["relu2"].mean([0, 2, 3]) - known).abs(), snn
+
+    before, snn = differences(correction="none")
+    some, _ = differences()
+    monkeypatch.setattr(spike_correction, "MOST_PLACES", 80 * 80)
+    everywhere, _ = differences()
+    step = snn.neurons()["relu2"].scale_factor.flatten() / 8  # activation of one spike
+    assert (before > 0.2 * step).any()  # neurons start half a threshold too low
+    assert (everywhere < 0.07 * step).all() and (some < 0.07 * step).all()
+
+
+@pytest.mark.parametrize(
+    "shape, left", [((32, 32), 32 * 32), ((33, 33), 11 * 11), ((8, 200), 3 * 67), ((112, 112), 23**2)]
+)
+def test_places_that_are_left_meet_both_phases_of_a_stride_of_2(shape, left):
+    places = torch.arange(shape[0] * shape[1]).view(1, 1, *shape)
+    some = spike_correction.some_places(places)
+    assert some.numel() == left
+    phases = (some // shape[1] % 2).unique(), (some % shape[1] % 2).unique()
+    assert all(len(each) == 2 for each in phases)
+    assert spike_correction.some_places(torch.zeros(5, 2000)).numel() == 10_000  # no maps
+
+
 def test_biases_of_pairs_of_signs_are_left_alone():
     torch.manual_seed(0)
     layers = [conv(2, 4), nn.ReLU(), conv(4, 4), conv(4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 49, 3)]
