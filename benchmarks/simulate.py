@@ -50,8 +50,9 @@ def parse_args(argv=None):
         "--peak_memory", action="store_true", help="only simulate the first case, and print the peak memory in MB"
     )
     parser.add_argument(
-        "--conversion", action="store_true", help="only time conversions, on 1,000 images, against the ANN's pass"
+        "--conversion", action="store_true", help="only time conversions, on --images, against the ANN's pass"
     )
+    parser.add_argument("--images", type=whole_number(1), default=1000, help="of --conversion (%(default)s)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args(argv)
 
@@ -71,7 +72,7 @@ def main(args):
         simulate_once(args.networks[0], args.timesteps[0], args.batch[0], device)
         return
     if args.conversion:
-        print(format_table(time_conversions(args.networks, device, args.rounds)))
+        print(format_table(time_conversions(args.networks, args.timesteps[0], args.images, device, args.rounds)))
         return
     results = {"machine": describe_machine(device), "rows": []}
     cases = [(net, T, B) for net in args.networks for T in args.timesteps for B in args.batch]
@@ -202,20 +203,26 @@ def build(net_name, timesteps, batch, device, bits=8, **options):
 
     bits: of the weights. options: of `trans_ann2snn_weight`.
     """
-    import torch
-
     from ann_parser import parse_ann_model
-    from build_network import get_net_by_name, input_size
     from snn_weight_setter import trans_ann2snn_weight
 
-    torch.manual_seed(0)
-    net = get_net_by_name(net_name, 3, 10).eval().to(device, memory_format=torch.channels_last)
-    size = input_size(net_name)
-    images = torch.randn(batch, 3, size, size).to(device, memory_format=torch.channels_last)
+    net, images = random_network(net_name, batch, device)
     dag = parse_ann_model(net, (images[:1],))
     options = {"maxpool": "gate", "correction": "none", **options}
     snn = trans_ann2snn_weight(dag, [(images[:32],)], device, timesteps, bits, **options)
     return net, images, snn
+
+
+def random_network(net_name, batch, device):
+    """`net, images`: a network with random weights, and random images [batch, 3, S, S]."""
+    import torch
+
+    from build_network import get_net_by_name, input_size
+
+    torch.manual_seed(0)
+    net = get_net_by_name(net_name, 3, 10).eval().to(device, memory_format=torch.channels_last)
+    size = input_size(net_name)
+    return net, torch.randn(batch, 3, size, size).to(device, memory_format=torch.channels_last)
 
 
 def spikingjelly_contenders(net_name, timesteps, images):
@@ -277,28 +284,40 @@ def compiled_spikingjelly(snn, steps, functional):
     return contenders
 
 
-def time_conversions(networks, device, rounds):
-    """Table rows: seconds of an ANN pass over 1,000 images, and conversions on them in units of this pass, medians."""
+def time_conversions(networks, timesteps, images, device, rounds):
+    """Table rows: seconds of an ANN pass over the images, and of conversions on them in units of this pass, medians."""
     import torch
 
     from ann_parser import parse_ann_model
     from snn_weight_setter import trans_ann2snn_weight
 
-    rows = [("network", "ANN pass s", "conversion, in ANN passes", "with correction on spikes, T=16")]
+    modes = {
+        "conversion, in ANN passes": {"correction": "none"},
+        f"with correction on spikes, T={timesteps}": {},
+        f"--listen T, T={timesteps}": {"listen": timesteps},
+    }
+    rows = [("network", "ANN pass s", *modes)]
     for name in networks:
-        net, images, _ = build(name, 16, 1000, device)
-        loader = [(batch, None) for batch in images.split(100)]
-        dag = parse_ann_model(net, (images[:1],))
+        net, inputs = random_network(name, images, device)
+        loader = [(batch, None) for batch in inputs.split(100)]
+        dag = parse_ann_model(net, (inputs[:1],))
 
-        def convert(correction, dag=dag, loader=loader):
-            trans_ann2snn_weight(dag, loader, device, 16, 8, maxpool="gate", correction=correction)
+        def convert(options, dag=dag, loader=loader):
+            options = {
+                "maxpool": "gate",
+                "signed": "pair",
+                "per_channel": "none",
+                "calibration_samples": images,
+                **options,
+            }
+            trans_ann2snn_weight(dag, loader, device, timesteps, 8, **options)
 
-        seconds = {"pass": [], "none": [], "potential": []}
+        seconds = {mode: [] for mode in ("pass", *modes)}
         for _ in range(rounds + 1):
             with torch.no_grad():
                 seconds["pass"].append(timed(lambda net=net, loader=loader: [net(x) for x, _ in loader], device))
-            for correction in ("none", "potential"):
-                seconds[correction].append(timed(lambda c=correction: convert(c), device))
+            for mode, options in modes.items():
+                seconds[mode].append(timed(lambda options=options: convert(options), device))
         one, *others = (statistics.median(times[1:]) for times in seconds.values())
         rows.append((name, f"{one:.2f}", *(f"{other / one:.1f}" for other in others)))
     return rows

@@ -107,6 +107,16 @@ def test_speed_has_a_row_for_every_mode(tmp_path):
     assert list(simulate.special_networks("resnet20", 2, 1, torch.device("cpu"))) == list(networks)[:2]  # folds none
 
 
+def test_conversions_are_timed_in_passes_of_the_ann(capsys):
+    argv = "--conversion --networks example_net --images 20 --timesteps 4 --rounds 1 --device cpu"
+    simulate.main(simulate.parse_args(argv.split()))
+    head, row = capsys.readouterr().out.splitlines()
+    assert "with correction on spikes, T=4  --listen T, T=4" in head
+    name, *figures = row.split()
+    assert name == "example_net" and len(figures) == 4
+    assert all(float(passes) > 0 for passes in figures[1:])
+
+
 @pytest.mark.parametrize(
     "script, argv, message",
     [
