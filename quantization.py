@@ -256,8 +256,23 @@ def choose_scales(net, per_channel=False):
     for layer in net.weighted_layers().values():
         layer.weight.copy_(layer.weight.weight_back)
         layer.set_weight_scale(quantize_layer(layer, layer.weight, layer.weight_bits, per_channel)[1])
+    take_scales_of_conversion(net, per_channel)
+
+
+@torch.no_grad()
+def follow_lambdas(net, per_channel=False):
+    """Move s_w along with the lambdas that were learnt since it was chosen, as the conversion will.
+
+    The integers of the conversion are then those that were trained. Without activation levels nothing moves.
+    `quantize_layers` must follow.
+    """
+    take_scales_of_conversion(net, per_channel, keep_integers=True)
+
+
+def take_scales_of_conversion(net, per_channel, keep_integers=False):
+    """Set s_w of every layer to that of the conversion, for a network with activation levels (`finetuning.levels`)."""
     if net.scales_of_conversion is not None:
-        for name, scale in net.scales_of_conversion(net, per_channel).items():
+        for name, scale in net.scales_of_conversion(net, per_channel, keep_integers).items():
             layer = net.ops[name].op
             if layer.weight_bits != FLOAT_BITS:
                 layer.set_weight_scale(scale.to(layer.weight.device))
@@ -408,9 +423,10 @@ def finetune(qnet, train_loader, criterion, device, options, teacher, progress):
     left = progress.epochs("finetune", epochs, qnet, *recipe.trainers())
     with tqdm(left, "finetune", epochs) as bar:
         for epoch in bar:
-            if epoch <= epochs // 2:  # later, at smaller learning rates, integers settle on fixed scales
-                choose_scales(qnet, options.weights_per_channel)
-                quantize_layers(qnet)
+            # later, at smaller learning rates, integers settle on fixed scales
+            set_scales = choose_scales if epoch <= epochs // 2 else follow_lambdas
+            set_scales(qnet, options.weights_per_channel)
+            quantize_layers(qnet)
             loss = quantize_train(
                 qnet,
                 train_loader,
@@ -427,6 +443,8 @@ def finetune(qnet, train_loader, criterion, device, options, teacher, progress):
             if recipe.epoch_schedule is not None:
                 recipe.epoch_schedule.step()
             bar.set_postfix(loss=f"{loss:.4f}")
+    follow_lambdas(qnet, options.weights_per_channel)
+    quantize_layers(qnet)
 
 
 @dataclass

@@ -58,6 +58,8 @@ def quantize_activations(net, loader, device, levels, ann_layers=(), calibration
 class ScalesOfConversion:
     """Called with a network and `per_channel`; returns op name -> the weight scale that the conversion will use.
 
+    keep_integers: take the integers of the quantized network, of which a lambda that was learnt since moves the scales;
+    without it, scales are chosen anew, for the least error of float weights.
     plan, statistics, shapes, levels: arguments of `Units`.
     """
 
@@ -65,10 +67,11 @@ class ScalesOfConversion:
         self.plan, self.statistics, self.shapes, self.levels = plan, statistics, shapes, levels
 
     @torch.no_grad()
-    def __call__(self, net, per_channel):
+    def __call__(self, net, per_channel, keep_integers=False):
         net = copy.deepcopy(net).cpu()
         use_learnt_scales(net, self.statistics)
         windows = windows_of(net, TIMESTEPS.most)
         longest = max(windows.values(), default=1)
         stretch_scales(self.statistics, windows, longest)  # of no effect where all ops have the same levels
-        return Units(net, self.plan, self.statistics, self.shapes, self.levels, per_channel).weight_scales()
+        known = net, self.plan, self.statistics, self.shapes, self.levels, per_channel
+        return Units(*known, keep_integers).weight_scales()

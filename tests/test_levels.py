@@ -131,15 +131,20 @@ def test_lambdas_are_learnt_and_converted():
 
 @pytest.mark.parametrize("of_weights", ["layer", "channel"])
 @pytest.mark.parametrize("of_lambdas", ["layer", "channel"])
-def test_integers_of_finetuning_are_those_of_the_conversion(of_lambdas, of_weights):
-    """Layers that meet in one neuron are finetuned in its unit: the conversion rounds no weight again."""
+@pytest.mark.parametrize("epochs, lr, optimizer", [(2, 0.01, "sgd"), (9, 0.1, "adam")])
+def test_integers_of_finetuning_are_those_of_the_conversion(of_lambdas, of_weights, epochs, lr, optimizer):
+    """Layers that meet in one neuron are finetuned in its unit: the conversion rounds no weight again.
+
+    Nor does it where lambdas moved by a tenth and more after the scales were chosen, as with adam here.
+    """
     net, images = small_model("shortcuts")
     ann = quantize_activations(prepared(net, images), [(images,)], "cpu", 4, per_channel=of_lambdas == "channel")
     flags = SimpleNamespace(
         weight_bitwidth=4,
         weight_granularity=of_weights,
-        finetune_epochs=2,
-        finetune_lr=0.01,
+        finetune_epochs=epochs,
+        finetune_lr=lr,
+        finetune_optimizer=optimizer,
         finetune_wd=1e-4,
         finetune_momentum=0.9,
     )
