@@ -303,14 +303,8 @@ def time_conversions(networks, timesteps, images, device, rounds):
         dag = parse_ann_model(net, (inputs[:1],))
 
         def convert(options, dag=dag, loader=loader):
-            options = {
-                "maxpool": "gate",
-                "signed": "pair",
-                "per_channel": "none",
-                "calibration_samples": images,
-                **options,
-            }
-            trans_ann2snn_weight(dag, loader, device, timesteps, 8, **options)
+            known = {"maxpool": "gate", "signed": "pair", "calibration_samples": images}
+            trans_ann2snn_weight(dag, loader, device, timesteps, 8, **known, **options)
 
         seconds = {mode: [] for mode in ("pass", *modes)}
         for _ in range(rounds + 1):
