@@ -263,7 +263,7 @@ def choose_scales(net, per_channel=False):
 def follow_lambdas(net, per_channel=False):
     """Move s_w along with the lambdas that were learnt since it was chosen, as the conversion will.
 
-    The integers of the conversion are then those that were trained. Without activation levels nothing moves.
+    The conversion then has no weight to round again. Without activation levels nothing moves.
     `quantize_layers` must follow.
     """
     take_scales_of_conversion(net, per_channel, keep_integers=True)
@@ -423,7 +423,7 @@ def finetune(qnet, train_loader, criterion, device, options, teacher, progress):
     left = progress.epochs("finetune", epochs, qnet, *recipe.trainers())
     with tqdm(left, "finetune", epochs) as bar:
         for epoch in bar:
-            # later, at smaller learning rates, integers settle on fixed scales
+            # later, at smaller learning rates, integers settle on scales that only follow the lambdas
             set_scales = choose_scales if epoch <= epochs // 2 else follow_lambdas
             set_scales(qnet, options.weights_per_channel)
             quantize_layers(qnet)
@@ -443,8 +443,6 @@ def finetune(qnet, train_loader, criterion, device, options, teacher, progress):
             if recipe.epoch_schedule is not None:
                 recipe.epoch_schedule.step()
             bar.set_postfix(loss=f"{loss:.4f}")
-    follow_lambdas(qnet, options.weights_per_channel)
-    quantize_layers(qnet)
 
 
 @dataclass
