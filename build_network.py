@@ -14,6 +14,7 @@ from torch import nn
 from networks.checkpoint import load_weights
 from networks.file import FORMS, TIMM, TORCHVISION, as_shape, check_outside, is_outside, outside_network, outside_shape
 from runtime.cli import did_you_mean
+from runtime.user_code import names_in
 
 TORCHVISION_IMAGE_SIZE = 224  # pixels: torchvision's classifiers were trained at 224x224, most of them
 PRETRAINED = "pretrained"  # as --ann_weight: the weights that torchvision or timm has
@@ -43,7 +44,7 @@ def check_net_name(name):
     elif is_outside(name):
         check_outside(name)
     elif name.endswith(".py"):
-        raise ValueError(f"{name} is a file, name the class or function in it, {name}:NAME")
+        raise ValueError(f"{name} is a file, name the class or function in it, {name}:NAME{names_in(name)}")
     elif name.endswith(CHECKPOINTS):
         raise ValueError(f"{name} is a checkpoint, name its network and give the file with --ann_weight")
     elif name not in NETWORKS:

@@ -200,9 +200,9 @@ def refused(error, path):
     if name is None:
         return OtherFile(f"it is damaged, or holds what torch.load does not take ({type(error).__name__})", SAVE_STATE)
     is_network = any(re.match(NETWORK_MODULES, each) for each in (name[1], *pickled_names(path)))
-    kind = "a whole network" if is_network else "Python objects"
+    kind, verb = ("a whole network", "is") if is_network else ("Python objects", "are")
     return OtherFile(
-        f"it holds {kind} ({name[1]}), which are not loaded for safety",
+        f"it holds {kind} ({name[1]}), which {verb} not loaded for safety",
         "save the weights alone, torch.save(net.state_dict(), path)",
     )
 

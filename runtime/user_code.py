@@ -20,6 +20,7 @@ from runtime.cli import did_you_mean
 TOOLKIT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SET_ASIDE = {}  # folder -> {name: module} of the user's modules in it
 NAME = re.compile(r"[A-Za-z_][\w.]*$")
+MOST_NAMES = 12  # of a file, in one line
 FORM = "path/to/file.py:callable or package.module:callable"
 
 
@@ -97,6 +98,18 @@ def load_code(spec):
             raise ValueError(f"{spec}: there is no {part}{did_you_mean(part, known)}")
         target = getattr(target, part)
     return UserCode(spec, folder, target)
+
+
+def names_in(path):
+    """ " (A, b, ...)": the public functions and classes that a Python file defines, read without running it, or ""."""
+    try:
+        with open(path, "rb") as file:
+            parts = ast.parse(file.read()).body
+    except (OSError, SyntaxError, ValueError):
+        return ""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    names = [each.name for each in parts if isinstance(each, kinds) and not each.name.startswith("_")]
+    return f" ({', '.join(names[:MOST_NAMES])}{', ...' if len(names) > MOST_NAMES else ''})" if names else ""
 
 
 def package_root(path):

@@ -134,14 +134,14 @@ def tar_file(path):
 
 
 KINDS = {
-    "whole network": (saves(nn.Linear(2, 2)), r"a whole network \(torch\.nn\.modules\.linear\.Linear\), which are not"),
+    "whole network": (saves(nn.Linear(2, 2)), r"a whole network \(torch\.nn\.modules\.linear\.Linear\), which is not"),
     "network of the user": (
         lambda path: torch.save(get_net_by_name("example_net"), path),
-        r"it holds a whole network \(build_network\.ExampleNet\), which are not loaded for safety: save the weights",
+        r"it holds a whole network \(build_network\.ExampleNet\), which is not loaded for safety: save the weights",
     ),
     "network of the user, old": (
         lambda path: torch.save({"net": get_net_by_name("example_net")}, path, _use_new_zipfile_serialization=False),
-        r"it holds a whole network \(build_network\.ExampleNet\), which are not loaded",
+        r"it holds a whole network \(build_network\.ExampleNet\), which is not loaded",
     ),
     "network in parallel": (
         saves({"epoch": 1, "model": nn.DataParallel(nn.Linear(2, 2))}),

@@ -13,7 +13,7 @@ import predict
 import train_ann
 from build_network import choose_input, get_net_by_name, input_shape
 from datasets import get_dataset
-from runtime.user_code import assignments, load_code, names_code
+from runtime.user_code import assignments, load_code, names_code, names_in
 from spike_dag import load_dag
 
 NET = """
@@ -406,3 +406,19 @@ def test_a_shape_that_does_not_fit_names_the_flag(project):
 def test_a_file_alone_is_no_network(name, message):
     with pytest.raises(ValueError, match=message):
         get_net_by_name(name)
+
+
+def test_a_file_alone_names_what_it_defines_and_does_not_run(tmp_path):
+    path, many = tmp_path / "some.py", tmp_path / "many.py"
+    path.write_text("raise SystemExit\n\nclass Net:\n    pass\n\ndef _own(): ...\n\ndef small(): ...\n")
+    many.write_text("".join(f"def f{i}(): ...\n" for i in range(13)))
+    assert names_in(path) == " (Net, small)"
+    assert names_in(many) == f" ({', '.join(f'f{i}' for i in range(12))}, ...)"
+    with pytest.raises(ValueError, match=r"name the class or function in it, \S+some\.py:NAME \(Net, small\)$"):
+        get_net_by_name(str(path))
+
+
+@pytest.mark.parametrize("content", [b"def broken(:\n", b"\0", b"x = 1\n"])
+def test_a_file_without_names_has_none_to_offer(tmp_path, content):
+    (tmp_path / "some.py").write_bytes(content)
+    assert names_in(tmp_path / "some.py") == ""
