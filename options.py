@@ -287,9 +287,10 @@ class ConversionOptions(WeightOptions):
     correction: str = option(
         "potential",
         "correction that matches each channel's mean firing rate to the ANN on calibration images: shift the initial "
-        "potentials (potential), or the biases and, for the rest, the potentials (bias), or nothing (none)",
+        "potentials (potential), or the biases and, for the rest, the potentials (bias), or nothing (none); weights "
+        "first fits the weights of each layer to the spikes that arrive, by least squares, and then shifts potentials",
         "conversion",
-        choices=("potential", "bias", "none"),
+        choices=("potential", "bias", "weights", "none"),
     )
     hold_back: object = option(
         0.25,

@@ -65,7 +65,9 @@ def convert(qnet, loader, device, options):
         # with windows a bias would go on flowing after the input, and no spike is premature
         with_bias = options.correction == "bias" and not options.listens_to_windows
         hold_back = 0.0 if options.listens_to_windows else options.hold_back
-        correct_spikes(snn, qnet, loader, device, options.calibration_samples, with_bias, hold_back)
+        with_weights = options.correction == "weights" and not options.hears_all
+        samples = options.calibration_samples
+        correct_spikes(snn, qnet, loader, device, samples, with_bias, hold_back, with_weights)
     return snn
 
 
