@@ -141,9 +141,8 @@ def without_effect(args, given):
     if args.reset_mode == "zero":
         note("it needs --reset_mode subtraction", "hold_back")
     if args.listen in (args.timesteps, "auto"):
-        note("no spike is premature with --listen T or auto", "hold_back")
-        if args.correction == "weights":
-            note("there are no errors of spikes to fit to with --listen T or auto", "correction")
+        fits = ["correction"] if args.correction == "weights" else []
+        note("no spike is premature with --listen T or auto", "hold_back", *fits)
     if args.activation_levels is not None:
         note("--activation_levels learns lambda", "threshold")
     if not (args.spike_epochs or args.spike_epochs_unlabelled):

@@ -340,6 +340,7 @@ def warnings_of(capsys, flags):
         ("--spike_lr 0.1", ["spike_lr"]),
         ("--finetune_snn_gradient time", ["spike_gradient"]),
         ("--listen 16 --hold_back 0.5", ["hold_back"]),
+        ("--listen 16 --correction weights", ["correction"]),
         ("-e 0 --val_share 0.1", ["val_share"]),
         ("--sweep", ["sweep"]),
         ("--analysis_images 9", ["analysis_images"]),
