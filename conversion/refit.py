@@ -20,6 +20,8 @@ from spike_layers import SpikeConv2d, SpikeLinear
 # weight, the nearer it stays to what it was. (0.5 and 1 were worse for a VGG, and no better for the ResNet.)
 CHANGE = 0.2
 
+LEAST_RIDGE = 1e-6  # relative to the mean square of an input: sums of float32 products are wrong by about 1e-7
+
 
 def can_fit(layer):
     """Whether a layer's weights can be fitted: those of a convolution or linear layer, if they are not frozen."""
@@ -44,7 +46,8 @@ def fit_weights(layer, parts):
     spread = (CHANGE**2 * weight.double().square().mean()).item()
     if not squares or not spread:
         return shift
-    ridge = torch.full(gram.shape[-1:], squares / rows / spread, dtype=gram.dtype, device=gram.device)
+    least = LEAST_RIDGE * gram.diagonal(dim1=1, dim2=2).mean().item()
+    ridge = gram.new_full(gram.shape[-1:], max(squares / rows / spread, least))
     ridge[-1] = 0.0  # the shift may have any size
     change = torch.linalg.solve(gram + ridge.diag(), products).transpose(1, 2).flatten(0, 1)  # [C_out, K + 1]
     weight = weight + change[:, :-1].view_as(weight).to(weight.dtype)

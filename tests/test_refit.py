@@ -120,6 +120,17 @@ def test_weights_without_an_error_and_silent_weights_stay():
     assert not layer.weight.any()
 
 
+def test_inputs_that_say_the_same_share_a_tiny_change():
+    """Without a ridge nothing would tell them apart, and rounding errors of the sums would decide."""
+    torch.manual_seed(0)
+    layer = converted(SpikeLinear(8, 2))
+    before, one = layer.weight.detach().clone(), torch.rand(2000, 1)
+    x = one.expand(-1, 8) * torch.tensor([1.0] * 7 + [0.0])  # seven are equal, one never spikes
+    fit_weights(layer, iter([Sums(layer, x, 1e-6 * one.expand(-1, 2), everywhere)]))
+    change = layer.weight.detach() - before
+    assert change.abs().max() < 1e-6 and not change[:, 7].any()
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("bits", [8, 2, 32])
 def test_a_fitted_network_is_exact(model, bits):
