@@ -5,7 +5,10 @@
 The correction shifts initial membrane potentials and biases. Both are integers behind the first layer, so a chip can
 hold the corrected values. Each layer takes three steps:
 
-1. With `--correction weights`, the weights are fitted to the spikes that arrive (`conversion.refit`).
+1. With `--correction weights`, the weights are fitted to the spikes that arrive. Premature and late spikes give a
+   layer's inputs errors. Other weights do better on them: they rely less on neurons that are often wrong, and more on
+   others that say the same. (Li et al., A Free Lunch From ANN, ICML 2021, train the weights of each layer for this;
+   here it is one least squares, `conversion.least_squares`.)
 2. Neurons with a bias are held back: the membrane potential starts lower by a share of Vthr, and the bias returns this
    share over the T steps. The share is fixed, or the one of least squared error. The total input stays the same, but
    fewer spikes are premature. A premature spike, sent before the inhibitory input arrives, cannot be taken back.
@@ -17,11 +20,11 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from conversion.refit import Sums, can_fit, fit_weights
+from conversion.least_squares import HELD_OUT, can_fit, fitted_integers, positions, sample_inputs, sample_outputs
+from conversion.packed import PackedCounts, PackedSpikes
 from kernels.counts_cpu import can_count, count_spikes
 from kernels.memory_order import order
 from runtime.batches import batches_of, on_device, split_batch
@@ -31,6 +34,7 @@ from spike_tensor import Counting, Current, Memory, SpikeTensor, decode
 
 MOST_IMAGES = 256  # a channel's mean activation needs few images
 MOST_TO_FIT = 1024  # weights need more: a ResNet-20 at T = 8 lost 3.6 points with 256 images, 3.1 with these
+MOST_POSITIONS = 2**17  # sampled for a layer to fit: the errors of spikes are noise, which takes many to average out
 MOST_BYTES = 2**28  # limit for the spikes of the largest layer, over all images of a correction
 MOST_IN_A_BYTE = 255
 MOST_KEPT = 2**29  # bytes of the currents into one layer that are kept; the others are computed for every round
@@ -49,10 +53,11 @@ def correct_spikes(snn, qnet, loader, device, samples, with_bias=False, hold_bac
     changed in place.
 
     snn: the converted network. qnet: its ANN, with the same ops. samples: number of images taken from `loader`, at most
-    `MOST_IMAGES`, and fewer if T steps of the largest layer exceed `MOST_BYTES`. with_bias: put the integer part of a
-    shift into the biases, where there are any. hold_back: the share of Vthr by which neurons start lower; the biases
-    return it over the T steps (`current_held_back`). "auto" chooses a share for every channel (`best_shares`).
-    with_weights: fit the weights first, except in a network whose layers all listen for T steps.
+    `MOST_IMAGES` (`MOST_TO_FIT` with weights), and fewer if T steps of the largest layer exceed `MOST_BYTES`.
+    with_bias: put the integer part of a shift into the biases, where there are any. hold_back: the share of Vthr by
+    which neurons start lower; the biases return it over the T steps (`current_held_back`). "auto" chooses a share for
+    every channel (`best_shares`).
+    with_weights: fit the weights first, in a network whose layers do not all listen for T steps.
     """
     (first, *_) = calibration_images(loader, device, 1, qnet, 1)
     counting = counting_of(snn, Stages(snn), first, snn.timesteps)
@@ -63,7 +68,7 @@ def correct_spikes(snn, qnet, loader, device, samples, with_bias=False, hold_bac
     threads = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
     with one_thread_per_operator, ThreadPoolExecutor(threads) as pool:
         for name in tqdm(snn.neurons(), "correct", leave=False, delay=1):
-            moved = images.fit_weights(name, pool) if with_weights and not images.counts else 0
+            moved = images.fit_weights(name, pool) if with_weights else 0
             images.correct(name, pool, with_bias, hold_back, moved)
     bound_currents(snn)
 
@@ -100,9 +105,16 @@ class CorrectionImages:
             layer = self.snn.ops[carrier].op
             if not can_fit(layer):
                 continue
-            sums = partial(self.sums_of, name, carrier)
-            shift = layer.output_view(fit_weights(layer, pool.map(sums, self.values, self.activations)))
-            current = shift / layer.unit
+            samples = pool.map(partial(self.samples_of, name, carrier), range(len(self.values)))
+            inputs, errors, held_out = (torch.cat(parts, dim) for parts, dim in zip(zip(*samples), (1, 0, 0)))
+            weight = layer.weight_q / layer.weight_scale
+            wanted = errors + (inputs @ layer.rows(weight).unflatten(0, (len(inputs), -1)).mT).transpose(0, 1).flatten(
+                1
+            )
+            weight_q, shift = fitted_integers(layer, weight, inputs, wanted, held_out)
+            layer.weight.copy_(weight_q / layer.weight_scale)
+            layer.set_integers(weight_q.to(layer.weight_q.dtype), layer.bias_q, layer.unit)
+            current = layer.output_view(shift) / layer.unit
             current = current if has_float_bias(layer) else current.round()
             add_bias(layer, self.snn.ops[name].op.neuron, current)
             moved = moved + current
@@ -110,14 +122,20 @@ class CorrectionImages:
         return moved
 
     @torch.no_grad()
-    def sums_of(self, name, carrier, known, activations):
-        """The `conversion.refit.Sums` of the layer `carrier` before op `name`, over one chunk of images."""
+    def samples_of(self, name, carrier, chunk):
+        """`inputs, errors, held_out` of the layer `carrier` before op `name` on a chunk of images, at drawn positions.
+
+        inputs: what its spikes decode to, [G, N, K]. errors: the current of the ANN minus that of the spikes, in units
+        of activation, [N, C_out]. held_out: [N], true for every `HELD_OUT`th image.
+        """
         node, layer = self.snn.ops[name].inputs[0], self.snn.ops[carrier].op
-        values = self.values_before(name, known)
-        current = values[node]
-        mean = current.total().unflatten(0, (1 if current.constant else self.timesteps, -1)).mean(0)
-        error = self.activations_before(name, activations)[node] - mean * layer.unit
-        return Sums(layer, values[self.snn.ops[carrier].inputs[0]].to_float(), error, some_places)
+        values = self.values_before(name, self.values[chunk])
+        current = values[node].per_step().mean(0) * layer.unit
+        error = self.activations_before(name, self.activations[chunk])[node] - current
+        most = positions(layer, MOST_POSITIONS) // len(self.values) + 1
+        drawn, errors = sample_outputs(error, layer.output_channels, most, torch.Generator().manual_seed(chunk))
+        inputs = sample_inputs(layer, values[self.snn.ops[carrier].inputs[0]].to_float(), drawn)
+        return inputs, errors, (chunk * len(error) + drawn[0]) % HELD_OUT == 0
 
     def correct(self, name, pool, with_bias, hold_back, moved=0):
         """Hold back and correct the neurons of op `name`. All layers before it must be corrected already.
@@ -323,36 +341,6 @@ def at_rest(value):
     if isinstance(value, SpikeTensor):
         return SpikeTensor.like(torch.zeros_like(value.data[:1]), value.timesteps, value.scale_factor)
     return value[:1]
-
-
-class PackedCounts:
-    """A SpikeTensor of spike counts up to `MOST_IN_A_BYTE`, one byte each; `unpack` restores it."""
-
-    def __init__(self, spikes):
-        self.timesteps, self.scale_factor, self.dtype = spikes.timesteps, spikes.scale_factor, spikes.data.dtype
-        self.bytes = spikes.data.to(torch.uint8)
-
-    def unpack(self):
-        """The SpikeTensor that was packed."""
-        return SpikeTensor.like(self.bytes.to(self.dtype), self.timesteps, self.scale_factor)
-
-
-class PackedSpikes:
-    """A SpikeTensor of 0 and 1, stored with one bit per spike; `unpack` restores it with the same memory order."""
-
-    def __init__(self, spikes):
-        self.timesteps, self.scale_factor, data = spikes.timesteps, spikes.scale_factor, spikes.data
-        self.is_channels_last = data.dim() == 4 and data.is_contiguous(memory_format=torch.channels_last)
-        data = data.permute(0, 2, 3, 1) if self.is_channels_last else data
-        self.shape, self.dtype = data.shape, data.dtype
-        self.bits = np.packbits(data.to(torch.uint8).numpy())
-
-    def unpack(self):
-        """The SpikeTensor that was packed."""
-        bits = np.unpackbits(self.bits, count=self.shape.numel())
-        data = torch.from_numpy(bits).view(self.shape).to(self.dtype)
-        data = data.permute(0, 3, 1, 2) if self.is_channels_last else data
-        return SpikeTensor.like(data, self.timesteps, self.scale_factor)
 
 
 def calibration_images(loader, device, samples, qnet, timesteps):

@@ -11,10 +11,8 @@ from torch import nn
 
 from ann2snn import parse_args
 from command_line import without_effect
-from finetuning.levels import quantize_activations
-from finetuning.rounding import (
+from conversion.least_squares import (
     from_rows,
-    learn_rounding,
     least_error_integers,
     least_squares,
     output_error,
@@ -24,6 +22,8 @@ from finetuning.rounding import (
     sample_outputs,
     second_moments,
 )
+from finetuning.levels import quantize_activations
+from finetuning.rounding import learn_rounding
 from pipeline import check_command_line, convert_network
 from quantization import largest_integer, quantize_finetune, quantize_layers, round_layer
 from snn_weight_setter import trans_ann2snn_weight
