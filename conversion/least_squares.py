@@ -22,6 +22,7 @@ HELD_OUT = 4  # every fourth image chooses the strength of the pull towards the 
 PULLS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e3)
 DAMPING = 0.01  # of the second moments in the rounding, relative to the mean square of an input (as in GPTQ)
 BLOCK = 64  # inputs that are rounded before their errors reach the weights of the later blocks
+CHUNK = 8192  # samples whose products are added in the type of the inputs; the sums of chunks are in float64
 LEAST_POWER = 1e-12  # mean square of the inputs of a layer that reads nothing active
 
 
@@ -46,7 +47,7 @@ def fitted_integers(layer, weight, inputs, wanted, held_out):
     if layer.weight_bits != FLOAT_BITS:
         weight_q = least_error_integers(fitted, steps, moments, largest_integer(layer.weight_bits))
     weight_q = weight_q.flatten(0, 1)  # [C_out, K]
-    shift = (wanted - sent(inputs.double(), weight_q * steps.flatten(0, 1))).mean(0)
+    shift = (wanted.double() - sent(mean(inputs), weight_q * steps.flatten(0, 1))).mean(0)
     return from_rows(layer, weight_q).to(weight.dtype), shift.to(weight.dtype)
 
 
@@ -123,9 +124,17 @@ def from_rows(op, rows):
 
 def second_moments(inputs, outputs):
     """Covariances of the inputs, [G, K, K], and of inputs with outputs, [G, K, O], in float64."""
-    inputs, outputs = inputs.double(), outputs.double()
-    inputs, outputs = inputs - inputs.mean(1, keepdim=True), outputs - outputs.mean(1, keepdim=True)
-    return inputs.mT @ inputs / inputs.shape[1], inputs.mT @ outputs / inputs.shape[1]
+    centres = mean(inputs).to(inputs.dtype), mean(outputs).to(outputs.dtype)
+    moments = mixed = 0.0
+    for x, y in zip(inputs.split(CHUNK, 1), outputs.split(CHUNK, 1)):
+        x, y = x - centres[0], y - centres[1]
+        moments, mixed = moments + (x.mT @ x).double(), mixed + (x.mT @ y).double()
+    return moments / inputs.shape[1], mixed / inputs.shape[1]
+
+
+def mean(values):
+    """The mean over samples [G, N, K], in float64: [G, 1, K]."""
+    return values.mean(1, keepdim=True, dtype=torch.float64)
 
 
 def least_squares(inputs, outputs, weights, held_out):
@@ -134,11 +143,17 @@ def least_squares(inputs, outputs, weights, held_out):
     inputs: [G, N, K]. outputs: [G, N, O]. weights: those to stay near to. held_out: [N], true for the samples that
     choose how near; the others fit them. Without samples of either kind the weights stay.
     """
-    moments, mixed = second_moments(inputs, outputs)
     if held_out.all() or not held_out.any():
-        return weights, moments
-    fitting = second_moments(inputs[:, ~held_out], outputs[:, ~held_out])
-    control = second_moments(inputs[:, held_out], outputs[:, held_out])
+        return weights, second_moments(inputs, outputs)[0]
+    parts = [(inputs[:, chosen], outputs[:, chosen]) for chosen in (~held_out, held_out)]
+    fitting, control = (second_moments(*part) for part in parts)
+    # those of all samples: the two parts, and the distance of their means
+    share = held_out.double().mean()
+    apart = [mean(fit) - mean(other) for fit, other in zip(*parts)]
+    moments, mixed = (
+        (1 - share) * fit + share * other + share * (1 - share) * apart[0].mT @ distance
+        for fit, other, distance in zip(fitting, control, apart)
+    )
     errors = [explained_error(pulled(weights, *fitting, pull), *control) for pull in PULLS]
     errors.append(explained_error(weights, *control))  # no change at all
     best = torch.stack(errors).argmin(0)  # [G]

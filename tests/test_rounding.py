@@ -81,7 +81,7 @@ def test_least_squares_finds_the_weights_that_made_the_outputs():
     old, new = torch.randn(2, 2, 3, 6, dtype=torch.float64, generator=generator)
     found, moments = least_squares(inputs, inputs @ new.mT + 7, old, held_out)
     assert (output_error(found - new, moments) < 1e-3 * output_error(old - new, moments)).all()
-    assert torch.equal(moments, second_moments(inputs, inputs)[0])
+    torch.testing.assert_close(moments, second_moments(inputs, inputs)[0], rtol=1e-12, atol=1e-14)
     noise = 100 * torch.randn(2, 200, 3, dtype=torch.float64, generator=generator)
     kept = least_squares(inputs, inputs @ old.mT + noise, old, held_out)[0]
     assert output_error(kept - old, moments).max() < 100**2 * 0.05  # unpulled it would be 6 / 150 of the noise
