@@ -87,8 +87,8 @@ def repair_layers(args, qnet, loader, device, images, targets, expected, names=N
     """Op name -> `measure` of the conversion with float weights in that layer alone, in the order of the layers.
 
     The entry CONTROL is the conversion without float weights. Thresholds do not change; the correction is made
-    anew for every entry. Float weights in all layers (32 bits) give an empty dictionary. names: layers to repair, all
-    if None (`layers_worth_repairing`).
+    anew for every entry, without fitting weights, because that would change the float ones too. Float weights in all
+    layers (32 bits) give an empty dictionary. names: layers to repair, all if None (`layers_worth_repairing`).
     """
     if args.weight_bitwidth == FLOAT_BITS:
         return {}

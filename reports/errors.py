@@ -10,7 +10,8 @@ these two, one thing changes at a time. Each value below minus the value before 
     inherited    the same count with the quantized ANN's layer on the decoded spikes of the layers before it: errors of
                  earlier layers' spikes
     integers     the count for the current that the neuron received: weights rounded again where branches share a
-                 neuron, biases rounded to integers or corrected (`--correction bias`), and finetuning on spikes
+                 neuron, biases rounded to integers or corrected (`--correction bias`), weights fitted to the spikes
+                 that arrive (`--correction weights`), and finetuning on spikes
     correction   the same count with the corrected initial potential (`conversion.correction`)
     arrival      uneven arrival: the spikes that the neuron sent. Without listening, a neuron sends premature spikes,
                  before its negative current arrives, or lacks the time to send late ones. With reset to zero, this part

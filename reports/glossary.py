@@ -11,7 +11,8 @@ GLOSSARY = {
     "correction of potentials": "Starting potentials are shifted so that mean firing rates match the ANN.",
     "firing rate": "Spikes for each neuron and timestep, between 0 and 1.",
     "inherited from earlier layers": "Error that a layer has because the spikes it reads are already wrong.",
-    "integers of the neurons": "Rounding of weights to a common unit where branches meet, and of biases.",
+    "integers of the neurons": "Rounding of weights to a common unit where branches meet, and of biases; and what "
+    "fitting or training weights on spikes changes, which makes up for errors of other kinds.",
     "lambda": "The activation that one spike at every timestep stands for.",
     "membrane potential": "The running sum of a neuron's input. It falls by Vthr (or to 0) when the neuron spikes.",
     "mid-p, p, significant": "p is the probability of a difference at least this large if the two networks were "
