@@ -24,7 +24,7 @@ NO_EPOCHS = {"spike_epochs_unlabelled": "0"}
 # What is tried besides the presets, for every T and bit width: the most promising first, so that the others stop early.
 WITHOUT_EPOCHS = (
     {"preset": "calibrated", **NO_EPOCHS},
-    {"preset": "calibrated", **NO_EPOCHS, "correction": "weights"},
+    {"preset": "calibrated", **NO_EPOCHS, "correction": "potential"},
     {"preset": "exact", "threshold": "max"},
     {"preset": "exact", "threshold": "mse"},
     {"preset": "calibrated", **NO_EPOCHS, "threshold": "spikes"},

@@ -13,6 +13,7 @@ MANY_STEPS = {
     "finetune_epochs": 0,
     "threshold": "mse",
     "per_channel": "both",
+    "correction": "weights",
     "hold_back": "auto",
     "avgpool": "fold",
 }
@@ -33,7 +34,11 @@ CASES = [
     *(("specification", timesteps, {}) for timesteps in (1, 16, 256)),
     *(
         ("calibrated", timesteps, {**FEW_STEPS, "spike_epochs_unlabelled": epochs})
-        for timesteps, epochs in ((1, 20), (4, 20), (8, 10), (16, 5), (32, 2))
+        for timesteps, epochs in ((1, 20), (3, 10), (4, 8))
+    ),
+    *(
+        ("calibrated", timesteps, {**FEW_STEPS, "spike_epochs_unlabelled": epochs, "spike_lr": lr})
+        for timesteps, epochs, lr in ((5, 6, 0.006), (8, 4, 0.0023), (16, 2, 0.00059), (32, 1, 0.00015))
     ),
     *(("calibrated", timesteps, MANY_STEPS) for timesteps in (33, 64, 256)),
     *(("finetuned", timesteps, {**FINETUNED, "activation_levels": min(timesteps, 8)}) for timesteps in (4, 8, 9, 16)),
@@ -75,6 +80,14 @@ def test_without_a_preset_it_is_the_specification():
         ("--preset calibrated -e 10", "finetune_epochs", 10),  # the default, but given
         ("--preset calibrated --per_channel none", "per_channel", "none"),
         ("--preset calibrated --timesteps 64 --hold_back 0.25", "hold_back", 0.25),
+        ("--preset calibrated --correction potential", "correction", "potential"),
+        ("--preset calibrated --weight_bitwidth 5 --timesteps 16", "spike_epochs_unlabelled", 2),
+        ("--preset calibrated --weight_bitwidth 4 --timesteps 16", "spike_lr", None),
+        ("--preset calibrated --weight_bitwidth 4 --timesteps 16", "spike_epochs_unlabelled", 5),
+        ("--preset calibrated --weight_bitwidth 8,2 --timesteps 8", "spike_epochs_unlabelled", 10),
+        ("--preset calibrated --weight_bitwidth 4 --timesteps 2", "spike_epochs_unlabelled", 20),
+        ("--preset calibrated --weight_bitwidth 4 --timesteps 80", "spike_epochs_unlabelled", 1),
+        ("--preset calibrated --weight_bitwidth 4 --timesteps 81", "spike_epochs_unlabelled", 0),
         ("--preset finetuned --activation_levels 16 --timesteps 16", "activation_levels", 16),
         ("--preset finetuned --val_share 0.1", "val_share", 0.1),
         ("--preset exact --listen 3", "listen", 3),
