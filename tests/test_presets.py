@@ -34,11 +34,11 @@ CASES = [
     *(("specification", timesteps, {}) for timesteps in (1, 16, 256)),
     *(
         ("calibrated", timesteps, {**FEW_STEPS, "spike_epochs_unlabelled": epochs})
-        for timesteps, epochs in ((1, 20), (3, 10), (4, 8))
+        for timesteps, epochs in ((1, 20), (3, 10), (4, 8), (8, 4))
     ),
     *(
         ("calibrated", timesteps, {**FEW_STEPS, "spike_epochs_unlabelled": epochs, "spike_lr": lr})
-        for timesteps, epochs, lr in ((5, 6, 0.006), (8, 4, 0.0023), (16, 2, 0.00059), (32, 1, 0.00015))
+        for timesteps, epochs, lr in ((9, 3, 0.0019), (16, 2, 0.00059), (32, 1, 0.00015))
     ),
     *(("calibrated", timesteps, MANY_STEPS) for timesteps in (33, 64, 256)),
     *(("finetuned", timesteps, {**FINETUNED, "activation_levels": min(timesteps, 8)}) for timesteps in (4, 8, 9, 16)),
