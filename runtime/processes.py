@@ -168,8 +168,9 @@ def interrupted():
 def say_last(line):
     """Print why the run ends on stderr; of several processes only the first that fails does."""
     if fails_first():
-        # the first process may have left a bar in the line
-        print(*["\n"] * ("stderr" in SPEAKERS), line, file=SPEAKERS.get("stderr", sys.stderr), sep="", flush=True)
+        start = "\n" if "stderr" in SPEAKERS else ""  # the first process may have left a bar in the line
+        # One write, which the launcher, which speaks at the same time, cannot cut: print writes line and end apart.
+        print(f"{start}{line}\n", file=SPEAKERS.get("stderr", sys.stderr), end="", flush=True)
 
 
 def fails_first():

@@ -259,6 +259,18 @@ def test_weights_that_differ_end_the_run():
     )
 
 
+@pytest.mark.parametrize("silent", [False, True])
+def test_the_last_line_is_one_write(silent, monkeypatch):
+    """torchrun writes on the same stream at that moment, and without a buffer each write goes out alone."""
+    written = []
+    stream = SimpleNamespace(write=written.append, flush=lambda: None)
+    monkeypatch.setattr(sys, "stderr", stream)
+    if silent:
+        monkeypatch.setitem(processes.SPEAKERS, "stderr", stream)
+    processes.say_last("error: no")
+    assert list(filter(None, written)) == ["\nerror: no\n" if silent else "error: no\n"]
+
+
 def test_a_process_that_has_ended_is_noticed():
     def work():
         if processes.rank():
