@@ -501,10 +501,9 @@ FIELDS = {
 # ---------------------------------------------------------------------------------------------------------------------
 # Presets
 
-# Epochs times T: a pass through time costs T of the ANN, so this bounds the minutes. The fit of the weights does most
-# of what epochs do: on resnet20 at T = 8 and 8 bits, 10 of them gained no more than 2. Few bits need more.
-MAX_EPOCH_STEPS = 32
-MAX_EPOCH_STEPS_FEW_BITS = 80
+MAX_EPOCH_STEPS = 80  # epochs times timesteps: a pass through time costs T of the ANN, so this bounds the minutes
+# Behind a fit of the weights there is less to do: resnet20, T = 8, 8 bits, gained no more by 10 epochs than by 2.
+MAX_FITTED_EPOCH_STEPS = 32
 # Learning rate times T^2 behind the fit, which leaves little to learn at many steps: at T = 16 an epoch led resnet20
 # away from the ANN at 0.0019, the default, and nearer to it at 0.0006. At T = 8 less than the default gained nothing.
 FITTED_LR_TIMES_T2 = 0.15
@@ -523,8 +522,7 @@ def calibrated(timesteps, bits):
     The weights are fitted to the spikes that arrive, and epochs learn what one least squares for each layer cannot.
     """
     is_coarse = has_few_bits(bits)
-    most = MAX_EPOCH_STEPS_FEW_BITS if is_coarse else MAX_EPOCH_STEPS
-    epochs = min(MAX_EPOCHS, most // timesteps)
+    epochs = most_epochs(timesteps, MAX_EPOCH_STEPS if is_coarse else MAX_FITTED_EPOCH_STEPS)
     few_steps = {"calibration_samples": 2500, "spike_epochs_unlabelled": epochs, "spike_gradient": "time"}
     if not is_coarse and timesteps > DEFAULT_LR_UP_TO:
         few_steps["spike_lr"] = float(f"{FITTED_LR_TIMES_T2 / timesteps**2:.2g}")
@@ -534,6 +532,11 @@ def calibrated(timesteps, bits):
         **POOLINGS,
         **(few_steps if epochs else {}),
     }
+
+
+def most_epochs(timesteps, epoch_steps=MAX_EPOCH_STEPS):
+    """Epochs without labels that take at most `epoch_steps` epochs times T; 0 if one takes more."""
+    return min(MAX_EPOCHS, epoch_steps // timesteps)
 
 
 def has_few_bits(bits):

@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass, field, replace
 
 from command_line import add_conversion_flags, parse_conversion
-from options import FEW_BITS, preset_options
+from options import FEW_BITS, most_epochs, preset_options
 from runtime.cli import OneLineParser
 
 # Stages in order of cost: seconds (a conversion), a minute (learnt rounding), minutes (epochs without labels), hours.
@@ -152,9 +152,10 @@ def preset_of(flags, args):
 
 
 def epochs_added(flags, timesteps):
-    """Flags with the epochs of preset calibrated, and with its images; one epoch where it has none."""
-    chosen = {"spike_epochs_unlabelled": 1, "calibration_samples": 1000, **preset_options("calibrated", timesteps)}
-    return {**flags, **{name: str(chosen[name]) for name in ("spike_epochs_unlabelled", "calibration_samples")}}
+    """Flags with the epochs that weights need which were not fitted, and with the images of preset calibrated."""
+    samples = preset_options("calibrated", timesteps).get("calibration_samples", 1000)
+    epochs = max(1, most_epochs(timesteps))
+    return {**flags, "spike_epochs_unlabelled": str(epochs), "calibration_samples": str(samples)}
 
 
 def conversion_key(args, folds):

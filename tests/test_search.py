@@ -34,7 +34,18 @@ from searching.choice import (
 from searching.costs import Clock, Costs
 from searching.images import split_images
 from searching.record import Record, Row
-from searching.trials import LABELS, LEARN, STAGES, UNLABELLED, Shared, Trial, plan, stage_of, with_fewer_epochs
+from searching.trials import (
+    LABELS,
+    LEARN,
+    STAGES,
+    UNLABELLED,
+    Shared,
+    Trial,
+    epochs_added,
+    plan,
+    stage_of,
+    with_fewer_epochs,
+)
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = f"{ROOT}/checkpoint/example_net_ann.pth"
@@ -88,6 +99,12 @@ def test_few_bits_learn_to_round_and_few_images_bound_the_calibration():
     trials = plan(shared, 8, "8")
     assert {shared.args(trial).calibration_samples for trial in trials} == {300}
     assert next(trial for trial in trials if trial.preset == "calibrated").flags["calibration_samples"] == "300"
+
+
+def test_listening_trains_as_many_epochs_as_weights_that_nothing_was_fitted_to():
+    for T, epochs, samples in ((2, 20, 2500), (4, 20, 2500), (16, 5, 2500), (64, 1, 1000), (128, 1, 1000)):
+        added = {"spike_epochs_unlabelled": str(epochs), "calibration_samples": str(samples)}
+        assert epochs_added({"listen": str(T)}, T) == {"listen": str(T), **added}
 
 
 def test_many_timesteps_need_no_epochs_and_keep_the_preset():
