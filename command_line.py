@@ -9,7 +9,8 @@ import argparse
 import os
 import sys
 
-from options import GROUPS, PRESETS, check_threshold, joined_per_channel, preset_options
+from options import GROUPS, check_threshold, joined_per_channel
+from presets import PRESETS, preset_options
 from runtime.flags import add_help_all, add_options, number_in
 from runtime.ranges import THRESHOLDS, Real
 from runtime.user_code import names_code

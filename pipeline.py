@@ -51,8 +51,8 @@ from options import (
     SimulatorOptions,
     SpikeFinetuneOptions,
     defaults,
-    preset_options,
 )
+from presets import preset_options
 from quantization import as_dag, quantize_finetune, weights_in_words
 from runtime.batches import batches_of_dataset, first_inputs, loader_for, reusable
 from runtime.cli import did_you_mean
@@ -128,7 +128,7 @@ def convert_network(net, train_loader, test_loader=None, *, criterion=None, pres
     train_loader: images [B, C, H, W] and labels [B] for finetuning and calibration, or a torch Dataset of such samples.
     test_loader: images and labels on which the three networks are measured, or None to measure nothing. The results are
     `ann_top1`, `qnet_top1`, `snn_top1`, and the list `snn_top1_by_timestep`, in percent.
-    criterion: the finetuning loss, by default cross entropy. preset: a name of `options.PRESETS`. options: fields of
+    criterion: the finetuning loss, by default cross entropy. preset: a name of `presets.PRESETS`. options: fields of
     the dataclasses in `options.py`, such as weight_bitwidth=4, timesteps=16, finetune_epochs=10, threshold="mse" and
     device="cpu". `net` is not changed.
 

@@ -3,7 +3,8 @@
 import shlex
 from dataclasses import fields
 
-from options import QuantizeOptions, defaults, preset_options
+from options import QuantizeOptions, defaults
+from presets import preset_options
 from reports.presets import preset_namespace
 from script_options import CONVERSION, AnalysisOptions, LongRunOptions
 

@@ -7,8 +7,9 @@ import torch
 
 from dag_rewrites import prepare_conversion
 from finetuning.on_spikes import finetune_on_spikes
-from options import PRESETS, ConversionOptions, QuantizeOptions, SpikeFinetuneOptions, defaults, preset_options
+from options import ConversionOptions, QuantizeOptions, SpikeFinetuneOptions, defaults
 from pipeline import Networks, convert_by_options, quantize
+from presets import PRESETS, preset_options
 from runtime.device import seed_everything
 
 LEFT_OPEN = "what a layer leaves open"  # help group of options that a network may need; all but avgpool stay

@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass, field, replace
 
 from command_line import add_conversion_flags, parse_conversion
-from options import FEW_BITS, most_epochs, preset_options
+from presets import FEW_BITS, most_epochs, preset_options
 from runtime.cli import OneLineParser
 
 # Stages in order of cost: seconds (a conversion), a minute (learnt rounding), minutes (epochs without labels), hours.

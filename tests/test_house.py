@@ -16,7 +16,7 @@ MAX_FILE, MAX_CLASS, MAX_FUNCTION, MAX_README = 600, 200, 40, 250  # lines
 FLOORS = (
     ("runtime",),
     ("options",),
-    ("script_options",),
+    ("script_options", "presets"),
     ("command_line",),
     ("kernels",),
     ("spike_tensor",),

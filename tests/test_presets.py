@@ -4,8 +4,8 @@ import pytest
 
 import analyse_error
 import ann2snn
-from options import PRESETS, preset_options
 from pipeline import options_by_name
+from presets import PRESETS, preset_options
 from reports.command import command_of
 
 MANY_STEPS = {

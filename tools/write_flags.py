@@ -11,7 +11,8 @@ from dataclasses import fields
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from options import FIELDS, GROUPS, PRESETS, preset_options
+from options import FIELDS, GROUPS
+from presets import PRESETS, preset_options
 from script_options import CONVERSION, OutputOptions
 
 PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "docs", "flags.md")
