@@ -336,12 +336,14 @@ def stratified_split(labels, share):
 
 
 def resize(pixels, size):
-    """Images uint8 [N, C, H, W] as uint8 [N, C, *size]. size: one side, (H, W), or None for the images' own."""
+    """Images uint8 [N, C, H, W] as uint8 [N, C, *size]. size: one side, (H, W), or None for the images' own.
+
+    PyTorch computes on bytes, alike on every processor. torchvision does so only where there is AVX2, and elsewhere
+    on floats, which round some pixels to a neighbouring value.
+    """
     if size is None or pixels.shape[-2:] == sides(size):
         return pixels
-    from torchvision.transforms.v2.functional import resize as resize_images
-
-    return resize_images(pixels, list(sides(size)), antialias=True)
+    return torch.nn.functional.interpolate(pixels, sides(size), mode="bilinear", antialias=True)
 
 
 def torchvision_splits(name, root, files):

@@ -11,7 +11,6 @@ import io
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import batched_nms, generalized_box_iou_loss, sigmoid_focal_loss
 
 from runtime.processes import count, exchange, rank
 from validate import validate
@@ -88,6 +87,8 @@ class DetectionLoss(nn.Module):
         self.image_size = image_size
 
     def forward(self, maps, targets):
+        from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss  # seconds, also without any detector
+
         sides, scores = flatten_maps(maps)
         centres, strides = cells(maps, self.image_size)
         index = assign(targets, centres, strides)  # [B, P]
@@ -123,6 +124,8 @@ def find_boxes(maps, image_size):
 
 def best_boxes(boxes, scores):
     """`boxes [N, 4], scores [N], labels [N]` from one image's cells, boxes [P, 4] and scores [P, C]."""
+    from torchvision.ops import batched_nms
+
     cell, label = (scores > LEAST_SCORE).nonzero(as_tuple=True)
     score = scores[cell, label]
     best = score.argsort(descending=True)[:MOST_CANDIDATES]

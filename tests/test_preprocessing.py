@@ -1,5 +1,9 @@
 """Preprocessing: size, channels and normalisation by the flags, as torchvision computes them, and stored."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,10 +13,12 @@ from PIL import Image
 from torchvision import transforms
 
 from build_network import get_net_by_name
-from datasets import get_dataset
+from datasets import get_dataset, resize
 from inputs.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from snn_weight_setter import trans_ann2snn_weight
 from spike_dag import from_dict, load_dag
+
+ROOT = Path(__file__).parents[1]
 
 
 def loaders(dataset, **options):
@@ -145,3 +151,25 @@ def test_it_is_said_in_one_line():
     assert Preprocessing((1, 8, 8)).in_words() == "images: 1x8x8, prepared by the user's own code"
     with pytest.raises(ValueError, match="the user's own code, use --mean and --std"):
         Preprocessing((1, 8, 8)).read("image.png")
+
+
+RESIZE = """
+import sys
+import torch, datasets, pipeline
+torch.save(datasets.resize(torch.load(sys.argv[1]), (21, 32)), sys.argv[2])
+print("torchvision" in sys.modules)
+"""
+
+
+@pytest.mark.slow
+def test_images_are_resized_alike_on_every_processor(tmp_path):
+    """torchvision's function would give others without AVX2, and needs seconds to import."""
+    before, after = tmp_path / "before.pt", tmp_path / "after.pt"
+    pixels = torch.randint(0, 256, (9, 3, 8, 8), dtype=torch.uint8)
+    torch.save(pixels, before)
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    run = subprocess.run(
+        [sys.executable, "-c", RESIZE, before, after], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.stdout == "False\n", run.stderr
+    assert torch.equal(torch.load(after), resize(pixels, (21, 32)))
