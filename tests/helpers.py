@@ -10,6 +10,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from reference import simulate
@@ -25,6 +26,11 @@ from snn_weight_setter import trans_ann2snn_weight
 from spike_tensor import Current
 
 ROOT = Path(__file__).parents[1]
+
+
+def slow(*values):
+    """One set of values of `parametrize` that runs with the slow tests."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def python(*arguments):

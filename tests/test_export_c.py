@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from export_helpers import COMPILER, assert_same_in_c, compiled, needs_compiler, replayed, with_two_inputs
-from helpers import MODELS, ROOT, Function, conv, convert, small_model, with_random_norms
+from helpers import MODELS, ROOT, Function, conv, convert, slow, small_model, with_random_norms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -25,7 +25,7 @@ WRITABLE = [name for name in MODELS if name not in ("preactivated", "bottlenecks
 
 
 @needs_compiler
-@pytest.mark.parametrize("bits, reset_mode", [(4, "subtraction"), pytest.param(8, "zero", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bits, reset_mode", [(4, "subtraction"), slow(8, "zero")])
 @pytest.mark.parametrize("name", WRITABLE)
 def test_every_count_is_the_simulators(tmp_path, name, bits, reset_mode):
     net, images = small_model(name)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from export_helpers import assert_same_in_nir, needs_nir, with_two_inputs
-from helpers import conv, convert, reading, small_model
+from helpers import conv, convert, reading, slow, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -39,8 +39,8 @@ def digits_net():
     "options",
     [
         {"bits": 4},
-        pytest.param({"bits": 8}, marks=pytest.mark.slow),
-        pytest.param({"bits": 4, "reset_mode": "zero"}, marks=pytest.mark.slow),
+        slow({"bits": 8}),
+        slow({"bits": 4, "reset_mode": "zero"}),
         {"bits": 8, "reset_mode": "zero", "avgpool": "fold"},
         {"bits": 4, "avgpool": "fold", "per_channel": "both"},
     ],

@@ -35,6 +35,7 @@ from helpers import (
     convert,
     errors_of,
     python,
+    slow,
     small_model,
     with_random_norms,
 )
@@ -102,7 +103,7 @@ def test_weights_of_all_widths(options, path):
     "name, listen",
     [
         *(("shortcuts", 2), ("upwards", "auto"), ("preactivated", 2)),
-        *(pytest.param(*each, marks=pytest.mark.slow) for each in WINDOWS),
+        *(slow(*each) for each in WINDOWS),
     ],
 )
 def test_layers_that_listen_or_have_a_window(name, listen, path):
@@ -122,7 +123,7 @@ def test_one_file_runs_for_every_number_of_timesteps(listen, timesteps, path):
     "maxpool, avgpool, listen",
     [
         *(("gate", "spike", 0), ("or", "fold", 0), ("gate", "fold", 3), ("or", "spike", 3)),
-        *(pytest.param(*each, marks=pytest.mark.slow) for each in POOLINGS),
+        *(slow(*each) for each in POOLINGS),
     ],
 )
 def test_poolings(maxpool, avgpool, listen, path):

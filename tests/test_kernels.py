@@ -138,6 +138,7 @@ print(checked)
 """
 
 
+@pytest.mark.slow
 @needs_numba
 def test_the_gpu_kernels_compute_as_the_cpu():
     """In Triton's interpreter, which runs a kernel without a GPU; all in one process, that imports Triton once."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import MODELS, assert_every_spike_is_reproduced, conv, convert, small_model, with_statistics
+from helpers import MODELS, assert_every_spike_is_reproduced, conv, convert, slow, small_model, with_statistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -15,7 +15,7 @@ from spike_tensor import SpikeTensor
 from transformer.saved import load_saved_snn, replay, write_saved_snn
 
 
-@pytest.mark.parametrize("maxpool", ["gate", "or"])
+@pytest.mark.parametrize("maxpool", ["gate", slow("or")])
 @pytest.mark.parametrize("reset_mode", ["subtraction", "zero"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_spike_of_every_layer(name, reset_mode, maxpool):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import MODELS, convert, small_model, spikes_and_first_currents
+from helpers import MODELS, convert, slow, small_model, spikes_and_first_currents
 from reference import quantized_ann, simulate
 
 import ann2snn
@@ -13,7 +13,7 @@ from spike_neurons import IFNeuron
 from spike_tensor import Current
 
 
-@pytest.mark.parametrize("listen", [1, 3, 8])
+@pytest.mark.parametrize("listen", [slow(1), 3, slow(8)])
 @pytest.mark.parametrize("reset_mode", ["subtraction", "zero"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_spike(name, reset_mode, listen):
@@ -26,7 +26,7 @@ def test_every_spike(name, reset_mode, listen):
         assert all(np.array_equal(trains[layer], expected[layer]) for layer in snn.spiking_layers())
 
 
-@pytest.mark.parametrize("timesteps", [1, 4, 7])
+@pytest.mark.parametrize("timesteps", [slow(1), 4, slow(7)])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("name", MODELS)
 def test_listening_to_everything_is_the_quantized_ann(name, bits, timesteps):

@@ -12,6 +12,7 @@ from helpers import (
     assert_every_spike_is_reproduced,
     convert,
     prepared,
+    slow,
     small_model,
     spikes_and_first_currents,
 )
@@ -124,7 +125,7 @@ def test_initial_potentials_are_learnt_through_time(gradient):
 
 
 @pytest.mark.parametrize("forward", GRADIENTS.values(), ids=GRADIENTS)
-@pytest.mark.parametrize("listen", [0, 3, 8])
+@pytest.mark.parametrize("listen", [0, slow(3), slow(8)])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_forward_pass_of_finetuning_is_the_spiking_network(name, listen, forward):
     """Outputs and decoded rates of every layer are those of the simulation, and every weight has a gradient."""
@@ -192,7 +193,7 @@ def test_the_gradient_is_chosen_by_the_timesteps_unless_named(digits_images):
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("granularity", ["layer", "channel"])
+@pytest.mark.parametrize("granularity", [slow("layer"), "channel"])
 @pytest.mark.parametrize("name", MODELS)
 def test_finetuning_keeps_integers_and_every_spike(name, granularity, gradient):
     net, images = small_model(name)
@@ -231,7 +232,7 @@ def finetuned_loss(images, snn, ann, **options):
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize(("bits", "timesteps"), [(2, 8), (4, 2)])
+@pytest.mark.parametrize(("bits", "timesteps"), [slow(2, 8), (4, 2)])
 def test_finetuning_without_labels_brings_digits_nearer_to_the_teacher(digits_images, bits, timesteps, gradient):
     ann, qnet, snn = example_of_digits(digits_images, bits, timesteps)
     with torch.no_grad():

@@ -8,7 +8,7 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_every_spike_is_reproduced, convert, spikes_and_first_currents, with_random_norms
+from helpers import assert_every_spike_is_reproduced, convert, slow, spikes_and_first_currents, with_random_norms
 from onnx import helper, numpy_helper
 from onnx_models import assert_same, model, node, saved, values, whole
 from torch import nn
@@ -58,7 +58,7 @@ def same_spikes(net, other, images, **options):
     return all(np.array_equal(a, b) for a, b in zip(*trains, strict=True))
 
 
-@pytest.mark.parametrize("exporter", ["old", "default", pytest.param("unoptimized", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("exporter", [slow("old"), "default", slow("unoptimized")])
 @pytest.mark.parametrize("name", NETS)
 def test_exported_networks(name, exporter, tmp_path):
     net = network(name)
@@ -81,9 +81,7 @@ def test_all_opsets_of_the_old_exporter(opset, tmp_path):
 SIZES = {"resnet20": 8, "mobilenet_small": 8, "inception_small": 8}  # networks that take small images, too
 
 
-@pytest.mark.parametrize(
-    "name", [*SIZES, *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(set(NETS) - set(SIZES)))]
-)
+@pytest.mark.parametrize("name", [*SIZES, *(slow(name) for name in sorted(set(NETS) - set(SIZES)))])
 def test_a_file_with_batch_norms_gives_the_spikes_of_the_network(name, tmp_path):
     side = SIZES.get(name, 32)
     net, images = network(name), torch.randn(4, 3, side, side)
@@ -93,7 +91,7 @@ def test_a_file_with_batch_norms_gives_the_spikes_of_the_network(name, tmp_path)
 
 
 @pytest.mark.parametrize("options", [{}, *({"dynamo": False, "opset_version": opset} for opset in (11, 15, 20))])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bias", [slow(False), True])
 def test_a_file_with_folded_batch_norms_gives_the_spikes_of_the_network(bias, options, tmp_path):
     """The tracer rounds as the exporters do when they fold a BatchNorm, so all weights are the same, and all spikes."""
     net, images = network("resnet20"), torch.randn(4, 3, 8, 8)

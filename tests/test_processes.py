@@ -424,7 +424,7 @@ def test_without_training_the_result_is_that_of_one_process(tmp_path):
 @pytest.mark.parametrize("count, batch_size", [(2, 128), (3, 100)])
 def test_the_accuracy_after_training_is_that_of_one_process(count, batch_size, tmp_path):
     """Within 1 point, of which 360 images make 3.6: another seed moves it as much. All processes end alike."""
-    flags = ["-e", "4", "--spike_epochs", "1", "--activation_levels", "8", "--timesteps", "8"]
+    flags = ["-e", "2", "--spike_epochs", "1", "--activation_levels", "8", "--timesteps", "8"]
     top1 = []
     for number in (1, count):
         numbers = tmp_path / "results.json"
@@ -454,7 +454,7 @@ def test_train_ann(tmp_path):
 def test_a_run_goes_on_behind_a_process_that_died(dies, tmp_path):
     """One line names the state; with --resume the result is that of a run that nothing cut off, byte for byte."""
     file, state = tmp_path / "snn.pth", tmp_path / "snn.pth.state"
-    flags = [*CONVERT, "-e", "20", "--save_file"]
+    flags = [*CONVERT, "-e", "8", "--save_file"]
     with (tmp_path / "stderr").open("w+") as stderr:
         run = subprocess.Popen(command(2, *flags, file), cwd=ROOT, env=ENVIRONMENT, stderr=stderr)
         while not state.exists() and run.poll() is None:

@@ -10,6 +10,7 @@ from helpers import (
     assert_every_spike_is_reproduced,
     conv,
     convert,
+    slow,
     spikes_and_first_currents,
     with_statistics,
 )
@@ -185,7 +186,7 @@ def small_net(name):
     return net, torch.rand(8, 3, 8, 8)
 
 
-@pytest.mark.parametrize("reset_mode", ["subtraction", "zero"])
+@pytest.mark.parametrize("reset_mode", ["subtraction", slow("zero")])
 @pytest.mark.parametrize("name", NETS)
 def test_every_spike_of_rearranged_values(name, reset_mode):
     net, images = small_net(name)

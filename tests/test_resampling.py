@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_every_spike_is_reproduced, convert, spikes_and_first_currents
+from helpers import assert_every_spike_is_reproduced, convert, slow, spikes_and_first_currents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import simulate
@@ -104,7 +104,7 @@ def few(name):
     return between(LAYERS[name], images), images
 
 
-@pytest.mark.parametrize("reset_mode", ["subtraction", "zero"])
+@pytest.mark.parametrize("reset_mode", ["subtraction", slow("zero")])
 @pytest.mark.parametrize("avgpool", ["spike", "fold"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_spike(name, avgpool, reset_mode):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CHOICES, MODELS, prepared, small_model
+from helpers import CHOICES, MODELS, prepared, slow, small_model
 from torch import nn
 
 from ann2snn import parse_args
@@ -157,7 +157,7 @@ def spike_counts(snn, images, timesteps):
 
 
 @pytest.mark.parametrize("per_channel", ["none", "both"])
-@pytest.mark.parametrize("name", ["upwards", pytest.param("bottlenecks", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["upwards", slow("bottlenecks")])
 @torch.no_grad()
 def test_the_network_that_listens_is_the_learnt_one(name, per_channel):
     """The conversion keeps every integer, bias and lambda; each layer, on the spikes it reads, counts as many.

@@ -98,6 +98,7 @@ def test_help_that_cannot_be_printed(redirection, status):
     assert run.returncode == status and run.stderr.count("\n") == (status == 2)
 
 
+@pytest.mark.slow
 def test_a_conversion_is_saved_before_it_is_printed(tmp_path):
     save, results = tmp_path / "snn.pth", tmp_path / "results.json"
     read, write = os.pipe()
@@ -145,6 +146,7 @@ fails(write_atomically, lambda temporary: torch.save(torch.zeros(9999), temporar
 """
 
 
+@pytest.mark.slow
 def test_a_file_that_does_not_fit_is_named_and_the_old_one_stays(tmp_path):
     (tmp_path / "file").write_text("old")
     run = python(TOO_LARGE, tmp_path / "file", preexec_fn=limited(5000))
@@ -163,6 +165,7 @@ def test_a_report_that_does_not_fit_is_named_and_the_old_one_stays(tmp_path):
     assert os.listdir(tmp_path) == ["report.html"] and (tmp_path / "report.html").read_text() == "old"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit, words", [(1000, ["File too large"]), (50, ["it needs", "ulimit -f"])])
 def test_a_network_that_does_not_fit_is_one_line(tmp_path, limit, words):
     save = tmp_path / "snn.pth"
@@ -479,6 +482,7 @@ def test_only_what_a_user_can_cause_is_said_in_one_line():
     assert in_one_line(MemoryError(), args) == "out of memory: free some memory"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, said",
     [

@@ -268,6 +268,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("expanded", [False, True], ids=["one weight", "one weight, seen as all"])
 def test_declared_size_takes_no_memory(tmp_path, expanded):
     dag = SpikeDAGModule()

@@ -52,6 +52,7 @@ def change_manifest(folder, change):
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+@pytest.mark.slow
 def test_a_fresh_process_replays_every_bit(saved):
     command = [sys.executable, "snn_transformer.py", "replay", str(saved[0])]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -402,6 +402,7 @@ def test_the_winners_command_gives_the_accuracy_that_was_recorded(tmp_path, caps
     assert capsys.readouterr().out.splitlines()[:3] == printed.splitlines()[:3]
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_where_it_stopped(tmp_path, capsys):
     own = ["--out", str(tmp_path), "--listen", "0", "--minutes", "90"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

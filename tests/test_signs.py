@@ -12,6 +12,7 @@ from helpers import (
     conv,
     convert,
     prepared,
+    slow,
     spikes_and_first_currents,
     with_statistics,
     with_status,
@@ -204,7 +205,7 @@ def test_max_poolings_go_behind_a_monotone_leaky_relu():
 # Spikes
 
 
-@pytest.mark.parametrize("maxpool", ["gate", "or"])
+@pytest.mark.parametrize("maxpool", ["gate", slow("or")])
 @pytest.mark.parametrize("reset_mode", ["subtraction", "zero"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_spike_of_pairs(name, reset_mode, maxpool):
@@ -229,7 +230,7 @@ def test_listening_to_everything_is_the_quantized_ann(name):
         assert np.array_equal(train.astype(np.int64).sum(0), counts[layer]), layer
 
 
-@pytest.mark.parametrize("per_channel", ["none", "both"])
+@pytest.mark.parametrize("per_channel", [slow("none"), "both"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_float_weights_and_eight_bits_follow_the_ann(name, per_channel):
     net, images = network(name)

@@ -339,6 +339,7 @@ def ann_and_images(name):
     return parse_ann_model(get_net_by_name(name), (torch.rand(2, 1, 32, 32),)), torch.rand(5, 1, 32, 32)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_saved_networks_compute_bit_identical_outputs_in_a_new_process(tmp_path):
     """ANNs, and SNNs with both engines: saved, and run in one process."""

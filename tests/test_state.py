@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, slow
 from torch.utils.data import DataLoader
 
 import analyse_error
@@ -45,6 +45,7 @@ RUNS = {  # script, flags, and how many of the writes of the state are passed ov
     "tandem": (ann2snn, f"{FEW} --timesteps 8 --per_channel both", 6),
     "rounding": (ann2snn, "-e 0 --rounding learnt --calibration_samples 100 --spike_epochs 1 --timesteps 8", 3),
 }
+QUICK = ("ann averaged", "sgd", "tandem")  # the others run with the slow tests
 
 
 class Killed(BaseException):
@@ -96,7 +97,7 @@ def counted(monkeypatch, last=None):
     return written
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in RUNS])
 def test_a_run_cut_off_after_any_write_ends_in_the_same_bits(name, folder, tmp_path, monkeypatch, capsys):
     script, flags, step = RUNS[name]
     argv = (arguments if script is train_ann else convert)(folder, flags, tmp_path / "net.pth")

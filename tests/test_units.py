@@ -11,6 +11,7 @@ from helpers import (
     assert_every_spike_is_reproduced,
     conv,
     convert,
+    slow,
     small_model,
     spikes_and_first_currents,
 )
@@ -234,7 +235,7 @@ def test_every_spike_with_a_threshold_per_channel(name, listen):
         assert all(np.array_equal(trains[layer], expected[layer]) for layer in snn.spiking_layers())
 
 
-@pytest.mark.parametrize("threshold", ["quantile", "max", "mse"])
+@pytest.mark.parametrize("threshold", ["quantile", slow("max"), "mse"])
 @pytest.mark.parametrize("name", MODELS)
 def test_thresholds_per_channel_at_many_timesteps_are_the_ann(name, threshold):
     net, images = small_model(name)

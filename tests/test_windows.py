@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import MODELS, convert, prepared, small_model, spikes_and_first_currents
+from helpers import MODELS, convert, prepared, slow, small_model, spikes_and_first_currents
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import simulate
@@ -98,7 +98,7 @@ def test_a_window_by_hand():
 
 
 @pytest.mark.parametrize("per_channel", ["none", "both"])
-@pytest.mark.parametrize("bits", [8, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bits", [8, slow(2)])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_spike_of_windows(name, bits, per_channel, tmp_path, monkeypatch):
     """Step by step, in one pass and in integers of NumPy: the same spikes, none of them outside of a window."""
