@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from inputs.image_files import FolderPixels, centre_crop, channels_and_size, list_image_folder, sides
+from inputs.image_files import FolderPixels, centre_crop, channels_and_size, list_image_folder, resize_bytes, sides
 from inputs.preprocessing import IMAGENET_RESIZE, Preprocessing, choose_size, choose_statistics, fit_channels
 from inputs.user_data import user_loaders
 from runtime.batches import check_some_train, four_loaders
@@ -101,7 +101,7 @@ def digits(root, image_size):
     pixels = torch.from_numpy(data.images * (255 / 16)).round().to(torch.uint8)[:, None]  # [N, 1, 8, 8]
     labels = torch.from_numpy(data.target).long()
     train, test = stratified_split(labels, 0.2)
-    pixels = resize(pixels, image_size)
+    pixels = resize_bytes(pixels, image_size)
     names = tuple(str(name) for name in data.target_names)
     # mean and standard deviation of the training pixels, resized to 32x32
     return Images(pixels[train], labels[train], pixels[test], labels[test], names, (0.3062,), (0.3240,), crop=2)
@@ -110,7 +110,7 @@ def digits(root, image_size):
 def mnist(root, image_size):
     """MNIST (LeCun et al., 1998): 60,000 and 10,000 images, resized from 28x28."""
     train, test = torchvision_splits("MNIST", root, "MNIST/raw/train-images-idx3-ubyte and its three companions")
-    pixels = [resize(split.data[:, None], image_size) for split in (train, test)]
+    pixels = [resize_bytes(split.data[:, None], image_size) for split in (train, test)]
     # mean and standard deviation of the training pixels, as in the PyTorch MNIST example
     return Images(pixels[0], train.targets, pixels[1], test.targets, tuple(train.classes), (0.1307,), (0.3081,), crop=2)
 
@@ -120,7 +120,7 @@ def cifar(name, files, mean, std):
 
     def load(root, image_size):
         train, test = torchvision_splits(name, root, files)
-        pixels = [resize(torch.from_numpy(s.data).permute(0, 3, 1, 2), image_size) for s in (train, test)]
+        pixels = [resize_bytes(torch.from_numpy(s.data).permute(0, 3, 1, 2), image_size) for s in (train, test)]
         labels = [torch.tensor(split.targets) for split in (train, test)]
         classes = tuple(train.classes)
         return Images(pixels[0], labels[0], pixels[1], labels[1], classes, mean, std, crop=4, flip=True)
@@ -333,17 +333,6 @@ def stratified_split(labels, share):
         first.append(members[cut:])
         second.append(members[:cut])
     return torch.cat(first).sort().values, torch.cat(second).sort().values
-
-
-def resize(pixels, size):
-    """Images uint8 [N, C, H, W] as uint8 [N, C, *size]. size: one side, (H, W), or None for the images' own.
-
-    PyTorch computes on bytes, alike on every processor. torchvision does so only where there is AVX2, and elsewhere
-    on floats, which round some pixels to a neighbouring value.
-    """
-    if size is None or pixels.shape[-2:] == sides(size):
-        return pixels
-    return torch.nn.functional.interpolate(pixels, sides(size), mode="bilinear", antialias=True)
 
 
 def torchvision_splits(name, root, files):

@@ -9,6 +9,7 @@ from options import MANY_LEVELS, check_option
 
 MAX_EPOCH_STEPS = 80  # epochs times timesteps: a pass through time costs T of the ANN, so this bounds the minutes
 # Behind a fit of the weights there is less to do: resnet20, T = 8, 8 bits, gained no more by 10 epochs than by 2.
+# vgg9_bn, which is wider, does gain by 10 (docs/accuracy.md), for 2.5 times the minutes.
 MAX_FITTED_EPOCH_STEPS = 32
 # Learning rate times T^2 behind the fit, which leaves little to learn at many steps: at T = 16 an epoch led resnet20
 # away from the ANN at 0.0019, the default, and nearer to it at 0.0006. At T = 8 less than the default gained nothing.

@@ -87,7 +87,8 @@ class DetectionLoss(nn.Module):
         self.image_size = image_size
 
     def forward(self, maps, targets):
-        from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss  # seconds, also without any detector
+        # Every script imports this file; torchvision takes seconds, and only detectors need it.
+        from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
         sides, scores = flatten_maps(maps)
         centres, strides = cells(maps, self.image_size)

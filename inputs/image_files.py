@@ -99,10 +99,26 @@ def read_image(file, size, channels=3, resize=None):
 
 
 def centre_crop(image, size, resize):
-    """The centre of (H, W) of an image, a Pillow image or a tensor, whose shorter side is `resize` pixels."""
+    """The centre of (H, W) of an image, a Pillow image or a uint8 tensor, whose shorter side is `resize` pixels."""
     from torchvision.transforms.v2 import functional
 
-    return functional.center_crop(functional.resize(image, [resize], antialias=True), list(size))
+    if isinstance(image, torch.Tensor):
+        shape = image.shape[-2:]
+        image = resize_bytes(image, tuple(resize * side // min(shape) for side in shape))
+    else:
+        image = functional.resize(image, [resize])
+    return functional.center_crop(image, list(size))
+
+
+def resize_bytes(pixels, size):
+    """Images uint8 [N, C, H, W] as uint8 [N, C, *size]. size: one side, (H, W), or None for the images' own.
+
+    PyTorch computes on bytes, alike on every processor. torchvision does so only where there is AVX2, and elsewhere
+    on floats, which round some pixels to a neighbouring value.
+    """
+    if size is None or pixels.shape[-2:] == sides(size):
+        return pixels
+    return torch.nn.functional.interpolate(pixels, sides(size), mode="bilinear", antialias=True)
 
 
 def sides(size):

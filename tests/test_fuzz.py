@@ -5,7 +5,7 @@ import pytest
 from benchmarks.fuzz import run_case, run_cases
 from kernels import neurons_cpu
 
-COUNT = 100  # about a minute on a core
+COUNT = 100  # 40 s on a core
 
 
 @pytest.mark.slow

@@ -1,24 +1,20 @@
 """Preprocessing: size, channels and normalisation by the flags, as torchvision computes them, and stored."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers import python
 from PIL import Image
 from torchvision import transforms
 
 from build_network import get_net_by_name
-from datasets import get_dataset, resize
+from datasets import get_dataset
+from inputs.image_files import centre_crop, resize_bytes
 from inputs.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from snn_weight_setter import trans_ann2snn_weight
 from spike_dag import from_dict, load_dag
-
-ROOT = Path(__file__).parents[1]
 
 
 def loaders(dataset, **options):
@@ -153,23 +149,35 @@ def test_it_is_said_in_one_line():
         Preprocessing((1, 8, 8)).read("image.png")
 
 
-RESIZE = """
+RESIZED = """
 import sys
-import torch, datasets, pipeline
-torch.save(datasets.resize(torch.load(sys.argv[1]), (21, 32)), sys.argv[2])
+import torch, pipeline
+from inputs.image_files import centre_crop, resize_bytes
+
 print("torchvision" in sys.modules)
+pixels = torch.load(sys.argv[1])
+torch.save((resize_bytes(pixels, (21, 32)), centre_crop(pixels, (12, 13), 14)), sys.argv[2])
 """
 
 
 @pytest.mark.slow
-def test_images_are_resized_alike_on_every_processor(tmp_path):
+def test_images_are_resized_alike_on_every_processor(tmp_path, monkeypatch):
     """torchvision's function would give others without AVX2, and needs seconds to import."""
     before, after = tmp_path / "before.pt", tmp_path / "after.pt"
-    pixels = torch.randint(0, 256, (9, 3, 8, 8), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (9, 3, 8, 11), dtype=torch.uint8)
     torch.save(pixels, before)
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
-    run = subprocess.run(
-        [sys.executable, "-c", RESIZE, before, after], env=environment, cwd=ROOT, capture_output=True, text=True
-    )
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    run = python("-c", RESIZED, before, after)
     assert run.stdout == "False\n", run.stderr
-    assert torch.equal(torch.load(after), resize(pixels, (21, 32)))
+    resized, cropped = torch.load(after)
+    assert torch.equal(resized, resize_bytes(pixels, (21, 32)))
+    assert torch.equal(cropped, centre_crop(pixels, (12, 13), 14))
+
+
+@pytest.mark.parametrize("shape, side", [((8, 11), 14), ((9, 8), 5), ((37, 23), 23), ((10, 10), 7)])
+def test_the_shorter_side_is_that_of_torchvision(shape, side):
+    """Sizes are those of torchvision, and pixels differ from its float arithmetic by 1 at most."""
+    pixels = torch.randint(0, 256, (2, 3, *shape), dtype=torch.uint8)
+    expected = transforms.functional.resize(pixels.float(), [side], antialias=True)
+    expected = transforms.functional.center_crop(expected, [4, 5])
+    assert (centre_crop(pixels, (4, 5), side) - expected).abs().max() <= 1
