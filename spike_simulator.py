@@ -104,7 +104,7 @@ def node_shapes(dag, *inputs):
 # Through time
 
 
-def simulate(dag, inputs, timesteps, every_step=False, watch=None):
+def simulate(dag, inputs, timesteps, every_step=False, watch=None, watch_sums=None):
     """The outputs of a converted network, a list of [B, ...], or with `every_step` of [T, B, ...].
 
     The batch is cut into parts and the timesteps into chunks, so that the working set fits the cache and
@@ -112,6 +112,10 @@ def simulate(dag, inputs, timesteps, every_step=False, watch=None):
     spiking ones stays ANN. Where all layers hear everything before they fire, one pass computes all spike counts. On a
     CPU each thread simulates other parts. With a `watch`, the whole batch is one part, and `watch` is called for every
     op and chunk. Raises Misfit if shapes do not fit an op.
+
+    watch_sums: a `watch` that only adds up spikes. It costs no speed or memory: it is called for each part, by several
+    threads at once, and gets spike counts, as a train of one step, where one pass computes these. It does not know
+    which images a part holds.
     """
     stages = Stages(dag)
     counting = counting_of(dag, stages, inputs, timesteps) if watch is None else None
@@ -122,8 +126,8 @@ def simulate(dag, inputs, timesteps, every_step=False, watch=None):
 
     def work(part):
         if counting is not None:
-            return CountedPart(dag, stages, part, timesteps, counting).run(every_step)
-        return Part(dag, stages, part, timesteps, watch).run(steps, every_step)
+            return CountedPart(dag, stages, part, timesteps, counting, watch_sums).run(every_step)
+        return Part(dag, stages, part, timesteps, watch or watch_sums).run(steps, every_step)
 
     results = each_part(work, parts)
     if spike_tensor.firing_ratio_record:
@@ -293,13 +297,13 @@ class Part:
 class CountedPart(Part):
     """The simulation of a part of a batch by spike counts: one pass for all steps (`counting_of`)."""
 
-    def __init__(self, dag, stages, inputs, timesteps, counting):
-        super().__init__(dag, stages, inputs, timesteps)
+    def __init__(self, dag, stages, inputs, timesteps, counting, watch=None):
+        super().__init__(dag, stages, inputs, timesteps, watch)
         self.memory = Memory(timesteps, counting)
 
     def run(self, every_step):
         """`outputs, ratios`, as `Part.run`: the same numbers."""
-        run_ops(self.stages.before, self.constants)
+        run_ops(self.stages.before, self.constants, watch=self.watch)
         with own_record() as record:
             values, trains = self.advance(1)
         self.count(trains, 1)

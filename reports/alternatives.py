@@ -23,7 +23,7 @@ from reports.presets import conversion_changes, other_presets, preset_namespace,
 from reports.statistics import to_hex
 from runtime.batches import first_inputs
 from runtime.device import seed_everything
-from spike_simulator import cut, node_shapes
+from spike_simulator import node_shapes
 
 CONTROL = "as asked for"
 MOST_TIMESTEPS = 65536
@@ -67,15 +67,9 @@ def measure_price(snn, shapes, images, targets):
 
     shapes: node -> shape of a sample. Returns top1, interval, images, right, synops.
     """
-    size = max(1, min(BATCH, cut(snn, (images,), snn.timesteps)[0]))
-    right, spikes = [], {}
-    for part, labels in zip(images.split(size), targets.split(size)):
-        outputs, counts = count_spikes(snn, part)
-        right.append(outputs.argmax(1) == labels)
-        for node, count in counts.items():
-            spikes[node] = spikes.get(node, 0) + count / len(images)
-    right = torch.cat(right).cpu().numpy()
-    operations = count_operations(snn, shapes, spikes, snn.timesteps)
+    outputs, counts = count_spikes(snn, images)
+    right = (outputs.argmax(1) == targets).cpu().numpy()
+    operations = count_operations(snn, shapes, {node: n / len(images) for node, n in counts.items()}, snn.timesteps)
     return {**share(right), "right": to_hex(right), "synops": sum(each["synops"] for each in operations.values())}
 
 

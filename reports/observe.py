@@ -1,5 +1,6 @@
 """Observe a simulation: the current into every neuron, its membrane potential, and the spikes that it sends."""
 
+import threading
 from functools import partial
 
 import torch
@@ -53,16 +54,17 @@ def observe(snn, images, on_step=None):
 def count_spikes(snn, images):
     """`outputs, counts` of images [B, ...]: the class scores [B, classes], and node -> spikes in T steps of all images.
 
-    It costs less than `observe`, which also sums currents.
+    counts: of every neuron, float64 [...]. It costs hardly more than a simulation without them; `observe` costs more.
     """
-    counts = {}
+    counts, adds = {}, threading.Lock()
 
     def watch(name, current, value):
         if isinstance(value, SpikeTensor):
-            node = snn.ops[name].out
-            counts[node] = counts.get(node, 0) + value.counts().sum(0, dtype=torch.float64)
+            node, spikes = snn.ops[name].out, value.counts().sum(0, dtype=torch.float64)
+            with adds:
+                counts[node] = counts.get(node, 0) + spikes
 
-    return simulate(snn, (images,), snn.timesteps, watch=watch)[0], counts
+    return simulate(snn, (images,), snn.timesteps, watch_sums=watch)[0], counts
 
 
 @torch.no_grad()

@@ -18,10 +18,11 @@ from reports.energy import (
     potential_bound,
     signed_bits,
 )
-from reports.observe import observe, replay
+from reports.observe import count_spikes, observe, replay
+from reports.price import price_of
 from spike_layers import SignedReLU, SpikeAvgPool2d, SpikeConv2d, SpikeConvTranspose2d, SpikeLinear
 from spike_neurons import IFNeuron
-from spike_simulator import node_shapes
+from spike_simulator import Stages, counting_of, node_shapes
 from spike_tensor import Current
 
 
@@ -108,6 +109,24 @@ def test_operations_of_a_network_are_counted_spike_by_spike(name):
             assert rows[op]["synops"] == pytest.approx(expected, rel=1e-12)
             assert rows[op]["ann_ac"] == np.prod(shapes[out])
     assert checked >= 2 and (pairs > 0) == (name == "bottlenecks")
+
+
+@pytest.mark.parametrize("listen", [0, 6])
+@pytest.mark.parametrize("name", ["dense", "shortcuts"])
+def test_spikes_are_counted_in_parts_as_in_one(name, listen):
+    """By one pass for all steps where the layers listen, and for images that do not fit together into the memory."""
+    net, images = small_model(name)
+    snn = convert(net, images, 6, 4, signed="pair", avgpool="fold", listen=listen, reset_mode="subtraction")
+    assert (counting_of(snn, Stages(snn), (images,), 6) is not None) == (listen == 6)
+    expected, outputs = observe(snn, images).counts, snn(images)
+    for budget in (None, 4096):
+        snn.set_engine("auto", budget)
+        found, counts = count_spikes(snn, images)
+        assert torch.allclose(found, outputs, atol=1e-6) and counts.keys() == expected.keys()
+        assert all(torch.equal(counts[node], expected[node].sum(0)) for node in expected)
+    spikes, rows = {node: count.mean(0) for node, count in expected.items()}, node_shapes(snn, images[:1])
+    synops = sum(row["synops"] for row in count_operations(snn, rows, spikes, 6).values())
+    assert price_of(snn, images)["synops"] == pytest.approx(synops, rel=1e-9) and synops > 0
 
 
 def test_joules_by_hand():
