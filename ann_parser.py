@@ -18,6 +18,7 @@ from layers.advice import ADVICE
 from layers.functions import SPELLINGS
 from rewrites.constants import fold_batch_norms
 from rewrites.graph import holds_image, remove_unread
+from rewrites.roundings import is_rounding, roundings_to_levels, unrounded, without_levels
 from spike_dag import SpikeDAGModule
 from spike_layers import (
     ConcatOp,
@@ -73,13 +74,29 @@ def parse_ann_model(model, inputs, fold=True):
     traced = trace.run(*[torch.cat([x, x]) if len(x) == 1 else x for x in inputs])
     remove_unread(traced)
     dag = copy.deepcopy(traced)
+    roundings_to_levels(dag, trace.shapes)
+    plain = copy.deepcopy(dag)
     if fold:
         fold_batch_norms(dag, trace.shapes)
     dag.lint()
-    with torch.no_grad(), WithoutAutocast():
-        expected = copy_of(model).eval()(*[x.clone() for x in inputs])
-    check_same_output(as_tuple(expected), dag, traced, inputs, "the traced graph")
+    check_same_function(model, dag, plain, inputs)
     return dag
+
+
+def check_same_function(model, dag, plain, inputs):
+    """Raise ValueError unless the graph computes what the network does. plain: the graph before folding.
+
+    Where activations are rounded, both are compared without it: an activation near the middle of two levels is rounded
+    to the other one by the least difference.
+    """
+    if any(entry.op.levels is not None for entry in dag.ops.values()):
+        trace = Trace(copy_of(model).eval(), rounds=False)
+        trace.run(*inputs)
+        expected, dag, plain = trace.outputs, without_levels(dag), without_levels(plain)
+    else:
+        with torch.no_grad(), WithoutAutocast():
+            expected = copy_of(model).eval()(*[x.clone() for x in inputs])
+    check_same_output(as_tuple(expected), dag, plain, inputs, "the traced graph")
 
 
 def check_example(inputs):
@@ -202,12 +219,13 @@ class Trace(TorchFunctionMode):
 
     names: id of a tensor -> its node, None after its memory was overwritten. lines: which of them are stored with one
     dimension more. shapes: node -> shape of a sample. kept: the tensors themselves, kept alive so that no id is used
-    twice. paths: module paths of the modules that are running, innermost last.
+    twice. paths: module paths of the modules that are running, innermost last. outputs: what the network returned.
+    rounds: whether activations are rounded where the network does it.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, rounds=True):
         super().__init__()
-        self.model = model
+        self.model, self.rounds, self.outputs = model, rounds, None
         self.dag = SpikeDAGModule()
         self.recorders = dict(wrapped_functions.values())
         self.names = {}
@@ -235,8 +253,13 @@ class Trace(TorchFunctionMode):
                 shape = " and ".join(f"[B, {str(list(x.shape[1:]))[1:]}" for x in inputs)
                 message = str(error).splitlines()[0]
                 raise ValueError(f"{self.here()} {CANNOT_RUN} {shape}: {message}") from error
-        self.dag.outputs_nodes = tuple(self.output_node(value) for value in as_tuple(output))
+        self.outputs = as_tuple(output)
+        self.dag.outputs_nodes = tuple(self.output_node(value) for value in self.outputs)
         return self.dag
+
+    def value_of(self, op, input, output):
+        """What a function of an activation returns: its `output`, or the activation that it was to round."""
+        return output if self.rounds or not is_rounding(op) else unrounded(op, input)
 
     def follow(self, module, path):
         """Register hooks that keep `self.paths` the stack of running modules."""

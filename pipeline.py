@@ -29,7 +29,7 @@ from dag_rewrites import (
 )
 from datasets import DATASETS, DETECTION_DATASETS, check_dataset_name
 from detection.boxes import DetectionLoss, check_detects, evaluate_detector
-from finetuning.levels import quantize_activations
+from finetuning.levels import own_levels, own_levels_in_words, quantize_activations
 from finetuning.on_spikes import finetune_on_spikes
 from finetuning.rounding import learn_rounding
 from finetuning.saved import adopt_options, quantized_from_file
@@ -298,8 +298,8 @@ def quantize(args, made, loaders, criterion, device, progress=None):
 
 
 def with_levels(net, loader, device, args):
-    """The network for `quantize_finetune` to train: with activation levels if `args` ask for them, else `net`."""
-    if args.activation_levels is None:
+    """The network for `quantize_finetune` to train: `net`, with the activation levels of `args`, or its own, if any."""
+    if args.activation_levels is None and not own_levels(net):
         return net
     per_channel = QuantizeOptions.of(args).spikes_per_channel
     options = args.activation_levels, args.ann_layers, args.calibration_samples, per_channel
@@ -385,6 +385,8 @@ def tell_choices(net, args, images, replaced):
         changes = [f"shifted by up to {crop} pixels"] * (crop > 0) + ["mirrored"] * flip
         training = f"; in training {' and '.join(changes)} (--augment)" if changes and trains(args) else ""
         print(said + training, file=sys.stderr)
+    if own_levels(net):
+        print(own_levels_in_words(net), file=sys.stderr)
     if replaced:
         print(f"{replaced_in_words(replaced)}: another network, whose accuracy needs finetuning", file=sys.stderr)
     if args.maxpool is None and any(isinstance(entry.op, SpikeMaxPool2d) for entry in net.ops.values()):

@@ -137,7 +137,8 @@ def use_learnt_scales(snn, statistics):
     for name, each in levels.items():
         if name not in statistics:
             raise ValueError(
-                f"{snn.where(name)} has activation levels but stays ANN: give quantize_activations the same ann_layers"
+                f"{snn.where(name)} has activation levels but stays ANN: give quantize_activations the same "
+                "ann_layers; if the network itself rounds there, take the layer out of them"
             )
         learnt = each.scale.detach().abs().cpu()
         statistics[name].max_o = learnt.max().item()

@@ -33,26 +33,49 @@ def quantize_activations(net, loader, device, levels, ann_layers=(), calibration
     """A copy of `net` in which every op that will fire returns activations in `levels` steps from 0 to lambda.
 
     per_channel: one lambda per channel instead of one per layer. The initial lambdas minimise the
-    squared error on the first `calibration_samples` images of `loader`; finetuning learns them with the weights.
+    squared error on the first `calibration_samples` images of `loader`; finetuning learns them with the weights. Where
+    the network itself rounds (`rewrites.roundings`), its own lambda stays; with levels None, its levels stay too, and
+    no other op gets any.
 
     Raises ValueError for fewer than 1 level, for a converted network, and for a network that cannot be converted
     (`plan_conversion`).
     """
-    levels = check_number("activation_levels", levels, TIMESTEPS)
+    levels = None if levels is None else check_number("activation_levels", levels, TIMESTEPS)
     calibration_samples = check_option("calibration_samples", calibration_samples)
     loader = reusable(loader_for(net, loader), calibration_samples)
     net = as_dag(net, loader).to(device).eval()
 
     plan = plan_conversion(net, ann_layers)
-    statistics, shapes = calibrate(net, plan, loader, device, calibration_samples, "mse", levels, per_channel)
+    own = own_levels(net)
+    steps = max(own.values(), default=1) if levels is None else levels
+    statistics, shapes = calibrate(net, plan, loader, device, calibration_samples, "mse", steps, per_channel)
     mixed = mixed_channels(net, plan, shapes)
     for name in plan.firing:
         op, scale = net.ops[name].op, statistics[name].scales
         scale = scale.max() if net.ops[name].out in mixed else scale
-        if scale.max() > 0:  # a layer that is never active is left unchanged
+        if name in own:
+            op.levels.levels = own[name] if levels is None else levels
+        elif levels is not None and scale.max() > 0:  # a layer that is never active is left unchanged
             op.levels = ClipFloorShift(levels, scale.clamp_max(op.ceiling or float("inf"))).to(device)
-    net.scales_of_conversion = ScalesOfConversion(plan, statistics, shapes, levels)
+    net.scales_of_conversion = ScalesOfConversion(plan, statistics, shapes, steps)
     return net
+
+
+def own_levels(net):
+    """Op name -> number of levels, for every op of a traced network that rounds its activations."""
+    return {name: entry.op.levels.levels for name, entry in net.ops.items() if entry.op.levels is not None}
+
+
+def own_levels_in_words(net):
+    """One line on the levels that a traced network was trained with, or None if it does not round."""
+    found = own_levels(net).values()
+    if not found:
+        return None
+    several = f"{min(found)} to {max(found)}" if min(found) < max(found) else f"{max(found)}"
+    return (
+        f"activations: {several} levels in {len(found)} layers, the network's own, which are kept; T timesteps have T "
+        f"levels, and with --timesteps {max(found)} --listen {max(found)} the spikes are these levels"
+    )
 
 
 class ScalesOfConversion:

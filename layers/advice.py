@@ -33,6 +33,10 @@ ADVICE_FOR = {
         *("mul", "multiply", "rmul", "imul", "div", "divide", "true_divide", "truediv", "itruediv"),
         *("addcmul", "addcdiv", "square", "floor_divide", "remainder"),
     ),
+    "leave fake quantization and its observers out; a rounding written as round(clamp(x / s, 0, n)) * s converts": (
+        *("fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine", "aminmax"),
+        *("fused_moving_avg_obs_fake_quant", "fake_quantize_learnable_per_tensor_affine"),
+    ),
     "spikes compute no quotient by an activation": ("rdiv", "rtruediv", "reciprocal"),
 }
 ADVICE = {name: advice for advice, names in ADVICE_FOR.items() for name in names}

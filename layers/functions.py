@@ -20,6 +20,7 @@ OTHERS = (
     *("erf", "sin", "cos", "atan", "sinh", "cosh", "logit", "round", "floor", "ceil", "trunc", "sign", "nan_to_num"),
     *("normalize", "softmin"),
 )
+ROUNDINGS = ("round", "floor", "ceil", "trunc")
 WITHOUT_OWN = ("sigmoid", "tanh")  # these two are deprecated in torch.nn.functional
 NO_SETTINGS = ("inplace", "out", "_stacklevel")  # arguments that do not change the result
 
@@ -103,7 +104,7 @@ class FunctionOp(SpikeLayer):
         if not all(map(SETTING.holds, args)) or not SETTINGS.holds(settings):
             trace.refuse(function, "its arguments must be numbers")
         op = cls(name, args, settings)
-        output = op.checked(trace, function, input)
+        output = trace.value_of(op, input, op.checked(trace, function, input))
         if in_place:
             return trace.record_in_place(name, op, [input], input.copy_(output))
         return trace.record(name, op, [input], output)
@@ -138,11 +139,11 @@ class FunctionOp(SpikeLayer):
             return ANALOG
         if not place.has_weights_behind():
             raise ValueError(f"{place.where} reads values that feed a ReLU too, apply it outside of the network")
-        how = (
-            "put a ReLU in its place (--replace_activations relu) and finetune"
-            if self.is_activation
-            else "use it only behind the last layer"
-        )
+        how = "use it only behind the last layer"
+        if self.is_activation:
+            how = "put a ReLU in its place (--replace_activations relu) and finetune"
+        elif self.name in ROUNDINGS:
+            how = "write the rounding of an activation as round(clamp(x / s, 0, n)) * s, to n + 1 levels"
         raise ValueError(
             f"{place.where}: spikes cannot compute {self.name} inside of a network: {how}, or leave it ANN together "
             "with the layer before it (--ann_layers)"

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from conversion.correction import correct_spikes
+from finetuning.levels import own_levels
 from options import FLOAT_BITS
 from pipeline import convert_by_options, with_levels
 from quantization import init_quantize_net, quantize_finetune
@@ -236,7 +237,7 @@ def other_weights(args, net, qnet):
 def other_conversions(args, qnet):
     """Flags -> Alternative that converts the same weights in another way."""
     T, weights = args.timesteps, args.per_channel in ("weights", "both")
-    is_learnt = args.activation_levels is not None  # finetuning learnt lambda, so no flag chooses it
+    is_learnt = bool(own_levels(qnet))  # training learnt lambda, so no flag chooses it
     changes = []
     if 2 * T <= MOST_TIMESTEPS:
         changes.append(("timesteps", 2 * T))

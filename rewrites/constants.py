@@ -54,6 +54,8 @@ def merge_relus(dag):
     """
     for name in [name for name, entry in dag.ops.items() if isinstance(entry.op, SpikeReLU)]:
         ceiling, behind = dag.ops[name].op.ceiling, dag.only_reader(dag.ops[name].out)
+        if dag.ops[name].op.levels is not None:
+            continue
         if behind is not None and ceiling is None and isinstance(dag.ops[behind].op, SpikeAffine):
             behind = dag.only_reader(dag.ops[behind].out) if dag.ops[behind].op.only_scales() else None
         second = None if behind is None else dag.ops[behind].op

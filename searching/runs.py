@@ -14,6 +14,7 @@ import torch
 
 from conversion.plan import plan_conversion
 from dag_rewrites import prepare_conversion
+from finetuning.levels import own_levels
 from finetuning.on_spikes import finetune_on_spikes, finetune_spikes
 from options import QuantizeOptions
 from pipeline import Networks, convert_by_options, load_network, quantize
@@ -87,7 +88,7 @@ class Runner:
         options = QuantizeOptions.of(args)
         known = {**vars(options), "weights_per_channel": options.weights_per_channel}
         known |= {name: getattr(args, name) for name in OF_NETWORK}
-        if options.activation_levels is None:
+        if options.activation_levels is None and not own_levels(self.network(args)[0]):
             del known["per_channel"]  # scales of spikes are the conversion's
         if options.activation_levels is not None or options.rounding == "learnt":
             known["calibration_samples"] = args.calibration_samples

@@ -1,0 +1,272 @@
+"""Networks that round their own activations: their levels and lambdas are found, kept, and those of the spikes."""
+
+import pytest
+import torch
+from helpers import assert_every_spike_is_reproduced
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import ann2snn
+from ann_parser import parse_ann_model
+from finetuning.levels import own_levels
+from pipeline import convert_network
+from rewrites.roundings import without_levels
+from spike_dag import load_dag
+from spike_layers import FunctionOp, SpikeAdd
+
+
+class Floor(torch.autograd.Function):
+    """floor, with the gradient of its input."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.floor()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class ClipFloorShift(nn.Module):
+    """The activation of QCFS networks (Bu et al., ICLR 2022)."""
+
+    def __init__(self, levels, scale):
+        super().__init__()
+        self.levels, self.scale = levels, nn.Parameter(torch.tensor([scale]))
+
+    def forward(self, x):
+        x = torch.clamp(x / self.scale, 0, 1)
+        return Floor.apply(x * self.levels + 0.5) / self.levels * self.scale
+
+
+class LearnedSteps(nn.Module):
+    """The activation of LSQ (Esser et al., ICLR 2020), whose rounding hands its gradient straight through."""
+
+    def __init__(self, levels, scale):
+        super().__init__()
+        self.levels, self.step = levels, nn.Parameter(torch.tensor(scale / levels))
+
+    def forward(self, x):
+        x = torch.clamp(x / self.step, 0, self.levels)
+        return ((x.round() - x).detach() + x) * self.step
+
+
+class RoundedFirst(LearnedSteps):
+    """The same, rounded before it is clipped."""
+
+    def forward(self, x):
+        x = x / self.step
+        return torch.clamp(x + (torch.round(x) - x).detach(), 0, self.levels) * self.step
+
+
+class FlooredFirst(LearnedSteps):
+    def forward(self, x):
+        return torch.clamp(torch.floor(x / self.step + 0.5), 0, self.levels) * self.step
+
+
+class OfUnits(nn.Module):
+    """The activation of DoReFa (Zhou et al., 2016) for values from 0 to 1, times `scale`."""
+
+    def __init__(self, levels, scale):
+        super().__init__()
+        self.levels, self.scale = levels, scale
+
+    def forward(self, x):
+        return (torch.clamp(x, 0, 1) * self.levels).round() / self.levels * self.scale
+
+
+class Minimum(nn.Module):
+    """ReLU and minimum with a learnt bound, then rounding."""
+
+    def __init__(self, levels, scale):
+        super().__init__()
+        self.levels, self.bound = levels, nn.Parameter(torch.tensor(scale))
+
+    def forward(self, x):
+        return torch.round(torch.min(x.relu(), self.bound) * (self.levels / self.bound)) * (self.bound / self.levels)
+
+
+KINDS = (ClipFloorShift, LearnedSteps, RoundedFirst, FlooredFirst, OfUnits, Minimum)
+
+
+class Net(nn.Module):
+    """Convolutions with a BatchNorm, a shortcut and a pooling between rounded activations."""
+
+    def __init__(self, kind, levels=4, scale=0.75):
+        super().__init__()
+        self.conv1, self.norm1, self.act1 = nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), kind(levels, scale)
+        self.conv2, self.act2 = nn.Conv2d(6, 6, 3, padding=1), kind(levels, 2 * scale)
+        self.conv3, self.act3 = nn.Conv2d(6, 4, 3), kind(levels, scale)
+        self.fc = nn.Linear(4 * 16, 3)
+
+    def forward(self, x):  # [B, 2, 8, 8]
+        x = self.act1(self.norm1(self.conv1(x)))
+        x = self.act2(x + self.conv2(x))
+        x = self.act3(self.conv3(x))  # [B, 4, 6, 6]
+        return self.fc(nn.functional.avg_pool2d(x, 3, 1).flatten(1))  # [B, 64]
+
+
+def network(kind, levels=4, scale=0.75, seed=0):
+    """A network in eval mode, whose activations use all levels, and 16 images."""
+    torch.manual_seed(seed)
+    net, images = Net(kind, levels, scale), torch.rand(16, 2, 8, 8)
+    for conv in (net.conv1, net.conv2, net.conv3):
+        nn.init.normal_(conv.weight, std=1.5 * conv.weight[0].numel() ** -0.5)
+    net.train()(images)
+    return net.eval(), images
+
+
+def data(images):
+    return torch.utils.data.TensorDataset(images, torch.arange(len(images)) % 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_graph_has_the_networks_levels(kind):
+    net, images = network(kind)
+    dag = parse_ann_model(net, images[:2])
+    assert list(own_levels(dag).values()) == [4, 4, 4]
+    assert not any(isinstance(entry.op, FunctionOp) for entry in dag.ops.values())
+    assert sum(isinstance(entry.op, SpikeAdd) for entry in dag.ops.values()) == 1  # that of the shortcut alone
+    with torch.no_grad():
+        found, expected = dag(images), net(images)
+        assert (found - expected).abs().max() < 0.1 * expected.abs().max()  # single activations may be a level off
+        assert ((found - expected).abs() < 1e-5).float().mean() > 0.9
+        assert (without_levels(dag)(images) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_spikes_are_the_networks_levels(kind):
+    """With float weights and layers that listen, T spikes at most: the outputs are those of the network."""
+    net, images = network(kind)
+    options = {"timesteps": 4, "listen": 4, "weight_bitwidth": 32, "finetune_epochs": 0, "correction": "none"}
+    made = convert_network(net, data(images), avgpool="fold", device="cpu", **options)
+    with torch.no_grad():
+        assert ((made.snn(images) - net(images)).abs() < 1e-5).float().mean() > 0.9
+        assert torch.allclose(made.snn(images), made.qnet(images), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [ClipFloorShift, RoundedFirst])
+@pytest.mark.parametrize("options", [{}, {"preset": "calibrated", "spike_epochs_unlabelled": 1}])
+def test_every_spike(kind, options):
+    net, images = network(kind)
+    options = {"timesteps": 4, "weight_bitwidth": 4, "finetune_epochs": 0, "device": "cpu", **options}
+    snn = convert_network(net, data(images), **options).snn
+    assert_every_spike_is_reproduced(snn, images, 4)
+
+
+def test_lambda_is_the_networks_own():
+    """In units of its own clamp, from 0 to 1, up to a whole Vthr; no threshold has a say in it."""
+    net, images = network(ClipFloorShift)
+    made = convert_network(
+        net, data(images), timesteps=4, weight_bitwidth=8, finetune_epochs=0, threshold=0.5, device="cpu"
+    )
+    lambdas = [neuron.scale_factor.max().item() for name, neuron in made.snn.neurons().items() if "relu" in name]
+    assert lambdas == pytest.approx([1, 1, 1], abs=0.02)
+
+
+def test_other_levels_keep_lambda_and_finetuning_learns_it():
+    net, images = network(LearnedSteps)
+    options = {"timesteps": 8, "device": "cpu", "activation_levels": 8, "finetune_lr": 0.01}
+    made = convert_network(net, data(images), finetune_epochs=0, rounding="learnt", **options)
+    assert own_levels(made.ann) == {"relu1": 4, "relu2": 4, "relu3": 4}
+    found = own_levels(made.qnet)
+    assert found.items() >= {"relu1": 8, "relu2": 8, "relu3": 8}.items() and set(found.values()) == {8}
+    made = convert_network(net, data(images), finetune_epochs=2, **{**options, "activation_levels": None})
+    assert own_levels(made.qnet) == own_levels(made.ann)
+    moved = [made.qnet.ops[name].op.levels.scale.item() for name in ("relu1", "relu2", "relu3")]
+    assert all(scale != 4 and 3 < scale < 5 for scale in moved)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(KINDS), st.integers(1, 20), st.floats(0.05, 8), st.integers(0, 100))
+def test_any_levels_and_any_lambda(kind, levels, scale, seed):
+    net, images = network(kind, levels, scale, seed)
+    dag = parse_ann_model(net, images[:2])
+    assert list(own_levels(dag).values()) == [levels] * 3
+    with torch.no_grad():
+        assert ((dag(images) - net(images)).abs() < 1e-4 * max(1, scale)).float().mean() > 0.8
+
+
+class Other(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.conv1, self.conv2, self.function = nn.Conv2d(2, 3, 3), nn.Conv2d(3, 3, 3), function
+
+    def forward(self, x):
+        return self.conv2(self.function(self.conv1(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.floor(x.clamp(0, 1) * 4) / 4,  # not to the nearest
+        lambda x: torch.round(x.relu() * 4) / 4,  # without a largest level
+        lambda x: torch.round((x * 4).clamp(-4, 4)) / 4,  # of values of either sign
+        lambda x: torch.round(x.clamp(0, 1) * 3.5) / 3.5,  # the last level is cut off
+        lambda x: torch.round(x.clamp(0, 1), decimals=1),
+        lambda x: torch.ceil(x.clamp(0, 1) * 4 - 0.5) / 4,
+    ],
+)
+def test_other_roundings_are_refused_by_name(function):
+    images = torch.rand(4, 2, 8, 8)
+    said = (
+        r"^(floor|round|ceil)1: spikes cannot compute \1 inside of a network: write the rounding of an activation as "
+    )
+    with pytest.raises(
+        ValueError, match=said + r"round\(clamp\(x / s, 0, n\)\) \* s, to n \+ 1 levels, or leave it ANN"
+    ):
+        convert_network(Other(function), data(images), finetune_epochs=0, device="cpu")
+
+
+def test_a_value_that_is_read_unrounded_too_stays():
+    net = Other(lambda x: torch.round(x.clamp(0, 1) * 4) / 4 + x.clamp(0, 1))
+    clipped = Other(lambda x: (lambda y: torch.round(y * 4) / 4 + y)(x.clamp(0, 1)))
+    assert own_levels(parse_ann_model(net, torch.rand(2, 2, 8, 8))) == {"relu1": 4}
+    assert own_levels(parse_ann_model(clipped, torch.rand(2, 2, 8, 8))) == {}
+
+
+def test_a_rounding_behind_the_last_layer_stays():
+    class Rounded(nn.Sequential):
+        def forward(self, x):
+            return torch.round(4 * super().forward(x))
+
+    net = Rounded(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 3))
+    dag = parse_ann_model(net, torch.rand(2, 2, 8, 8))
+    assert own_levels(dag) == {} and any(isinstance(entry.op, FunctionOp) for entry in dag.ops.values())
+
+
+def test_fake_quantization_is_refused_with_what_to_write():
+    net = Other(lambda x: torch.fake_quantize_per_tensor_affine(x.relu(), 0.1, 0, 0, 15))
+    said = (
+        "^torch.fake_quantize_per_tensor_affine in the network's forward cannot be converted: leave fake quantization"
+    )
+    with pytest.raises(NotImplementedError, match=said):
+        parse_ann_model(net, torch.rand(2, 2, 8, 8))
+
+
+def test_the_command_says_that_levels_are_kept(tmp_path, monkeypatch, capsys):
+    """A network and data in a file of the user's own, whose float accuracy is that of the rounded network."""
+    net, images = network(ClipFloorShift)
+    with torch.no_grad():
+        classes = net(images).argmax(1)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    torch.save((images, classes), tmp_path / "data.pth")
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "from tests.test_roundings import ClipFloorShift, Net\n"
+        "def net():\n    return Net(ClipFloorShift)\n"
+        "def data():\n"
+        "    both = torch.utils.data.TensorDataset(*torch.load('data.pth', weights_only=True))\n"
+        "    both.classes = ['a', 'b', 'c']\n"
+        "    return both, both\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    flags = "mine.py:net --dataset mine.py:data --ann_weight net.pth -e 0 --weight_bitwidth 8 --avgpool fold"
+    ann2snn.main(ann2snn.parse_args([*flags.split(), "--timesteps", "4", "--listen", "4", "--expect_top1", "100"]))
+    assert (
+        "activations: 4 levels in 3 layers, the network's own, which are kept; T timesteps have T levels, and with "
+        "--timesteps 4 --listen 4 the spikes are these levels\n"
+    ) in capsys.readouterr().err
+    snn = load_dag("out_snn.pth")
+    assert (snn(images) - net(images)).abs().max() < 0.2 * net(images).abs().max()  # 8-bit weights
