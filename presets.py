@@ -8,13 +8,13 @@ docs/accuracy.md has the measurements behind them. This module imports nothing s
 from options import MANY_LEVELS, check_option
 
 MAX_EPOCH_STEPS = 80  # epochs times timesteps: a pass through time costs T of the ANN, so this bounds the minutes
-# Behind a fit of the weights there is less to do: resnet20, T = 8, 8 bits, gained no more by 10 epochs than by 2.
-# vgg9_bn, which is wider, does gain by 10 (docs/accuracy.md), for 2.5 times the minutes.
+# A fit of the weights leaves little to learn at many steps. Behind it resnet20 gained nothing at T = 16 by more epochs
+# than these; at T = 4 and 8, where a wider network gains, all epochs are trained (docs/accuracy.md).
 MAX_FITTED_EPOCH_STEPS = 32
-# Learning rate times T^2 behind the fit, which leaves little to learn at many steps: at T = 16 an epoch led resnet20
-# away from the ANN at 0.0019, the default, and nearer to it at 0.0006. At T = 8 less than the default gained nothing.
+# Learning rate times T^2 behind the fit: at T = 16 an epoch led resnet20 away from the ANN at 0.0019, the default, and
+# nearer to it at 0.0006. At T = 8 less than the default gained nothing.
 FITTED_LR_TIMES_T2 = 0.15
-DEFAULT_LR_UP_TO = 8  # timesteps
+FEW_STEPS = 8  # timesteps up to which training behind the fit is the same as without it
 FEW_BITS = 4  # weights of as many bits or fewer lose much by rounding to the nearest
 POOLINGS = {"avgpool": "fold"}  # a pooling with its own neurons is one more layer that rounds and delays spikes
 MAX_EPOCHS = 20  # more passes over the same few images teach these images
@@ -26,15 +26,16 @@ def calibrated(timesteps, bits):
     The weights are fitted to the spikes that arrive, and epochs learn what one least squares for each layer cannot.
     """
     is_coarse = has_few_bits(bits)
-    epochs = most_epochs(timesteps, MAX_EPOCH_STEPS if is_coarse else MAX_FITTED_EPOCH_STEPS)
-    few_steps = {"calibration_samples": 2500, "spike_epochs_unlabelled": epochs, "spike_gradient": "time"}
-    if not is_coarse and timesteps > DEFAULT_LR_UP_TO:
-        few_steps["spike_lr"] = float(f"{FITTED_LR_TIMES_T2 / timesteps**2:.2g}")
+    trains_fully = is_coarse or timesteps <= FEW_STEPS
+    epochs = most_epochs(timesteps, MAX_EPOCH_STEPS if trains_fully else MAX_FITTED_EPOCH_STEPS)
+    training = {"calibration_samples": 2500, "spike_epochs_unlabelled": epochs, "spike_gradient": "time"}
+    if not trains_fully:
+        training["spike_lr"] = float(f"{FITTED_LR_TIMES_T2 / timesteps**2:.2g}")
     return {
         **{"weight_bitwidth": 8, "finetune_epochs": 0, "threshold": "mse", "per_channel": "both"},
         **{"correction": "weights", "hold_back": "auto"},
         **POOLINGS,
-        **(few_steps if epochs else {}),
+        **(training if epochs else {}),
     }
 
 

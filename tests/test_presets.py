@@ -34,7 +34,7 @@ CASES = [
     *(("specification", timesteps, {}) for timesteps in (1, 16, 256)),
     *(
         ("calibrated", timesteps, {**FEW_STEPS, "spike_epochs_unlabelled": epochs})
-        for timesteps, epochs in ((1, 20), (3, 10), (4, 8), (8, 4))
+        for timesteps, epochs in ((1, 20), (4, 20), (5, 16), (8, 10))
     ),
     *(
         ("calibrated", timesteps, {**FEW_STEPS, "spike_epochs_unlabelled": epochs, "spike_lr": lr})
