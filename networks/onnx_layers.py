@@ -458,6 +458,7 @@ LAYERS = {
     "Relu": activation(lambda node: nn.ReLU()),
     "LeakyRelu": activation(lambda node: nn.LeakyReLU(node.attribute("alpha", 0.01))),
     "Sigmoid": activation(lambda node: nn.Sigmoid()),
+    **{"Floor": activation(lambda node: Call(torch.floor)), "Round": activation(lambda node: Call(torch.round))},
     **{"Softmax": softmax(nn.Softmax), "LogSoftmax": softmax(nn.LogSoftmax)},
     **{"MaxPool": max_pool, "AveragePool": average_pool, "ReduceMean": mean},
     "GlobalAveragePool": activation(lambda node: GlobalPool(False)),

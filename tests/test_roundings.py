@@ -1,5 +1,7 @@
 """Networks that round their own activations: their levels and lambdas are found, kept, and those of the spikes."""
 
+import warnings
+
 import pytest
 import torch
 from helpers import assert_every_spike_is_reproduced
@@ -10,6 +12,7 @@ from torch import nn
 import ann2snn
 from ann_parser import parse_ann_model
 from finetuning.levels import own_levels
+from networks.onnx_import import load_onnx
 from pipeline import convert_network
 from rewrites.roundings import without_levels
 from spike_dag import load_dag
@@ -153,6 +156,18 @@ def test_every_spike(kind, options):
     options = {"timesteps": 4, "weight_bitwidth": 4, "finetune_epochs": 0, "device": "cpu", **options}
     snn = convert_network(net, data(images), **options).snn
     assert_every_spike_is_reproduced(snn, images, 4)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not Minimum])
+def test_an_onnx_file_has_the_levels_too(kind, tmp_path):
+    net, images = network(kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.14 says that dynamo=False will go
+        torch.onnx.export(net, (images[:2],), str(tmp_path / "net.onnx"), dynamo=False, opset_version=17)
+    dag = parse_ann_model(load_onnx(str(tmp_path / "net.onnx")), images[:2])
+    assert list(own_levels(dag).values()) == [4, 4, 4]
+    with torch.no_grad():
+        assert ((dag(images) - net(images)).abs() < 1e-5).float().mean() > 0.9
 
 
 def test_lambda_is_the_networks_own():
