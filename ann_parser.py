@@ -18,7 +18,7 @@ from layers.advice import ADVICE
 from layers.functions import SPELLINGS
 from rewrites.constants import fold_batch_norms
 from rewrites.graph import holds_image, remove_unread
-from rewrites.roundings import is_rounding, roundings_to_levels, unrounded, without_levels
+from rewrites.roundings import roundings_to_levels, unrounded, without_levels
 from spike_dag import SpikeDAGModule
 from spike_layers import (
     ConcatOp,
@@ -74,23 +74,24 @@ def parse_ann_model(model, inputs, fold=True):
     traced = trace.run(*[torch.cat([x, x]) if len(x) == 1 else x for x in inputs])
     remove_unread(traced)
     dag = copy.deepcopy(traced)
-    roundings_to_levels(dag, trace.shapes)
+    moved = roundings_to_levels(dag, trace.shapes)
+    dag.to(inputs[0].device)
     plain = copy.deepcopy(dag)
     if fold:
         fold_batch_norms(dag, trace.shapes)
     dag.lint()
-    check_same_function(model, dag, plain, inputs)
+    check_same_function(model, dag, plain, inputs, moved)
     return dag
 
 
-def check_same_function(model, dag, plain, inputs):
-    """Raise ValueError unless the graph computes what the network does. plain: the graph before folding.
+def check_same_function(model, dag, plain, inputs, moved):
+    """Raise ValueError unless the graph computes what the network does.
 
-    Where activations are rounded, both are compared without it: an activation near the middle of two levels is rounded
-    to the other one by the least difference.
+    plain: the graph before folding. moved: names of the roundings that became levels. Both are compared without these:
+    near the middle of two levels the least difference decides to which one an activation is rounded.
     """
-    if any(entry.op.levels is not None for entry in dag.ops.values()):
-        trace = Trace(copy_of(model).eval(), rounds=False)
+    if moved:
+        trace = Trace(copy_of(model).eval(), moved)
         trace.run(*inputs)
         expected, dag, plain = trace.outputs, without_levels(dag), without_levels(plain)
     else:
@@ -220,12 +221,12 @@ class Trace(TorchFunctionMode):
     names: id of a tensor -> its node, None after its memory was overwritten. lines: which of them are stored with one
     dimension more. shapes: node -> shape of a sample. kept: the tensors themselves, kept alive so that no id is used
     twice. paths: module paths of the modules that are running, innermost last. outputs: what the network returned.
-    rounds: whether activations are rounded where the network does it.
+    left_out: names of roundings that are not computed.
     """
 
-    def __init__(self, model, rounds=True):
+    def __init__(self, model, left_out=()):
         super().__init__()
-        self.model, self.rounds, self.outputs = model, rounds, None
+        self.model, self.left_out, self.outputs = model, left_out, None
         self.dag = SpikeDAGModule()
         self.recorders = dict(wrapped_functions.values())
         self.names = {}
@@ -259,7 +260,11 @@ class Trace(TorchFunctionMode):
 
     def value_of(self, op, input, output):
         """What a function of an activation returns: its `output`, or the activation that it was to round."""
-        return output if self.rounds or not is_rounding(op) else unrounded(op, input)
+        return unrounded(op, input) if self.next_name(op.name) in self.left_out else output
+
+    def next_name(self, op_type):
+        """The name that the next op of this type gets."""
+        return f"{op_type}{self.counts.get(op_type, 0) + 1}"
 
     def follow(self, module, path):
         """Register hooks that keep `self.paths` the stack of running modules."""
@@ -343,8 +348,8 @@ class Trace(TorchFunctionMode):
         """Append an op that computes `output` from `inputs` (tensors), and return `output`."""
         op.to(output.device, output.dtype)
         in_nodes, sends_line = self.lines.nodes_read(op, inputs)
+        name = self.next_name(op_type)
         self.counts[op_type] = self.counts.get(op_type, 0) + 1
-        name = f"{op_type}{self.counts[op_type]}"
         self.dag.add_op(name, op, in_nodes, [f"{name}_out1"], self.paths[-1])
         self.remember(output, f"{name}_out1")
         self.lines.note(output, f"{name}_out1") if sends_line else self.lines.forget(output)

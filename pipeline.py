@@ -385,7 +385,7 @@ def tell_choices(net, args, images, replaced):
         changes = [f"shifted by up to {crop} pixels"] * (crop > 0) + ["mirrored"] * flip
         training = f"; in training {' and '.join(changes)} (--augment)" if changes and trains(args) else ""
         print(said + training, file=sys.stderr)
-    if own_levels(net):
+    if own_levels(net) and args.activation_levels is None:
         print(own_levels_in_words(net), file=sys.stderr)
     if replaced:
         print(f"{replaced_in_words(replaced)}: another network, whose accuracy needs finetuning", file=sys.stderr)

@@ -80,11 +80,12 @@ def set_integers(snn, plan, loader, device, options):
     known = options.calibration_samples, threshold, options.timesteps, options.spikes_per_channel
     statistics, shapes = calibrate(snn, plan, loader, device, *known)
     windows = windows_of(snn, options.timesteps) if options.listens_to_windows else {}
+    windows = {name: window for name, window in windows.items() if name in plan.firing}
     learnt = use_learnt_scales(snn, statistics) and not (windows and snn.scales_of_conversion is None)
     stretch_scales(statistics, windows, options.timesteps)
     plan.windows = windows
-    for entry in snn.ops.values():
-        entry.op.levels = None  # activation levels belong to the ANN only
+    for name in plan.firing:
+        snn.ops[name].op.levels = None  # spikes have levels of their own
     snn.cpu()  # integers are chosen on the CPU
     SpikeSetter(snn, plan, statistics, shapes, options, learnt).convert()
     snn.to(device)

@@ -113,9 +113,9 @@ def simulate(dag, inputs, timesteps, every_step=False, watch=None, watch_sums=No
     CPU each thread simulates other parts. With a `watch`, the whole batch is one part, and `watch` is called for every
     op and chunk. Raises Misfit if shapes do not fit an op.
 
-    watch_sums: a `watch` that only adds up spikes. It costs no speed or memory: it is called for each part, by several
-    threads at once, and gets spike counts, as a train of one step, where one pass computes these. It does not know
-    which images a part holds.
+    watch_sums: a `watch` that only adds up spikes, for which the simulation does not change: it is called for each
+    part, by several threads at once, and gets spike counts, as a train of one step, where one pass computes these. It
+    does not know which images a part holds.
     """
     stages = Stages(dag)
     counting = counting_of(dag, stages, inputs, timesteps) if watch is None else None

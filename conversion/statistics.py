@@ -130,16 +130,11 @@ def pool_activations(dag, loader, device, samples, wanted, with_channels=False, 
 def use_learnt_scales(snn, statistics):
     """Replace lambdas by those learnt in finetuning, for all ops with activation levels. Return whether there are any.
 
-    Each op keeps its own lambda, also if a concatenation joins it with others. `statistics` is changed in place. Raises
-    ValueError for an op with levels that will not fire.
+    Each op keeps its own lambda, also if a concatenation joins it with others. `statistics` is changed in place. An op
+    that stays ANN has none there, and goes on rounding.
     """
-    levels = {name: entry.op.levels for name, entry in snn.ops.items() if entry.op.levels is not None}
+    levels = {name: snn.ops[name].op.levels for name in statistics if snn.ops[name].op.levels is not None}
     for name, each in levels.items():
-        if name not in statistics:
-            raise ValueError(
-                f"{snn.where(name)} has activation levels but stays ANN: give quantize_activations the same "
-                "ann_layers; if the network itself rounds there, take the layer out of them"
-            )
         learnt = each.scale.detach().abs().cpu()
         statistics[name].max_o = learnt.max().item()
         statistics[name].scales = learnt if learnt.dim() else learnt.reshape(1)

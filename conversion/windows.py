@@ -143,6 +143,8 @@ def windows_of(net, timesteps):
 def stretch_scales(statistics, windows, timesteps):
     """Make the lambdas of windows those of T steps, in place: a spike in a window of F steps stands for lambda / F."""
     for name, window in windows.items():
+        if name not in statistics:  # a layer that stays ANN
+            continue
         statistics[name].max_o *= timesteps / window
         statistics[name].scales = statistics[name].scales * (timesteps / window)
 

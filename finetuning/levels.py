@@ -71,11 +71,10 @@ def own_levels_in_words(net):
     found = own_levels(net).values()
     if not found:
         return None
-    several = f"{min(found)} to {max(found)}" if min(found) < max(found) else f"{max(found)}"
-    return (
-        f"activations: {several} levels in {len(found)} layers, the network's own, which are kept; T timesteps have T "
-        f"levels, and with --timesteps {max(found)} --listen {max(found)} the spikes are these levels"
-    )
+    several, steps = min(found) < max(found), max(found)
+    levels = f"{min(found)} to {steps}" if several else f"{steps}"
+    said = f"activations: {levels} levels in {len(found)} layers, the network's own, which are kept"
+    return said if several else f"{said}; with --timesteps {steps} --listen {steps} the spikes are these levels"
 
 
 class ScalesOfConversion:

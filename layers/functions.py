@@ -83,6 +83,11 @@ class FunctionOp(SpikeLayer):
         self.name, self.args, self.settings = name, tuple(args), dict(settings or {})
 
     @property
+    def any_shape(self):
+        """Whether a line is rounded as the map that it is stored as."""
+        return self.name in ROUNDINGS
+
+    @property
     def is_activation(self):
         """Whether a ReLU can take its place inside of a network."""
         return self.name in ACTIVATIONS

@@ -12,7 +12,8 @@ import copy
 
 import torch
 
-from rewrites.graph import read_instead, remove_op, replace_op
+from options import TIMESTEPS
+from rewrites.graph import has_weights_behind, holds_image, remove_op, replace_op
 from spike_dag import SpikeDAGModule
 from spike_layers import FunctionOp, SpikeAdd, SpikeAffine, SpikeReLU
 from spike_neurons import ClipFloorShift
@@ -23,15 +24,20 @@ NEARLY = 1e-4  # steps from a whole number: lambda / step is a quotient of float
 
 @torch.no_grad()
 def roundings_to_levels(dag: SpikeDAGModule, shapes):
-    """Turn each rounding behind a clipped ReLU into levels of that ReLU, in place.
+    """Turn each rounding behind a clipped ReLU into levels of that ReLU, in place; return their names.
 
-    shapes: node -> shape of a sample. The function in eval mode does not change, up to float rounding, which can move
-    an activation by a level. A rounding of other values, or one that is not to the nearest, stays what it is.
+    shapes: node -> shape of a sample. The function in eval mode does not change, with two exceptions. Float rounding
+    can move an activation by a level. And in the middle of two levels a neuron takes the upper one, torch.round the
+    even one. A rounding of other values, on the image, or behind the last layer with weights stays what it is.
     """
-    remove_straight_through(dag)
-    for name in [name for name, entry in dag.ops.items() if is_rounding(entry.op)]:
-        if not round_in_relu_behind(dag, name, shapes):
-            round_in_relu_before(dag, name, shapes)
+    remove_straight_through(dag, shapes)
+    found = [name for name, entry in dag.ops.items() if is_rounding(entry.op) and is_inside(dag, name)]
+    return {name for name in found if any(move(dag, name, shapes) for move in (into_relu_behind, into_relu_before))}
+
+
+def is_inside(dag, name):
+    """Whether an op stands between layers with weights, where spikes have to compute it."""
+    return has_weights_behind(dag, name) and not holds_image(dag, dag.ops[name].inputs[0])
 
 
 def is_rounding(op):
@@ -52,18 +58,22 @@ def without_levels(dag):
     return dag
 
 
-def remove_straight_through(dag):
-    """Replace x + (r - x), where r is x rounded, by r: the way to write a rounding with the gradient of x."""
+def remove_straight_through(dag, shapes):
+    """Replace x + (r - x), where r is a factor times a rounded value, by r: a rounding with the gradient of x."""
     if not any(is_rounding(entry.op) for entry in dag.ops.values()):
         return
-    for entry in list(dag.ops.values()):
-        summands = summands_of(dag, entry.out) if isinstance(entry.op, SpikeAdd) else {}
+    for name, entry in list(dag.ops.items()):
+        if name not in dag.ops or not isinstance(entry.op, SpikeAdd):
+            continue
+        summands = summands_of(dag, entry.out)
         left = [node for node, share in summands.items() if share]
-        if len(left) == 1 and len(summands) > 1 and summands[left[0]] == 1:
-            writer = dag.writer(left[0])
-            if writer is not None and is_rounding(dag.ops[writer].op):
-                read_instead(dag, entry.out, left[0])
-                remove_sums(dag, entry.out)
+        writer = dag.writer(left[0]) if len(left) == 1 and len(summands) > 1 else None
+        if writer is not None and is_rounding(dag.ops[writer].op):
+            read = entry.inputs
+            entry["in_nodes"] = (left[0],)
+            replace_or_remove(dag, name, affine(shapes[entry.out][0], weight=summands[left[0]]))
+            for node in read:
+                remove_sums(dag, node)
 
 
 def summands_of(dag, node):
@@ -95,7 +105,7 @@ def remove_sums(dag, node):
             remove_sums(dag, read)
 
 
-def round_in_relu_behind(dag, name, shapes):
+def into_relu_behind(dag, name, shapes):
     """Move the rounding `name` into a ReLU with a whole ceiling that alone reads it; return whether there is one."""
     entry = dag.ops[name]
     reader = dag.only_reader(entry.out)
@@ -107,24 +117,28 @@ def round_in_relu_behind(dag, name, shapes):
     return True
 
 
-def round_in_relu_before(dag, name, shapes):
-    """Move the rounding `name` into the ReLU before it, if it rounds to the nearest of levels from 0 to its ceiling."""
+def into_relu_before(dag, name, shapes):
+    """Move the rounding `name` into the ReLU before it, if it rounds to the nearest of levels from 0 to its ceiling.
+
+    Return whether it could be moved.
+    """
     found = relu_before(dag, name)
     if found is None:
-        return
+        return False
     relu, between, factor, shift = found
     op = dag.ops[relu].op
     if not has_whole(factor * op.ceiling) or abs(shift - ROUNDINGS[dag.ops[name].op.name]) > NEARLY:
-        return
+        return False
     op.levels = ClipFloorShift(round(factor * op.ceiling), torch.tensor(float(op.ceiling)))
     for each in between:
         remove_op(dag, each)
     replace_or_remove(dag, name, affine(shapes[dag.ops[relu].out][0], weight=factor))
+    return True
 
 
 def has_whole(levels):
-    """Whether a number is a whole number of levels, 1 or more."""
-    return levels is not None and round(levels) >= 1 and abs(levels - round(levels)) <= NEARLY
+    """Whether a number is a whole number of levels, as many as a network can have."""
+    return levels is not None and 1 <= round(levels) <= TIMESTEPS.most and abs(levels - round(levels)) <= NEARLY
 
 
 def affine(channels, weight=1.0, bias=0.0):

@@ -13,6 +13,7 @@ import ann2snn
 from finetuning.levels import quantize_activations
 from kernels.levels_cpu import njit, round_back_on_cpu, round_on_cpu
 from quantization import quantize_finetune, round_to_integers
+from reports.observe import node_values
 from runtime.cli import run_script
 from snn_weight_setter import trans_ann2snn_weight
 from spike_dag import from_dict, load_dag
@@ -165,14 +166,18 @@ def test_fewer_levels_than_one_are_refused():
         quantize_activations(prepared(net, images), [(images,)], "cpu", 0)
 
 
-def test_levels_of_a_layer_that_stays_ann_are_refused():
+@pytest.mark.parametrize("listen", [0, 4, "auto"])
+def test_a_layer_that_stays_ann_goes_on_rounding(listen, tmp_path):
     net, images = small_model("shortcuts")
-    ann = quantize_activations(prepared(net, images), [(images,)], "cpu", 4)
-    with pytest.raises(ValueError, match=r"^relu1 \(first\.1\) has activation levels but stays ANN: give quantize_act"):
-        trans_ann2snn_weight(ann, [(images,)], "cpu", 4, 4, ann_layers=("first",))
-    ann = quantize_activations(prepared(net, images), [(images,)], "cpu", 4, ann_layers=("first",))
-    snn = trans_ann2snn_weight(ann, [(images,)], "cpu", 4, 4, ann_layers=("first",))
-    assert "relu1" not in snn.spiking_layers() and snn.spiking_layers()
+    for ann_layers, levels in (((), 4), (("first",), None)):  # of quantize_activations
+        ann = quantize_activations(prepared(net, images), [(images,)], "cpu", 4, ann_layers=ann_layers)
+        snn = trans_ann2snn_weight(ann, [(images,)], "cpu", 4, 4, ann_layers=("first",), listen=listen)
+        assert "relu1" not in snn.spiking_layers() and snn.spiking_layers()
+        torch.save(snn, tmp_path / "snn.pth")
+        for each in (snn, load_dag(str(tmp_path / "snn.pth"))):
+            found = node_values(each, images)["relu1_out1"] if levels else None
+            assert (each.ops["relu1"].op.levels is not None) == (levels is not None)
+            assert found is None or len((found / ann.ops["relu1"].op.levels.scale).unique()) == 5
 
 
 def test_command_line(tmp_path, capsys):

@@ -11,7 +11,7 @@ from torch import nn
 
 import ann2snn
 from ann_parser import parse_ann_model
-from finetuning.levels import own_levels
+from finetuning.levels import own_levels, own_levels_in_words
 from networks.onnx_import import load_onnx
 from pipeline import convert_network
 from rewrites.roundings import without_levels
@@ -55,6 +55,13 @@ class LearnedSteps(nn.Module):
         return ((x.round() - x).detach() + x) * self.step
 
 
+class AroundAll(LearnedSteps):
+    """The same, with the straight-through gradient around clamp and factors."""
+
+    def forward(self, x):
+        return x + (torch.clamp(x / self.step, 0, self.levels).round() * self.step - x).detach()
+
+
 class RoundedFirst(LearnedSteps):
     """The same, rounded before it is clipped."""
 
@@ -90,7 +97,7 @@ class Minimum(nn.Module):
         return torch.round(torch.min(x.relu(), self.bound) * (self.levels / self.bound)) * (self.bound / self.levels)
 
 
-KINDS = (ClipFloorShift, LearnedSteps, RoundedFirst, FlooredFirst, OfUnits, Minimum)
+KINDS = (ClipFloorShift, LearnedSteps, AroundAll, RoundedFirst, FlooredFirst, OfUnits, Minimum)
 
 
 class Net(nn.Module):
@@ -251,6 +258,93 @@ def test_a_rounding_behind_the_last_layer_stays():
     assert own_levels(dag) == {} and any(isinstance(entry.op, FunctionOp) for entry in dag.ops.values())
 
 
+class Between(nn.Module):
+    """A network with a rounded activation, and functions before and behind it."""
+
+    def __init__(self, before=nn.Identity(), behind=nn.Identity(), inside=None, levels=(4, 4)):  # noqa: B008
+        super().__init__()
+        self.before, self.behind, self.inside = before, behind, inside or ClipFloorShift(levels[0], 0.75)
+        self.conv1, self.conv2, self.conv3 = nn.Conv2d(2, 6, 3), nn.Conv2d(6, 6, 3), nn.Conv2d(6, 3, 3)
+        self.last = ClipFloorShift(levels[1], 0.75)
+
+    def forward(self, x):  # [B, 2, 8, 8]
+        x = self.last(self.conv2(self.inside(self.conv1(self.before(x)))))
+        return self.behind(self.conv3(x).mean((2, 3)))
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"before": Function(lambda x: torch.round(x.clamp(0, 1) * 255) / 255)},
+        {"before": Function(lambda x: torch.round(x * 255).clamp(0, 255) / 255)},
+        {"before": Function(lambda x: torch.round(x * 255) / 255)},
+        {"behind": Function(lambda x: torch.round((x * 20).clamp(0, 4)))},
+        {"behind": Function(lambda x: torch.round(x * 20))},
+    ],
+)
+def test_roundings_of_images_and_of_outputs_are_computed(options):
+    torch.manual_seed(0)
+    net, images = Between(**options).eval(), torch.rand(8, 2, 8, 8)
+    made = convert_network(net, data(images), timesteps=4, finetune_epochs=0, weight_bitwidth=8, device="cpu", listen=4)
+    assert list(own_levels(made.ann).values()) == [4, 4]
+    with torch.no_grad():
+        assert ((made.ann(images) - net(images)).abs() < 1e-5).float().mean() > 0.9
+        outputs = made.snn(images)
+    assert "behind" not in options or torch.equal(outputs, outputs.round())
+
+
+def test_another_rounding_beside_it_is_still_refused_by_name():
+    net = Between(inside=Function(lambda x: torch.round(x.relu() * 4) / 4))
+    with pytest.raises(ValueError, match=r"^round1 \(inside\): spikes cannot compute round inside of a network"):
+        convert_network(net, data(torch.rand(8, 2, 8, 8)), finetune_epochs=0, device="cpu")
+
+
+def test_an_ann_layer_goes_on_rounding(tmp_path):
+    torch.manual_seed(0)
+    net, images = Between().eval(), torch.rand(8, 2, 8, 8)
+    options = {"timesteps": 4, "finetune_epochs": 0, "weight_bitwidth": 32, "device": "cpu", "correction": "none"}
+    snn = convert_network(net, data(images), ann_layers=("conv1", "inside"), listen=4, **options).snn
+    assert snn.spiking_layers() == ["relu2"] and own_levels(snn) == {"relu1": 4}
+    torch.save(snn, tmp_path / "snn.pth")
+    with torch.no_grad():
+        for each in (snn, load_dag(str(tmp_path / "snn.pth"))):
+            assert ((each(images) - net(images)).abs() < 1e-5).float().mean() > 0.9
+
+
+def test_different_levels_are_said_without_a_number_of_timesteps():
+    dag = parse_ann_model(Between(levels=(2, 4)), torch.rand(2, 2, 8, 8))
+    assert own_levels_in_words(dag) == "activations: 2 to 4 levels in 2 layers, the network's own, which are kept"
+
+
+@pytest.mark.parametrize("levels, are_kept", [(65536, True), (65537, False)])
+def test_more_levels_than_a_network_can_have_are_refused(levels, are_kept):
+    net = Between(inside=Function(lambda x: torch.round(x.clamp(0, levels))))
+    dag = parse_ann_model(net, torch.rand(2, 2, 8, 8))
+    assert (levels in own_levels(dag).values()) == are_kept
+
+
+@pytest.mark.parametrize("kind", [ClipFloorShift, LearnedSteps, RoundedFirst])
+def test_layers_of_one_dimension(kind):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv1d(2, 6, 3), kind(4, 0.75), nn.Conv1d(6, 4, 3), kind(4, 0.75), nn.Flatten(), nn.Linear(16, 3)
+    )
+    images = torch.rand(8, 2, 8)
+    made = convert_network(net, data(images), timesteps=4, finetune_epochs=0, weight_bitwidth=8, device="cpu", listen=4)
+    assert list(own_levels(made.ann).values()) == [4, 4]
+    with torch.no_grad():
+        assert ((made.ann(images) - net(images)).abs() < 1e-5).float().mean() > 0.9
+
+
 def test_fake_quantization_is_refused_with_what_to_write():
     net = Other(lambda x: torch.fake_quantize_per_tensor_affine(x.relu(), 0.1, 0, 0, 15))
     said = (
@@ -280,8 +374,8 @@ def test_the_command_says_that_levels_are_kept(tmp_path, monkeypatch, capsys):
     flags = "mine.py:net --dataset mine.py:data --ann_weight net.pth -e 0 --weight_bitwidth 8 --avgpool fold"
     ann2snn.main(ann2snn.parse_args([*flags.split(), "--timesteps", "4", "--listen", "4", "--expect_top1", "100"]))
     assert (
-        "activations: 4 levels in 3 layers, the network's own, which are kept; T timesteps have T levels, and with "
-        "--timesteps 4 --listen 4 the spikes are these levels\n"
+        "activations: 4 levels in 3 layers, the network's own, which are kept; with --timesteps 4 --listen 4 the "
+        "spikes are these levels\n"
     ) in capsys.readouterr().err
     snn = load_dag("out_snn.pth")
     assert (snn(images) - net(images)).abs().max() < 0.2 * net(images).abs().max()  # 8-bit weights
