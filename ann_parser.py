@@ -369,7 +369,11 @@ class Trace(TorchFunctionMode):
         return output
 
     def refuse_traced_weights(self, function, weight, bias):
-        """Raise NotImplementedError for weights that are computed from the network's input."""
+        """Raise NotImplementedError for weights that are no tensors, or are computed from the network's input."""
+        for value in (weight, bias):
+            if value is not None and not isinstance(value, torch.Tensor):  # as Brevitas' quantized weights
+                kind = type(value).__name__
+                self.refuse(function, f"its weights are of the type {kind}, give the same network with plain layers")
         if self.is_traced([weight, bias]):
             self.refuse(function, "the weights must not be computed from the input")
 

@@ -345,6 +345,29 @@ def test_layers_of_one_dimension(kind):
         assert ((made.ann(images) - net(images)).abs() < 1e-5).float().mean() > 0.9
 
 
+class Wrapped:
+    """A weight with more than its values, as the quantized ones of Brevitas."""
+
+    def __init__(self, value):
+        self.value, self.shape = value, value.shape
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return function(*[x.value if isinstance(x, cls) else x for x in args], **(kwargs or {}))
+
+
+def test_weights_that_are_no_tensors_are_refused_with_what_to_give():
+    class Layer(nn.Conv2d):
+        def forward(self, x):
+            return nn.functional.conv2d(x, Wrapped(self.weight), self.bias)
+
+    net = nn.Sequential(Layer(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 6), nn.Flatten())
+    assert net(torch.rand(2, 2, 8, 8)).shape == (2, 3)
+    said = "^torch.nn.functional.conv2d in 0 cannot be converted: its weights are of the type Wrapped, give "
+    with pytest.raises(NotImplementedError, match=said):
+        parse_ann_model(net, torch.rand(2, 2, 8, 8))
+
+
 def test_fake_quantization_is_refused_with_what_to_write():
     net = Other(lambda x: torch.fake_quantize_per_tensor_affine(x.relu(), 0.1, 0, 0, 15))
     said = (
