@@ -237,7 +237,7 @@ def other_weights(args, net, qnet):
 def other_conversions(args, qnet):
     """Flags -> Alternative that converts the same weights in another way."""
     T, weights = args.timesteps, args.per_channel in ("weights", "both")
-    is_learnt = bool(own_levels(qnet))  # training learnt lambda, so no flag chooses it
+    is_learnt = args.activation_levels is not None or own_levels(qnet)  # training learnt lambda, no flag chooses it
     changes = []
     if 2 * T <= MOST_TIMESTEPS:
         changes.append(("timesteps", 2 * T))

@@ -328,8 +328,8 @@ def test_nothing_starts_that_would_not_end_in_time_and_epochs_are_halved(tmp_pat
     left_out = order.search(runner, record, groups, Limits(), clock)
     assert 0 <= clock.left() < 11
     late = {each.trial.name(): each.seconds for each in left_out if each.reason == order.TIME}
-    assert late["--preset calibrated"] == 161
-    assert any(trial.flags.get("spike_epochs_unlabelled") == "8" for trial in runner.started)
+    assert late["--preset calibrated"] == 201
+    assert any(trial.flags.get("spike_epochs_unlabelled") == "5" for trial in runner.started)
     assert {each.trial.preset for each in left_out if "labels" in each.reason} == {"finetuned", "specification"}
     assert "T=2, 8 bits, --preset exact: 100.00 % of 1 images" in capsys.readouterr().err
     started, clock.now = list(runner.started), -1000  # the same command again, with more time
@@ -356,7 +356,7 @@ def test_halves_end_at_one_epoch_and_the_clock_leaves_time_to_write():
     while trial is not None:
         epochs.append(shared.args(trial).spike_epochs_unlabelled)
         trial = with_fewer_epochs(trial, shared.args(trial))
-    assert epochs == [4, 2, 1]
+    assert epochs == [10, 5, 2, 1]
     assert 53 < Clock(1, start=time.monotonic()).left() <= 54 and Clock(0).left() <= 0
 
 
