@@ -73,31 +73,30 @@ def parse_ann_model(model, inputs, fold=True):
     trace = Trace(copy_of(model).eval())
     traced = trace.run(*[torch.cat([x, x]) if len(x) == 1 else x for x in inputs])
     remove_unread(traced)
+    moved = roundings_to_levels(traced, trace.shapes)
+    traced.to(inputs[0].device)  # the ops that took the place of roundings, too
     dag = copy.deepcopy(traced)
-    moved = roundings_to_levels(dag, trace.shapes)
-    dag.to(inputs[0].device)
-    plain = copy.deepcopy(dag)
     if fold:
         fold_batch_norms(dag, trace.shapes)
     dag.lint()
-    check_same_function(model, dag, plain, inputs, moved)
+    check_same_function(model, dag, traced, inputs, moved)
     return dag
 
 
-def check_same_function(model, dag, plain, inputs, moved):
+def check_same_function(model, dag, traced, inputs, moved):
     """Raise ValueError unless the graph computes what the network does.
 
-    plain: the graph before folding. moved: names of the roundings that became levels. Both are compared without these:
+    traced: the graph before folding. moved: names of the roundings that became levels. Both are compared without these:
     near the middle of two levels the least difference decides to which one an activation is rounded.
     """
     if moved:
         trace = Trace(copy_of(model).eval(), moved)
         trace.run(*inputs)
-        expected, dag, plain = trace.outputs, without_levels(dag), without_levels(plain)
+        expected, dag, traced = trace.outputs, without_levels(dag), without_levels(traced)
     else:
         with torch.no_grad(), WithoutAutocast():
             expected = copy_of(model).eval()(*[x.clone() for x in inputs])
-    check_same_output(as_tuple(expected), dag, plain, inputs, "the traced graph")
+    check_same_output(as_tuple(expected), dag, traced, inputs, "the traced graph")
 
 
 def check_example(inputs):

@@ -55,7 +55,7 @@ def convert(qnet, loader, device, options):
     qnet = prepare_conversion(as_dag(qnet, loader), options.maxpool, options.signed, options.avgpool)
     qnet.to(device).eval()
     plan = plan_conversion(qnet, options.ann_layers)
-    if options.listens_to_windows and not windows_of(qnet, options.timesteps):
+    if options.listens_to_windows and not windows_of(qnet, plan, options.timesteps):
         qnet = with_windows(qnet, loader, device, options)
     snn = copy.deepcopy(qnet)
     set_bitwidths(snn, options.weight_bitwidth)
@@ -79,8 +79,7 @@ def set_integers(snn, plan, loader, device, options):
     threshold = "mse" if options.threshold == "spikes" and options.hears_all else options.threshold
     known = options.calibration_samples, threshold, options.timesteps, options.spikes_per_channel
     statistics, shapes = calibrate(snn, plan, loader, device, *known)
-    windows = windows_of(snn, options.timesteps) if options.listens_to_windows else {}
-    windows = {name: window for name, window in windows.items() if name in plan.firing}
+    windows = windows_of(snn, plan, options.timesteps) if options.listens_to_windows else {}
     learnt = use_learnt_scales(snn, statistics) and not (windows and snn.scales_of_conversion is None)
     stretch_scales(statistics, windows, options.timesteps)
     plan.windows = windows

@@ -44,8 +44,8 @@ def with_windows(net, loader, device, options):
     has with T levels; T in all layers if none are short enough.
     """
     net = copy.deepcopy(net).to(device).eval()
-    for entry in net.ops.values():
-        entry.op.levels = None
+    for name in plan_conversion(net, options.ann_layers).firing:
+        net.ops[name].op.levels = None
     search = Search(net, loader, device, options)
     search.set_levels(search.windows(), MOST_SAMPLES)
     return net
@@ -134,17 +134,15 @@ def agreement(classes, others):
 # In the converted network
 
 
-def windows_of(net, timesteps):
-    """Op name -> window, for every op with activation levels: as many steps as it has levels, at most T."""
-    levels = {name: entry.op.levels for name, entry in net.ops.items() if entry.op.levels is not None}
-    return {name: min(each.levels, timesteps) for name, each in levels.items()}
+def windows_of(net, plan, timesteps):
+    """Op name -> window, for every op with activation levels that fires: as many steps as levels, at most T."""
+    levels = {name: net.ops[name].op.levels for name in plan.firing}
+    return {name: min(each.levels, timesteps) for name, each in levels.items() if each is not None}
 
 
 def stretch_scales(statistics, windows, timesteps):
     """Make the lambdas of windows those of T steps, in place: a spike in a window of F steps stands for lambda / F."""
     for name, window in windows.items():
-        if name not in statistics:  # a layer that stays ANN
-            continue
         statistics[name].max_o *= timesteps / window
         statistics[name].scales = statistics[name].scales * (timesteps / window)
 

@@ -22,7 +22,7 @@ def write_layer(program, entry, inputs):
         raise ValueError(f"{entry.where}: {name} cannot be written as C, leave it to the program around the C code")
     if op.levels is not None and not op.spiking:
         raise ValueError(
-            f"{entry.where} rounds its activations to levels, which C code cannot: convert the network again"
+            f"{entry.where} rounds its activations to levels, which C code cannot: take it out of --ann_layers"
         )
     if len({x.kind == "f32" for x in inputs}) > 1:
         raise ValueError(

@@ -3,9 +3,10 @@
 #
 # Expected: `torchvision.transforms.v2.functional.resize` of uint8 images gives the same uint8 images on every CPU, as
 # all of it is rounded to whole numbers in the end. It computes on bytes only where PyTorch reports AVX2 or AVX512. On
-# other processors (by its source those of ARM, too; not run there) it computes on floats and rounds, which makes some pixels one brighter or
-# darker. torch 2.14.1 itself, `torch.nn.functional.interpolate(bytes, antialias=True)`, gives the same bytes with and
-# without AVX2. Networks that were calibrated on one processor thus see other inputs on the next one. https://docs.pytorch.org/vision/stable/generated/torchvision.transforms.v2.functional.resize.html
+# other processors (by its source those of ARM, too; not run there) it computes on floats and rounds, which makes some
+# pixels one brighter or darker. torch 2.14.1 itself, `torch.nn.functional.interpolate(bytes, antialias=True)`, gives
+# the same bytes with and without AVX2. Networks that were calibrated on one processor thus see other inputs on the
+# next one. https://docs.pytorch.org/vision/stable/generated/torchvision.transforms.v2.functional.resize.html
 #
 # Needs an x86 processor with AVX2; ATEN_CPU_CAPABILITY=default stands for one without. No differences by PyTorch's own
 # function. Seen: "torchvision differs by 1 in 26.5 % of the pixels, torch in 0.0 %". Exit status 1 where that changes.

@@ -92,7 +92,7 @@ class ScalesOfConversion:
     def __call__(self, net, per_channel, keep_integers=False):
         net = copy.deepcopy(net).cpu()
         use_learnt_scales(net, self.statistics)
-        windows = windows_of(net, TIMESTEPS.most)
+        windows = windows_of(net, self.plan, TIMESTEPS.most)
         longest = max(windows.values(), default=1)
         stretch_scales(self.statistics, windows, longest)  # of no effect where all ops have the same levels
         known = net, self.plan, self.statistics, self.shapes, self.levels, per_channel

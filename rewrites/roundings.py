@@ -18,7 +18,7 @@ from spike_dag import SpikeDAGModule
 from spike_layers import FunctionOp, SpikeAdd, SpikeAffine, SpikeReLU
 from spike_neurons import ClipFloorShift
 
-ROUNDINGS = {"floor": 0.5, "round": 0.0}  # function -> the constant with which it gives the nearest integer
+TO_NEAREST = {"floor": 0.5, "round": 0.0}  # function -> the constant with which it gives the nearest integer
 NEARLY = 1e-4  # steps from a whole number: lambda / step is a quotient of float32 numbers
 
 
@@ -42,12 +42,12 @@ def is_inside(dag, name):
 
 def is_rounding(op):
     """Whether an op rounds every value to an integer."""
-    return isinstance(op, FunctionOp) and op.name in ROUNDINGS and not op.args and not op.settings
+    return isinstance(op, FunctionOp) and op.name in TO_NEAREST and not op.args and not op.settings
 
 
 def unrounded(op, x):
     """A value that a rounding would have given, without the rounding. The network then has no jumps."""
-    return x - ROUNDINGS[op.name]
+    return x - TO_NEAREST[op.name]
 
 
 def without_levels(dag):
@@ -113,7 +113,7 @@ def into_relu_behind(dag, name, shapes):
     if not isinstance(relu, SpikeReLU) or relu.levels is not None or not has_whole(relu.ceiling):
         return False
     relu.levels = ClipFloorShift(round(relu.ceiling), torch.tensor(float(relu.ceiling)))
-    replace_or_remove(dag, name, affine(shapes[entry.out][0], bias=-ROUNDINGS[entry.op.name]))
+    replace_or_remove(dag, name, affine(shapes[entry.out][0], bias=-TO_NEAREST[entry.op.name]))
     return True
 
 
@@ -127,7 +127,7 @@ def into_relu_before(dag, name, shapes):
         return False
     relu, between, factor, shift = found
     op = dag.ops[relu].op
-    if not has_whole(factor * op.ceiling) or abs(shift - ROUNDINGS[dag.ops[name].op.name]) > NEARLY:
+    if not has_whole(factor * op.ceiling) or abs(shift - TO_NEAREST[dag.ops[name].op.name]) > NEARLY:
         return False
     op.levels = ClipFloorShift(round(factor * op.ceiling), torch.tensor(float(op.ceiling)))
     for each in between:

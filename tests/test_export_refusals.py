@@ -241,7 +241,7 @@ def with_activation_levels():
 
 def test_activation_levels_are_not_written_as_c(tmp_path):
     said = refusal(write_c, with_activation_levels(), tmp_path)
-    assert said == "relu1 (1) rounds its activations to levels, which C code cannot: convert the network again"
+    assert said == "relu1 (1) rounds its activations to levels, which C code cannot: take it out of --ann_layers"
 
 
 @needs_onnxruntime

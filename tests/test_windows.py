@@ -11,6 +11,7 @@ from reference import simulate
 import ann2snn
 import conversion.correction
 import spike_simulator
+from conversion.plan import plan_conversion
 from conversion.windows import SHARES, Search, windows_of, with_windows
 from options import ConversionOptions
 from runtime.cli import run_script
@@ -135,7 +136,7 @@ def test_as_many_levels_as_the_window_has_steps():
     net = prepared(net, images)
     options = ConversionOptions(timesteps=12, weight_bitwidth=8, listen="auto")
     with_levels = with_windows(net, [(images, None)], "cpu", options)
-    windows = windows_of(with_levels, 12)
+    windows = windows_of(with_levels, plan_conversion(with_levels), 12)
     snn = trans_ann2snn_weight(with_levels, [(images, None)], "cpu", 12, 8, listen="auto")
     assert {name: neuron.window for name, neuron in snn.neurons().items()} == windows
     assert windows == {name: entry.op.levels.levels for name, entry in with_levels.ops.items() if entry.op.levels}
