@@ -14,6 +14,7 @@ from torch import nn
 from layers.joining import SpikePad, ViewOp
 from layers.pooling import SpikeAvgPool2d, SpikeMaxPool2d, dims_of
 from layers.pooling import record_interpolate as pooling_interpolate
+from layers.resampling import PADDINGS, record_padding
 from layers.weighted import SpikeConv2d, SpikeConvTranspose2d
 
 
@@ -151,11 +152,16 @@ def record_interpolate(trace, function, input, size=None, scale_factor=None, mod
     return trace.lines.along(record, function, input, beside(1, size), beside(1, scale_factor), mode, *args, **options)
 
 
-def record_pad(trace, function, input, pad, *args, **kwargs):
+def record_pad(trace, function, input, pad, mode="constant", value=None):
     """Record a padding of lines or maps."""
-    if input.dim() != 3 or len(pad) != 2:
-        return SpikePad.traced(trace, function, input, pad, *args, **kwargs)
-    return trace.lines.along(SpikePad.traced, function, input, pad, *args, **kwargs)
+    is_line = input.dim() == 3 and len(pad) == 2
+    if mode in PADDINGS:
+        record, options = record_padding, ([*pad, 0, 0] if is_line else [*pad], mode)
+    else:
+        record, options = SpikePad.traced, (pad, mode, value)
+    if is_line:
+        return trace.lines.along(record, function, input, *options)
+    return record(trace, function, input, *options)
 
 
 def of_lines_too(recorder):

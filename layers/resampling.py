@@ -6,6 +6,7 @@ pooling is a `SpikeGather`, which copies each pixel as often as it counts, and a
 """
 
 import torch
+import torch.nn.functional as F
 
 from layers.rearranging import Rearrangement
 from runtime.rules import NONE, either, several, whole
@@ -14,6 +15,7 @@ EXTENT = whole(1, 65536)
 MOST_COPIES = 64  # of the pixels of one output along one side
 MOST_COPIED = 64  # pixels of the map of copies, for each pixel of the larger map: its spikes are held in memory
 AT_A_TIME = 16  # impulses
+PADDINGS = ("reflect", "replicate", "circular")  # modes of F.pad whose new pixels are copies
 SAME_WEIGHT = 1e-5  # largest rounding error of a weight, times the number of copies
 
 
@@ -152,3 +154,12 @@ def record_copies(trace, input, places, any_size=False):
     else:
         name, op = "upsample", SpikeRepeat(factors, None if any_size else size)
     return trace.record(name, op, [input], op.activation(input))
+
+
+def record_padding(trace, function, input, pads, mode):
+    """Record a padding of [B, C, H, W] whose new pixels are copies, with the pads and mode of F.pad."""
+    if input.dim() != 4 or len(pads) != 4:
+        trace.refuse(function, f"mode='{mode}' pads height and width alone, with two or four numbers")
+    sides = zip(input.shape[-2:], (pads[2:], pads[:2]))
+    places = [F.pad(torch.arange(float(extent))[None], tuple(each), mode)[0].long() for extent, each in sides]
+    return record_copies(trace, input, places)

@@ -114,10 +114,12 @@ def part_of_sequence(node, parts, position):
     return parts[int(position)]
 
 
+PADDINGS = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}  # ONNX -> PyTorch
+
+
 def pad(node, x, pads=None, value=None, axes=None):
-    """Zero padding, or with another constant."""
-    if node.attribute("mode", "constant") != "constant":
-        node.refuse(f"it pads with mode {node.attribute('mode')}, constants are supported")
+    """Zero padding, or with another constant, or with copies of pixels."""
+    mode = PADDINGS[node.attribute("mode", "constant")]
     pads = node.attribute("pads") if pads is None else pads.ravel().tolist()
     value = node.attribute("value", 0.0) if value is None else as_written(value.ravel()[0])
     axes = list(range(x.dim())) if axes is None else [axis % x.dim() for axis in axes.ravel().tolist()]
@@ -131,6 +133,10 @@ def pad(node, x, pads=None, value=None, axes=None):
     first = next((i for i in range(1, x.dim()) if begins[i] or ends[i]), None)
     if first is None:
         return x
+    if mode != "constant":
+        if first == 1:
+            node.refuse(f"it pads channels with mode {node.attribute('mode')}, only height and width can be padded so")
+        return F.pad(x, torch_pads(begins[2:], ends[2:]), mode)
     first = min(first, max(1, x.dim() - 2))  # height and width, together
     return F.pad(x, torch_pads(begins[first:], ends[first:]), value=value)
 

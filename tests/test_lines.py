@@ -29,6 +29,8 @@ TRACED = {
     "AdaptiveAvgPool1d, uneven": (nn.AdaptiveAvgPool1d(3), ["gather1", "avg_pool1", "view2"]),
     "AdaptiveMaxPool1d": (nn.AdaptiveMaxPool1d(4), ["max_pool1", "view2"]),
     "ZeroPad1d": (nn.ZeroPad1d((1, 2)), ["pad1", "view2"]),
+    "ReflectionPad1d": (nn.ReflectionPad1d((1, 2)), ["gather1", "view2"]),
+    "conv of circular lines": (nn.Conv1d(4, 2, 3, padding=1, padding_mode="circular"), ["gather1", "conv2", "view2"]),
     "Upsample": (nn.Upsample(scale_factor=2), ["upsample1", "view2"]),
     "Upsample to a size": (nn.Upsample(20), ["gather1", "view2"]),
     "Upsample, linear": (nn.Upsample(scale_factor=2, mode="linear"), ["gather1", "avg_pool1", "view2"]),
@@ -57,7 +59,7 @@ def test_function_is_traced(layer, ops):
 
 REFUSED = {
     "a map": (nn.Sequential(nn.Unflatten(2, (2, 4)), Call(lambda x: F.avg_pool1d(x, 2))), "avg_pool1d", "[B, C, L]"),
-    "reflected": (nn.ReflectionPad1d(1), "pad", "only zeros"),
+    "padded with ones": (nn.ConstantPad1d(1, 1.0), "pad", "only zeros and copies"),
     "indices": (nn.MaxPool1d(2, return_indices=True), "max_pool1d", "indices of the maxima"),
     "mean over channels": (lambda x: x.mean(1), "mean", "only over height and width"),
     "weights of the input": (lambda x: F.conv1d(x, x), "conv1d", "must not be computed from the input"),

@@ -73,7 +73,10 @@ REFUSED = {
         model(node("MaxPool", "x", "p i", kernel_shape=[2, 2]), node("Cast", "i", to=1)),
         "its further output i is read",
     ),
-    "reflect": (model(node("Pad", "x p", mode="reflect"), p=whole(0, 0, 1, 1, 0, 0, 1, 1)), "pads with mode reflect"),
+    "reflect": (
+        model(node("Pad", "x p", mode="reflect"), p=whole(0, 1, 0, 0, 0, 0, 0, 0)),
+        "pads channels with mode reflect",
+    ),
     "pad_batch": (model(node("Pad", "x p"), p=whole(1, 0, 0, 0, 0, 0, 0, 0)), "images of a batch"),
     "linear_resize": (model(node("Resize", "x - s", mode="linear"), s=np.float32([1, 1, 2, 2])), "mode linear"),
     "half_factor": (model(node("Resize", "x - s"), s=np.float32([1, 1, 1.5, 2])), "resizes by [1.0, 1.0, 1.5, 2.0]"),

@@ -57,6 +57,11 @@ TRACED = {
     "mean over the width": (lambda x: x.mean(-1), ["avg_pool1", "view1"]),
     "mean over the height": (lambda x: torch.mean(x, 2, True), ["avg_pool1"]),
     "mean along axes": (lambda x: x.mean(axis=(2, 3)), ["avg_pool1", "view1"]),
+    "ReflectionPad2d": (nn.ReflectionPad2d((1, 2, 0, 3)), ["gather1"]),
+    "ReplicationPad2d": (nn.ReplicationPad2d(2), ["gather1"]),
+    "CircularPad2d": (nn.CircularPad2d((0, 8, 1, 0)), ["gather1"]),
+    "reflected and cropped": (lambda x: F.pad(x, (2, -1, 0, 0), "reflect"), ["gather1"]),
+    "conv of circular maps": (nn.Conv2d(4, 2, 3, padding="same", padding_mode="circular"), ["gather1", "conv2"]),
     "amax": (lambda x: x.amax((2, 3)), ["max_pool1", "view1"]),
     "torch.amax": (lambda x: torch.amax(x, -1, True), ["max_pool1"]),
 }
@@ -91,6 +96,8 @@ LAYERS = {
     "part windows": nn.AvgPool2d(3, 2, 1, ceil_mode=True),
     "padding not counted": nn.AvgPool2d(3, 2, 1, count_include_pad=False),
     "another divisor": nn.AvgPool2d(2, divisor_override=3),
+    "reflected": nn.ReflectionPad2d((1, 2, 0, 3)),
+    "circular": nn.CircularPad2d(1),
     "sum": Call(lambda x: x.sum((2, 3), keepdim=True)),
     "mean of means": Call(lambda x: x.mean(-1, True).mean(-2, True)),
     "amax": Call(lambda x: x.amax(-1, True)),
@@ -152,7 +159,7 @@ def test_saved_networks_are_the_same(name, tmp_path):
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_random_poolings_and_sizes_are_traced(data):
-    """Kernel, stride, padding, ceil_mode and size drawn at random, and the size that an adaptive pooling has."""
+    """Kernel, stride, padding, ceil_mode and size drawn at random, sizes of adaptive poolings, paddings of copies."""
     draw = data.draw
     height, width = draw(st.integers(4, 9)), draw(st.integers(4, 9))
     kernel, padding = draw(st.tuples(st.integers(2, 4), st.integers(2, 4))), draw(st.sampled_from([0, 1, (0, 1)]))
@@ -160,6 +167,8 @@ def test_random_poolings_and_sizes_are_traced(data):
     size = draw(st.tuples(st.integers(1, 12), st.integers(1, 12)))
     kinds = [nn.AvgPool2d(kernel, draw(st.integers(1, 3)), padding, **options), nn.AdaptiveMaxPool2d(size)]
     kinds += [nn.AdaptiveAvgPool2d(size), nn.Upsample(size), nn.Upsample(size, mode="nearest-exact")]
+    pads, mode = draw(st.tuples(*[st.integers(-1, 3)] * 4)), draw(st.sampled_from(["reflect", "replicate", "circular"]))
+    kinds += [Call(lambda x: F.pad(x, pads, mode))]
     layer = draw(st.sampled_from(kinds))
     try:
         trace_and_compare(layer, (2, height, width))

@@ -48,7 +48,7 @@ REFUSED = {
         "adaptive_max_pool2d",
         "indices of the maxima",
     ),
-    "ReflectionPad2d": (nn.ReflectionPad2d(1), "pad", "only zeros"),
+    "reflected channels": (lambda x: F.pad(x[:, None], (1, 1, 1, 1, 1, 1), "reflect"), "pad", "height and width alone"),
     "pad with ones": (lambda x: F.pad(x, (1, 1), value=1.0), "pad", "only zeros"),
     "x * x": (lambda x: x * x, "mul", "no product or quotient of two activations"),
     "squeeze and excite": (lambda x: x * x.mean([2, 3], True), "mul", "no product or quotient of two activations"),
