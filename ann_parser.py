@@ -52,13 +52,14 @@ SAME_SHARE = 1e-4
 ROUNDINGS = 10
 
 
-def parse_ann_model(model, inputs, fold=True):
+def parse_ann_model(model, inputs, fold=True, takes_gates=False):
     """A SpikeDAGModule with the function of `model.eval()` and its own copy of the weights.
 
     inputs: a tensor or tuple of example inputs, [B, C, H, W] each. The batch size is not recorded. fold: fold each
     BatchNorm into the layer before or behind it if that is exact (`fold_batch_norms`). Dropout and identities leave no
-    op. Weights shared by two calls become two copies. A float16 or bfloat16 network is traced as a float32 copy, on
-    float32 copies of `inputs`, with autocast off. `model` and torch are not changed, even after an error.
+    op. takes_gates: record gates (`GateOp`), for `dag_rewrites.replace_gates`, instead of refusing them. Weights shared
+    by two calls become two copies. A float16 or bfloat16 network is traced as a float32 copy, on float32 copies of
+    `inputs`, with autocast off. `model` and torch are not changed, even after an error.
 
     Raises NotImplementedError for a function that cannot be traced; the message gives its name, its module path and
     advice. Raises ValueError for weights, inputs or outputs that are not finite, if the network cannot run on `inputs`
@@ -70,7 +71,7 @@ def parse_ann_model(model, inputs, fold=True):
     check_finite_weights(model)
     model, inputs = in_float32(model), tuple(as_float32(x) for x in inputs)
     # at least two images: a view that mixes batch and channels can go unnoticed with one
-    trace = Trace(copy_of(model).eval())
+    trace = Trace(copy_of(model).eval(), takes_gates=takes_gates)
     traced = trace.run(*[torch.cat([x, x]) if len(x) == 1 else x for x in inputs])
     remove_unread(traced)
     moved = roundings_to_levels(traced, trace.shapes)
@@ -90,7 +91,7 @@ def check_same_function(model, dag, traced, inputs, moved):
     near the middle of two levels the least difference decides to which one an activation is rounded.
     """
     if moved:
-        trace = Trace(copy_of(model).eval(), moved)
+        trace = Trace(copy_of(model).eval(), moved, takes_gates=True)
         trace.run(*inputs)
         expected, dag, traced = trace.outputs, without_levels(dag), without_levels(traced)
     else:
@@ -220,12 +221,12 @@ class Trace(TorchFunctionMode):
     names: id of a tensor -> its node, None after its memory was overwritten. lines: which of them are stored with one
     dimension more. shapes: node -> shape of a sample. kept: the tensors themselves, kept alive so that no id is used
     twice. paths: module paths of the modules that are running, innermost last. outputs: what the network returned.
-    left_out: names of roundings that are not computed.
+    left_out: names of roundings that are not computed. takes_gates: whether a gate is recorded, and not refused.
     """
 
-    def __init__(self, model, left_out=()):
+    def __init__(self, model, left_out=(), takes_gates=False):
         super().__init__()
-        self.model, self.left_out, self.outputs = model, left_out, None
+        self.model, self.left_out, self.takes_gates, self.outputs = model, left_out, takes_gates, None
         self.dag = SpikeDAGModule()
         self.recorders = dict(wrapped_functions.values())
         self.names = {}
@@ -328,6 +329,14 @@ class Trace(TorchFunctionMode):
     def on_image(self, tensor):
         """Whether a tensor is an input of the network, or is computed from inputs by layers without weights only."""
         return holds_image(self.dag, self.stored_node(tensor))
+
+    def is_computed_from(self, tensor, other):
+        """Whether a tensor is the output of ops that read another one, directly or through other ops."""
+        reached = {self.stored_node(other)}
+        for entry in self.dag.ops.values():
+            if not reached.isdisjoint(entry.inputs):
+                reached.add(entry.out)
+        return tensor is not other and self.stored_node(tensor) in reached
 
     def is_rectified(self, tensor):
         """Whether a tensor is the output of a ReLU."""

@@ -7,9 +7,11 @@
     split_signs          a layer that reads values of either sign reads relu(x) and relu(-x) instead
                          (both in `rewrites/signs.py`)
     replace_activations  SiLU, GELU, tanh, ... -> ReLU: another function, to be finetuned
+    replace_gates        squeeze-and-excitation -> constant factors: another function, to be finetuned
+                         (`rewrites/gates.py`)
     equalize_channels    equally large weights in all output channels of a layer
 
-The first four change the SpikeDAGModule that they are given; the last two return a copy.
+The first four change the SpikeDAGModule that they are given; the last three return a copy.
 """
 
 import copy
@@ -18,6 +20,7 @@ from collections import Counter
 import torch
 
 from options import check_option
+from rewrites.gates import gates_in_words, replace_gates
 from rewrites.graph import has_weights_behind, read_instead, replace_op
 from rewrites.signs import split_leaky_relus, split_signs
 from spike_layers import (
@@ -27,6 +30,17 @@ from spike_layers import (
     SpikeMaxPool2d,
     SpikeReLU,
 )
+
+__all__ = [
+    "DEFAULT_MAXPOOL",
+    "equalize_channels",
+    "gates_in_words",
+    "pool_behind_relus",
+    "prepare_conversion",
+    "replace_activations",
+    "replace_gates",
+    "replaced_in_words",
+]
 
 DEFAULT_MAXPOOL = "gate"  # exact at every step: the pooled count is the largest count of its window
 

@@ -319,7 +319,7 @@ def main(args):
 
     from ann_parser import parse_ann_model
     from build_network import choose_input, get_net_by_name
-    from dag_rewrites import prepare_conversion, replace_activations
+    from dag_rewrites import prepare_conversion, replace_activations, replace_gates
     from hw_constraints import bitwidths_by_name, choose_bitwidths, hardware_layers
     from spike_dag import format_table
     from spike_simulator import node_shapes
@@ -332,7 +332,9 @@ def main(args):
     first = next((m.in_channels for m in net.modules() if hasattr(m, "in_channels")), wanted)
     channels = args.in_channels or args.channels or first
     size = (args.image_size, args.image_size) if isinstance(args.image_size, int) else args.image_size
-    dag = parse_ann_model(net, (torch.zeros(1, channels, *size),))
+    images = (torch.zeros(1, channels, *size),)
+    dag = parse_ann_model(net, images, takes_gates=args.replace_gates is not None)
+    dag, _ = replace_gates(dag, images)
     dag, _ = replace_activations(dag, args.replace_activations)
     dag = prepare_conversion(dag, args.maxpool, args.signed, args.avgpool)
     layers = hardware_layers(dag, args.ann_layers)

@@ -236,6 +236,15 @@ class QuantizeOptions(WeightOptions):
         word="activation function",
         default_help="such a network is refused",
     )
+    replace_gates: str = option(
+        None,
+        "put constants in the place of gates, as of squeeze-and-excitation: the mean of each channel's factors over "
+        "--calibration_samples images. The network is then another one and has to be finetuned",
+        "what a layer leaves open",
+        choices=("mean",),
+        word="replacement of gates",
+        default_help="such a network is refused",
+    )
     rounding: str = option(
         "nearest",
         "how weights become integers without finetuning: each to the nearest one (nearest), or layer by layer so that "

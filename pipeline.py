@@ -23,8 +23,10 @@ from conversion.plan import plan_conversion
 from dag_rewrites import (
     DEFAULT_MAXPOOL,
     equalize_channels,
+    gates_in_words,
     prepare_conversion,
     replace_activations,
+    replace_gates,
     replaced_in_words,
 )
 from datasets import DATASETS, DETECTION_DATASETS, check_dataset_name
@@ -141,7 +143,9 @@ def convert_network(net, train_loader, test_loader=None, *, criterion=None, pres
     check_module(net)
     train_loader = reusable(loader_for(net, batches_of_dataset(train_loader, shuffle=True)))
     test_loader = None if test_loader is None else reusable(loader_for(net, batches_of_dataset(test_loader)))
-    graph, _ = replace_activations(as_dag(net, train_loader), args.replace_activations)
+    graph = as_dag(net, train_loader, takes_gates=args.replace_gates is not None)
+    place = next((p.device for p in graph.parameters()), device)
+    graph, _ = replace_unspikable(graph, args, lambda: first_inputs(train_loader, place, args.calibration_samples))
     graph = prepare_conversion(graph, args.maxpool, args.signed, args.avgpool)
     plan_conversion(graph, args.ann_layers)  # what cannot be converted is refused before the finetuning
     args.weight_bitwidth = choose_bitwidths(graph, args.weight_bitwidth, HARDWARE[DEFAULT_CHIP], args.ann_layers)
@@ -358,8 +362,8 @@ def load_network(args, images):
     """
     name, net_args = args.net_name, getattr(args, "net_args", None)
     raw_net = build_trained_net(name, images.channels, images.num_classes, args.ann_weight, net_args)
-    net = trace(raw_net, images)
-    net, replaced = replace_activations(net, getattr(args, "replace_activations", None))
+    net = trace(raw_net, images, takes_gates=getattr(args, "replace_gates", None) is not None)
+    net, replaced = replace_unspikable(net, args, lambda: evenly_spaced(images, args.calibration_samples))
     net = prepare_conversion(net, args.maxpool, args.signed, args.avgpool)
     tell_choices(net, args, images, replaced)
     plan_conversion(net, args.ann_layers)
@@ -370,6 +374,26 @@ def load_network(args, images):
     check_outputs(net, args.net_name, images)
     check_limits(net, args)
     return net, args
+
+
+def replace_unspikable(net, args, choose_inputs):
+    """`net, words`: a traced network with what `args` puts in the place of gates and activation functions.
+
+    choose_inputs: called for the images of the gates' means, a tuple of [N, ...]. words: what was replaced, by line.
+    """
+    words = []
+    if getattr(args, "replace_gates", None) is not None:
+        inputs = choose_inputs()
+        net, spreads = replace_gates(net, inputs)
+        words.append(gates_in_words(spreads, len(inputs[0])))
+    net, replaced = replace_activations(net, getattr(args, "replace_activations", None))
+    return net, [line for line in (*words, replaced_in_words(replaced)) if line]
+
+
+def evenly_spaced(images, most):
+    """At most `most` inputs of a data set, (x [N, ...],), evenly spaced, because some sets are sorted by class."""
+    step = -(-len(images) // most)
+    return (torch.stack([images[i][0] for i in range(0, len(images), step)]),)
 
 
 def tell_choices(net, args, images, replaced):
@@ -387,8 +411,8 @@ def tell_choices(net, args, images, replaced):
         print(said + training, file=sys.stderr)
     if own_levels(net) and args.activation_levels is None:
         print(own_levels_in_words(net), file=sys.stderr)
-    if replaced:
-        print(f"{replaced_in_words(replaced)}: another network, whose accuracy needs finetuning", file=sys.stderr)
+    for words in replaced:
+        print(f"{words}: another network, whose accuracy needs finetuning", file=sys.stderr)
     if args.maxpool is None and any(isinstance(entry.op, SpikeMaxPool2d) for entry in net.ops.values()):
         print(
             f"max pooling: {DEFAULT_MAXPOOL}, the largest spike count of a window passes, which needs a counter per "
@@ -405,7 +429,8 @@ def trains(args):
 
 def check_float_accuracy(result, args, train_loader):
     """Raise ValueError if the float network has not the accuracy of --expect_top1; without it, warn near chance."""
-    is_other = getattr(args, "replace_activations", None)  # another network than the one that the user measured
+    # another network than the one that the user measured
+    is_other = any(getattr(args, name, None) for name in ("replace_activations", "replace_gates"))
     if is_other or result is None or "top1" not in result:
         return
     expected, top1, samples = getattr(args, "expect_top1", None), result["top1"], result["samples"]
@@ -420,14 +445,14 @@ def check_float_accuracy(result, args, train_loader):
         print(f"warning: the float network has {top1:.2f} % ({chance}): {LOOK_AT}", file=sys.stderr)
 
 
-def trace(raw_net, images):
+def trace(raw_net, images, takes_gates=False):
     """The graph of a network, traced with the first of `images`. Raises as `parse_ann_model`.
 
     An error of the network's own code becomes a ValueError with its file and line.
     """
     image = images[0][0]
     try:
-        return parse_ann_model(raw_net, (image[None],))
+        return parse_ann_model(raw_net, (image[None],), takes_gates=takes_gates)
     except ValueError as error:
         if CANNOT_RUN not in str(error):
             raise

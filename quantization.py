@@ -493,8 +493,10 @@ def float_teacher(net, loader, device):
     return teacher
 
 
-def as_dag(net, loader):
+def as_dag(net, loader, takes_gates=False):
     """A copy of `net` as a SpikeDAGModule in float32; a plain module is traced on one image of `loader`.
+
+    takes_gates: as of `parse_ann_model`.
 
     Raises ValueError for a spiking network, which has already been converted.
     """
@@ -506,4 +508,4 @@ def as_dag(net, loader):
 
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     inputs = on_device(split_batch(first_batch(loader_for(net, loader)))[0], device, 1, type_of(net))
-    return parse_ann_model(net, inputs).float()
+    return parse_ann_model(net, inputs, takes_gates=takes_gates).float()

@@ -15,6 +15,7 @@ layer is the real-valued image, the same at every step, so its current is comput
     layers/affine.py       SpikeAffine, SpikeBiasMap, ImageAffine
     layers/signs.py        SignedReLU, LeakyReLUOp, MergeSigns
     layers/functions.py    FunctionOp
+    layers/gates.py        GateOp
     layers/joining.py      SpikeAdd, SpikeSubtract, ConcatOp, SpikePad, ViewOp
     layers/rearranging.py  SliceOp, IndexOp, PermuteOp
     layers/resampling.py   SpikeRepeat, SpikeGather: copies of pixels
@@ -25,6 +26,7 @@ from layers.activations import SoftmaxOp, SpikeBatchNorm, SpikeReLU
 from layers.affine import ImageAffine, SpikeAffine, SpikeBiasMap
 from layers.base import ANALOG, CURRENT, OP_TYPES, SPIKES, SpikeLayer
 from layers.functions import FunctionOp
+from layers.gates import GateOp
 from layers.joining import ConcatOp, SpikeAdd, SpikePad, SpikeSubtract, ViewOp, concat_scales
 from layers.pooling import SpikeAvgPool2d, SpikeMaxPool2d
 from layers.rearranging import IndexOp, PermuteOp, SliceOp
@@ -39,6 +41,7 @@ __all__ = [
     "SPIKES",
     "ConcatOp",
     "FunctionOp",
+    "GateOp",
     "ImageAffine",
     "IndexOp",
     "LeakyReLUOp",

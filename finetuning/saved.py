@@ -17,7 +17,7 @@ from runtime.files import write_torch
 from spike_dag import load_dag
 
 # Flags that decide which quantized network the finetuning makes; the conversion has to go on with them.
-OF_NETWORK = ("weight_bitwidth", "activation_levels", "equalize", "replace_activations", "signed")
+OF_NETWORK = ("weight_bitwidth", "activation_levels", "equalize", "replace_activations", "replace_gates", "signed")
 WITH_LEVELS = ("avgpool", "ann_layers")  # they decide which ops have activation levels
 
 
@@ -48,6 +48,8 @@ def read_qnet(path):
     if qnet.neurons():
         raise ValueError(f"--qnet {path} holds a spiking network, give the quantized one, {file_of_qnet(path)}")
     known = qnet.quantized_by
+    if isinstance(known, dict):
+        known.setdefault("replace_gates", None)  # a file of before this flag
     if not isinstance(known, dict) or not {*OF_NETWORK, *WITH_LEVELS, "per_channel"} <= set(known):
         raise ValueError(f"--qnet {path} holds a network without the flags of its finetuning, ann2snn.py writes them")
     return qnet

@@ -29,7 +29,8 @@ ADVICE_FOR = {
     "F.conv2d(x, weight.t()[:, :, None, None]), of flattened values a linear layer": ("tensordot",),
     "leave it out, a network is traced in one type": ("half", "bfloat16", "double", "type"),
     "spikes compute no product or quotient of two activations, only with constants: use a network without gates "
-    "(squeeze-and-excitation, attention); write x * sigmoid(x) as F.silu(x)": (
+    "(squeeze-and-excitation, attention), or replace those of one factor for each channel (--replace_gates mean); "
+    "write x * sigmoid(x) as F.silu(x)": (
         *("mul", "multiply", "rmul", "imul", "div", "divide", "true_divide", "truediv", "itruediv"),
         *("addcmul", "addcdiv", "square", "floor_divide", "remainder"),
     ),

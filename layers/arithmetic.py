@@ -15,6 +15,7 @@ from torch.overrides import resolve_name
 from layers.activations import SpikeReLU
 from layers.affine import ImageAffine, SpikeAffine, SpikeBiasMap
 from layers.base import frozen_names
+from layers.gates import GateOp, is_gate
 from layers.joining import SpikeAdd
 from layers.weighted import SpikeConv2d, SpikeLinear
 
@@ -170,15 +171,28 @@ def refuse_in_place(trace, function):
 
 
 def record_product(trace, function, input, other):
-    """input * other, where one of them is a constant."""
+    """input * other, where one of them is a constant, or a gate."""
     if trace.is_traced(input) and trace.is_traced(other):
-        trace.refuse(function)
+        return record_gate(trace, function, input, other)
     x, constant = (input, other) if trace.is_traced(input) else (other, input)
     if x is other:
         refuse_in_place(trace, function)
     factor = of_sample(trace, function, x, constant)
     trained = {"weight"} if is_trained(trace, constant) else ()
     return record_affine(trace, function, x, function(input, other), factor, trained=trained)
+
+
+def record_gate(trace, function, input, other):
+    """input * other, where one of them is a gate (`GateOp`), if the trace takes gates."""
+    if not trace.takes_gates:
+        trace.refuse(function)
+    pairs = [(x, gate) for x, gate in ((input, other), (other, input)) if is_gate(gate) and x.dim() == gate.dim()]
+    if len(pairs) == 2:  # maps of one pixel: the gate is computed from x
+        pairs = [(x, gate) for x, gate in pairs if trace.is_computed_from(gate, x)]
+    if len(pairs) != 1:
+        trace.refuse(function, "only a gate of one factor for each channel can be replaced by its mean")
+    record = trace.record_in_place if in_place(function) else trace.record
+    return record("gate", GateOp(), pairs[0], function(input, other))
 
 
 def record_quotient(trace, function, input, other, *, rounding_mode=None):

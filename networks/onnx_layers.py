@@ -464,5 +464,5 @@ LAYERS = {
     "GlobalAveragePool": activation(lambda node: GlobalPool(False)),
     "GlobalMaxPool": activation(lambda node: GlobalPool(True)),
     **{"Add": arithmetic(operator.add, True), "Sub": arithmetic(operator.sub, True)},
-    **{"Mul": arithmetic(operator.mul), "Div": arithmetic(operator.truediv), "Concat": joined},
+    **{"Mul": arithmetic(operator.mul, takes_two=True), "Div": arithmetic(operator.truediv), "Concat": joined},
 }

@@ -45,7 +45,7 @@ SHORT_PROBE, SHARE_OF_PROBE = 3, 10  # seconds at least, and one part in so many
 SHARE_OF_TRIAL = 20  # the simulation of one trial takes at most one part in so many of the time limit
 MAX_KEPT = 6  # quantized networks in memory
 # Options on which the traced network depends.
-OF_NETWORK = ("signed", "avgpool", "maxpool", "replace_activations", "ann_layers")
+OF_NETWORK = ("signed", "avgpool", "maxpool", "replace_activations", "replace_gates", "ann_layers")
 
 
 class Runner:

@@ -58,8 +58,8 @@ def average_layer(monkeypatch):
     monkeypatch.setitem(RECORDING_FUNCTIONS, SpikeAverage.traced, (torch.lerp,))
     init = Trace.__init__
 
-    def with_average(trace, model):
-        init(trace, model)
+    def with_average(trace, *args, **options):
+        init(trace, *args, **options)
         trace.recorders[torch.lerp] = SpikeAverage.traced
 
     monkeypatch.setattr(Trace, "__init__", with_average)  # the table was read when the tracer was imported

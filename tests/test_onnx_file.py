@@ -54,7 +54,7 @@ REFUSED = {
         model(node("HardSwish", "x", "r"), node("QLinearConv", "r"), opset=17),
         "the network is quantized",
     ),
-    "product": (model(node("Mul", "x x")), "the_Mul (Mul)", "no product or quotient of two activations"),
+    "quotient": (model(node("Div", "x x")), "the_Div (Div)", "no product or quotient of two activations"),
     "matmul": (model(node("MatMul", "x x")), "the_MatMul", "no product of two activations"),
     "conv_of_activations": (model(node("Conv", "x x")), "the_Conv", "a constant is supported"),
     "conv_of_constants": (model(node("Conv", "w w", "c"), node("Add", "x c"), w=W), "its input 1 is a constant"),
