@@ -53,7 +53,7 @@ def main(args):
     choose_input(args)
 
     loaders = test_loader, _, train_loader, train_val_loader = get_dataset(args)
-    net, args = load_network(args, train_loader.dataset)
+    net, args = load_network(args, train_loader, train_val_loader)
     criterion, evaluate = choose_measure(args)
     measure = partial(evaluate, loader=test_loader, device=device, criterion=criterion, keep_answers=True)
     trained_on = train_loader, train_val_loader

@@ -48,7 +48,7 @@ def main(args):
     clock = Stopwatch()
 
     loaders = test_loader, _, train_loader, train_val_loader = in_turn(lambda: get_dataset(args))
-    net, args = load_network(args, train_loader.dataset)
+    net, args = load_network(args, train_loader, train_val_loader)
     start_alike(net)
     if is_first():
         check_room(args.save_file, weight_bytes(net))

@@ -144,8 +144,7 @@ def convert_network(net, train_loader, test_loader=None, *, criterion=None, pres
     train_loader = reusable(loader_for(net, batches_of_dataset(train_loader, shuffle=True)))
     test_loader = None if test_loader is None else reusable(loader_for(net, batches_of_dataset(test_loader)))
     graph = as_dag(net, train_loader, takes_gates=args.replace_gates is not None)
-    place = next((p.device for p in graph.parameters()), device)
-    graph, _ = replace_unspikable(graph, args, lambda: first_inputs(train_loader, place, args.calibration_samples))
+    graph, _ = replace_unspikable(graph, train_loader, args)
     graph = prepare_conversion(graph, args.maxpool, args.signed, args.avgpool)
     plan_conversion(graph, args.ann_layers)  # what cannot be converted is refused before the finetuning
     args.weight_bitwidth = choose_bitwidths(graph, args.weight_bitwidth, HARDWARE[DEFAULT_CHIP], args.ann_layers)
@@ -351,19 +350,20 @@ def check_command_line(args):
         )
 
 
-def load_network(args, images):
+def load_network(args, train_loader, calibration_loader):
     """`net, args`: the trained network as a SpikeDAGModule, ready to quantize, and `args` with weight bits as numbers.
 
-    images: the training set; its first image traces the network.
+    train_loader: its first image traces the network. calibration_loader: training images without augmentation, for the
+    means of gates.
 
     Raises OSError for a weights file that cannot be read. Raises ValueError for weights that do not fit, layers that
     cannot be converted, an output other than one row of class scores (for detectors: maps of boxes), and a network over
     the limits of the chip that --hardware names.
     """
-    name, net_args = args.net_name, getattr(args, "net_args", None)
+    name, net_args, images = args.net_name, getattr(args, "net_args", None), train_loader.dataset
     raw_net = build_trained_net(name, images.channels, images.num_classes, args.ann_weight, net_args)
     net = trace(raw_net, images, takes_gates=getattr(args, "replace_gates", None) is not None)
-    net, replaced = replace_unspikable(net, args, lambda: evenly_spaced(images, args.calibration_samples))
+    net, replaced = replace_unspikable(net, calibration_loader, args)
     net = prepare_conversion(net, args.maxpool, args.signed, args.avgpool)
     tell_choices(net, args, images, replaced)
     plan_conversion(net, args.ann_layers)
@@ -376,24 +376,20 @@ def load_network(args, images):
     return net, args
 
 
-def replace_unspikable(net, args, choose_inputs):
+def replace_unspikable(net, loader, args):
     """`net, words`: a traced network with what `args` puts in the place of gates and activation functions.
 
-    choose_inputs: called for the images of the gates' means, a tuple of [N, ...]. words: what was replaced, by line.
+    loader: images for the means of gates. words: what was replaced, in a line each. Raises ValueError for a network
+    without gates, if they are to be replaced, and as `replace_gates`.
     """
     words = []
     if getattr(args, "replace_gates", None) is not None:
-        inputs = choose_inputs()
-        net, spreads = replace_gates(net, inputs)
-        words.append(gates_in_words(spreads, len(inputs[0])))
+        net, spreads = replace_gates(net, loader_for(net, loader), args.calibration_samples)
+        if not spreads:
+            raise ValueError("--replace_gates: the network has no gates, leave it out")
+        words.append(gates_in_words(spreads, args.calibration_samples))
     net, replaced = replace_activations(net, getattr(args, "replace_activations", None))
     return net, [line for line in (*words, replaced_in_words(replaced)) if line]
-
-
-def evenly_spaced(images, most):
-    """At most `most` inputs of a data set, (x [N, ...],), evenly spaced, because some sets are sorted by class."""
-    step = -(-len(images) // most)
-    return (torch.stack([images[i][0] for i in range(0, len(images), step)]),)
 
 
 def tell_choices(net, args, images, replaced):

@@ -335,7 +335,7 @@ def finetune(flags, loaders, criterion, device, finetuned, kept):
     from pipeline import Networks, load_network, quantize
 
     key, name = key_of(without(flags, after_finetuning()), default_flags()), flags.net_name
-    net, flags = load_network(flags, loaders[0].dataset)
+    net, flags = load_network(flags, *loaders)
     if key not in finetuned:
         found = kept.load(name, key)
         if found is None:

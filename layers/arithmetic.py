@@ -186,11 +186,16 @@ def record_gate(trace, function, input, other):
     """input * other, where one of them is a gate (`GateOp`), if the trace takes gates."""
     if not trace.takes_gates:
         trace.refuse(function)
-    pairs = [(x, gate) for x, gate in ((input, other), (other, input)) if is_gate(gate) and x.dim() == gate.dim()]
+    shape = torch.broadcast_shapes(input.shape, other.shape)
+    pairs = [(x, gate) for x, gate in ((input, other), (other, input)) if is_gate(gate) and x.shape == shape]
     if len(pairs) == 2:  # maps of one pixel: the gate is computed from x
         pairs = [(x, gate) for x, gate in pairs if trace.is_computed_from(gate, x)]
     if len(pairs) != 1:
-        trace.refuse(function, "only a gate of one factor for each channel can be replaced by its mean")
+        trace.refuse(
+            function,
+            "only a gate, one factor for each channel of maps, can be replaced by its mean; write x * sigmoid(x) as "
+            "F.silu(x)",
+        )
     record = trace.record_in_place if in_place(function) else trace.record
     return record("gate", GateOp(), pairs[0], function(input, other))
 

@@ -160,6 +160,8 @@ def record_padding(trace, function, input, pads, mode):
     """Record a padding of [B, C, H, W] whose new pixels are copies, with the pads and mode of F.pad."""
     if input.dim() != 4 or len(pads) != 4:
         trace.refuse(function, f"mode='{mode}' pads height and width alone, with two or four numbers")
+    if not any(pads):
+        return trace.alias(function(input, pads, mode), input)
     sides = zip(input.shape[-2:], (pads[2:], pads[:2]))
     places = [F.pad(torch.arange(float(extent))[None], tuple(each), mode)[0].long() for extent, each in sides]
     return record_copies(trace, input, places)

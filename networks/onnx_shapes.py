@@ -119,7 +119,9 @@ PADDINGS = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "
 
 def pad(node, x, pads=None, value=None, axes=None):
     """Zero padding, or with another constant, or with copies of pixels."""
-    mode = PADDINGS[node.attribute("mode", "constant")]
+    mode = PADDINGS.get(node.attribute("mode", "constant"))
+    if mode is None:
+        node.refuse(f"it pads with mode {node.attribute('mode')}, use one of {', '.join(PADDINGS)}")
     pads = node.attribute("pads") if pads is None else pads.ravel().tolist()
     value = node.attribute("value", 0.0) if value is None else as_written(value.ravel()[0])
     axes = list(range(x.dim())) if axes is None else [axis % x.dim() for axis in axes.ravel().tolist()]

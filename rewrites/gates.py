@@ -4,48 +4,73 @@ import copy
 
 import torch
 
+from layers.gates import is_gate
 from rewrites.constants import fold_batch_norms
 from rewrites.graph import replace_op
+from runtime.batches import batches_of, on_device, split_batch
 from spike_layers import GateOp, SpikeAffine
 
 AT_A_TIME = 32  # images: 96 channels of 112x112 pixels then take 154 MB
 
 
 @torch.no_grad()
-def replace_gates(dag, inputs):
+def replace_gates(dag, loader, samples):
     """`dag, spreads`: a copy of a traced network in which every gate is its mean over images, folded into weights.
 
-    inputs: images, a tuple of [N, ...]. spreads: name of each gate's op -> the mean standard deviation of its factors
-    from image to image, relative to their mean (`gates_in_words`). Everything that only computes a gate is removed.
+    loader: batches that `batches.split_batch` accepts; the first `samples` images are used. spreads: name of each
+    gate's op -> the mean standard deviation of its factors from image to image, relative to their mean
+    (`gates_in_words`). Everything that only computes a gate is removed. A network without gates is returned as it is.
+
+    Raises ValueError if there are no images, and for a gate that differs within a channel of some image.
     """
-    dag = copy.deepcopy(dag).eval()
-    measured = measure_gates(dag, inputs)
-    for name, factors in measured.items():
-        x, gate = dag.ops[name].inputs
-        affine = SpikeAffine(factors.shape[1])
-        affine.weight.copy_(factors.mean(0))
+    gates = {name: entry.inputs[1] for name, entry in dag.ops.items() if isinstance(entry.op, GateOp)}
+    if not gates:
+        return dag, {}
+    dag, spreads = copy.deepcopy(dag).eval(), {}
+    factors, shapes = measure_gates(dag, set(gates.values()), loader, samples)
+    for name, gate in reversed(gates.items()):
+        if name not in dag.ops:  # it was in the branch that computes a gate behind it
+            continue
+        affine = SpikeAffine(factors[gate].shape[1])
+        affine.weight.copy_(factors[gate].mean(0))
         affine.frozen = frozenset({"weight", "bias"})
-        replace_op(dag, name, affine.to(factors.device))
-        dag.ops[name]["in_nodes"] = (x,)
+        replace_op(dag, name, affine.to(factors[gate].device))
+        dag.ops[name]["in_nodes"] = dag.ops[name].inputs[:1]
         remove_writer(dag, gate)
-    if measured:
-        fold_batch_norms(dag, shapes_of(dag, inputs))
-        dag.lint()
-    return dag, {name: spread(factors) for name, factors in measured.items()}
+        spreads[name] = spread(factors[gate])
+    fold_batch_norms(dag, shapes)
+    dag.lint()
+    return dag, spreads
 
 
-def measure_gates(dag, inputs):
-    """Name of each gate's op -> its factors, [N, C], for images [N, ...]."""
-    names = {entry.inputs[1]: name for name, entry in dag.ops.items() if isinstance(entry.op, GateOp)}
-    writers, found = {dag.writer(node): name for node, name in names.items()}, {name: [] for name in names.values()}
+def measure_gates(dag, nodes, loader, samples):
+    """`factors, shapes`: node of a gate -> its factors, [N, C], and every node -> the shape of a sample."""
+    found, shapes, seen = {node: [] for node in nodes}, {}, 0
+    device = next((p.device for p in dag.parameters()), torch.device("cpu"))
 
-    def watch(name, current, activation):
-        if name in writers:
-            found[writers[name]].append(activation.flatten(2).mean(2))
+    def look(node, values):
+        shapes[node] = tuple(values.shape[1:])
+        if node in found:
+            if not is_gate(values):
+                name = dag.writer(node)
+                raise ValueError(
+                    f"{node if name is None else dag.where(name)} is no gate: for some images its factors differ "
+                    "within a channel, so a mean cannot replace it"
+                )
+            found[node].append(values.flatten(2)[..., 0])
 
-    for part in zip(*(x.split(AT_A_TIME) for x in inputs)):
-        dag.forward_ann(part, watch)
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    for batch in batches_of(loader):
+        inputs = on_device(split_batch(batch)[0], device, samples - seen)
+        seen += len(inputs[0])
+        for part in zip(*(x.split(AT_A_TIME) for x in inputs)):
+            for node, x in zip(dag.inputs_nodes, part):
+                look(node, x)
+            dag.forward_ann(part, lambda name, current, values: look(dag.ops[name].out, values))
+        if seen >= samples:
+            break
+    if not seen:
+        raise ValueError("no images for the means of gates, the data loader is empty")
+    return {node: torch.cat(parts) for node, parts in found.items()}, shapes
 
 
 def spread(factors):
@@ -66,21 +91,10 @@ def remove_writer(dag, node):
         remove_writer(dag, read)
 
 
-def shapes_of(dag, inputs):
-    """Node -> shape of a sample."""
-    shapes = {node: tuple(x.shape[1:]) for node, x in zip(dag.inputs_nodes, inputs)}
-
-    def watch(name, current, activation):
-        shapes[dag.ops[name].out] = tuple(activation.shape[1:])
-
-    dag.forward_ann([x[:1] for x in inputs], watch)
-    return shapes
-
-
-def gates_in_words(spreads, images):
-    """The spreads of `replace_gates` in words, "" without gates. images: over how many the means are."""
+def gates_in_words(spreads, samples):
+    """The spreads of `replace_gates` in words, "" without gates. samples: the most images that the means are over."""
     if not spreads:
         return ""
     gates = "1 gate by its mean" if len(spreads) == 1 else f"{len(spreads)} gates by their means"
     share = sum(spreads.values()) / len(spreads)
-    return f"replaced {gates} over {images} images, from which the factors of an image differ by {share:.0%}"
+    return f"replaced {gates} over {samples} images, from which the factors of an image differ by {share:.0%}"

@@ -60,11 +60,12 @@ class Runner:
 
     def network(self, args):
         """`net, args` of `pipeline.load_network`, once for the same options; what it says is said once."""
-        key = repr([getattr(args, name) for name in (*OF_NETWORK, "weight_bitwidth")])
+        of_gates = ("calibration_samples",) if args.replace_gates else ()
+        key = repr([getattr(args, name) for name in (*OF_NETWORK, "weight_bitwidth", *of_gates)])
         if key not in self.networks:
             hush = contextlib.redirect_stderr(io.StringIO()) if self.networks else contextlib.nullcontext()
             with hush:
-                net, loaded = load_network(args, self.loaders[0].dataset)
+                net, loaded = load_network(args, self.loaders[0], self.images.calibration)
             self.networks[key] = net.to(self.device), loaded.weight_bitwidth
         net, bits = self.networks[key]
         args = copy.copy(args)
@@ -90,7 +91,7 @@ class Runner:
         known |= {name: getattr(args, name) for name in OF_NETWORK}
         if options.activation_levels is None and not own_levels(self.network(args)[0]):
             del known["per_channel"]  # scales of spikes are the conversion's
-        if options.activation_levels is not None or options.rounding == "learnt":
+        if options.activation_levels is not None or options.rounding == "learnt" or args.replace_gates:
             known["calibration_samples"] = args.calibration_samples
         return repr(known)
 

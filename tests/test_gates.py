@@ -87,7 +87,7 @@ def test_a_gate_is_traced_and_replaced_by_its_mean(name):
     with torch.no_grad():
         assert largest_difference(dag(images), net(images)) < 1e-5
         expected, factors = with_mean(net, gated, images)
-        replaced, spreads = replace_gates(dag, (images,))
+        replaced, spreads = replace_gates(dag, [(images, None)], 100)
         assert largest_difference(replaced(images), expected(images)) < 1e-5
         assert largest_difference(replaced(images), net(images)) > 1e-3  # another network
         assert largest_difference(dag(images), net(images)) < 1e-5  # the graph that was given stays
@@ -104,6 +104,12 @@ LAYERS = {
     ),
     "of one pixel": lambda gated: nn.Sequential(nn.Conv2d(2, 4, 6), nn.ReLU(), gated, nn.Conv2d(4, 3, 1)),
     "of lines": lambda gated: nn.Sequential(nn.Flatten(2), nn.Conv1d(2, 4, 3), nn.ReLU(), gated, nn.Conv1d(4, 3, 1)),
+    "twice": lambda gated: nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.ReLU(), Gated(4, lambda x, gate: x * gate * gate), gated, nn.Conv2d(4, 3, 1)
+    ),
+    "in the branch of a gate": lambda gated: nn.Sequential(
+        nn.Conv2d(2, 4, 3), Gated(4, last=lambda x: torch.sigmoid(gated(x[:, :, None, None]).flatten(1))), nn.ReLU()
+    ),
     "clipped": lambda gated: nn.Sequential(nn.Conv2d(2, 4, 3), Gated(4, last=F.hardsigmoid), gated, nn.ReLU()),
 }
 
@@ -119,8 +125,8 @@ def test_gates_stand_anywhere(name):
         means = [each.seen.mean(0) for each in gates]
         for gated, mean in zip(gates, means):
             gated.constant = mean
-        replaced, spreads = replace_gates(dag, (images,))
-        assert len(spreads) == len(gates)
+        replaced, spreads = replace_gates(dag, [(images, None)], 100)
+        assert len(spreads) == {"between two gates": 2, "twice": 3, "clipped": 2}.get(name, 1)
         assert largest_difference(replaced(images), net(images)) < 1e-5
 
 
@@ -131,7 +137,7 @@ def test_activations_of_a_gate_count_as_they_are():
     net, images = network(gated), torch.rand(20, 2, 6, 6)
     dag = parse_ann_model(net, (images[:1],), takes_gates=True)
     assert sum(isinstance(entry.op, FunctionOp) for entry in dag.ops.values()) == 2
-    replaced, _ = replace_gates(dag, (images,))
+    replaced, _ = replace_gates(dag, [(images, None)], 100)
     replaced, counted = replace_activations(replaced)
     assert not counted
     with torch.no_grad():
@@ -149,14 +155,54 @@ REFUSED = {
     "a square": lambda x: x * x,
     "swish": lambda x: x * torch.sigmoid(x),
     "two gates": lambda x: x.mean((2, 3), keepdim=True) * x.amax((2, 3), keepdim=True),
+    "more channels": lambda x: x[:, :1] * x.mean((2, 3), keepdim=True),
+    "features": lambda x: x.mean((2, 3)) * x.amax((2, 3)),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_products_are_refused(name):
     net = nn.Sequential(nn.Conv2d(2, 4, 3), Call(REFUSED[name]))
-    with pytest.raises(NotImplementedError, match="only a gate of one factor for each channel"):
+    with pytest.raises(NotImplementedError, match="only a gate, one factor for each channel of maps, can"):
         parse_ann_model(net, (torch.rand(2, 2, 6, 6),), takes_gates=True)
+
+
+def test_a_gate_that_differs_from_place_to_place_on_other_images_is_refused():
+    net = nn.Sequential(nn.Conv2d(2, 4, 1), Call(lambda x: x.relu() * (x - 2).relu()))
+    net[0].weight.data.fill_(1), net[0].bias.data.zero_()
+    dag = parse_ann_model(net, (torch.rand(1, 2, 6, 6),), takes_gates=True)  # the second factor is 0 here
+    with pytest.raises(
+        ValueError, match=r"relu2 \(1\) is no gate: for some images its factors differ within a channel"
+    ):
+        replace_gates(dag, [(3 * torch.rand(2, 2, 6, 6), None)], 2)
+    with pytest.raises(ValueError, match="no images for the means of gates, the data loader is empty"):
+        replace_gates(dag, [], 2)
+
+
+def test_an_input_can_be_a_gate():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 4, 3)
+
+        def forward(self, x, scale):
+            return F.relu(self.conv(x) * scale)
+
+    net, images, scales = Scaled(), torch.rand(7, 2, 6, 6), torch.rand(7, 4, 1, 1)
+    dag = parse_ann_model(net, (images[:2], scales[:2]), takes_gates=True)
+    replaced, _ = replace_gates(dag, [((images, scales), None)], 7)
+    with torch.no_grad():
+        assert largest_difference(replaced(images, scales), net(images, scales.mean(0))) < 1e-6
+
+
+def test_only_as_many_images_count_as_are_asked_for():
+    torch.manual_seed(4)
+    gated = Gated(4)
+    net, images = network(gated), torch.rand(90, 2, 6, 6)
+    dag = parse_ann_model(net, (images[:1],), takes_gates=True)
+    replaced, _ = replace_gates(dag, [(part, None) for part in images.split(40)], 50)
+    with torch.no_grad():
+        assert largest_difference(replaced(images), with_mean(net, gated, images[:50])[0](images)) < 1e-5
 
 
 def test_gates_are_refused_without_the_flag():
@@ -199,7 +245,7 @@ def test_a_product_in_an_onnx_file_is_a_gate(tmp_path):
     with pytest.raises(NotImplementedError, match=r"in the_Mul cannot be converted: .*--replace_gates mean"):
         parse_ann_model(net, (images,))
     dag = parse_ann_model(net, (images,), takes_gates=True)
-    replaced, spreads = replace_gates(dag, (images,))
+    replaced, spreads = replace_gates(dag, [(images, None)], 100)
     assert len(spreads) == 1 and [type(entry.op).__name__ for entry in prepare_conversion(replaced).ops.values()] == [
         "SpikeConv2d",
         "SpikeReLU",
@@ -243,5 +289,8 @@ def test_the_command_line_says_what_it_replaces(tmp_path):
     assert refused.returncode == 2 and "--replace_gates mean" in errors_of(refused.stderr)[-1]
     made = python(*command, "--replace_gates", "mean", "--calibration_samples", "100")
     assert made.returncode == 0, made.stderr
-    assert "replaced 1 gate by its mean over 96 images, from which the factors of an image differ by " in made.stderr
+    assert "replaced 1 gate by its mean over 100 images, from which the factors of an image differ by " in made.stderr
     assert "another network, whose accuracy needs finetuning" in made.stderr
+    without = python("ann2snn.py", "example_net", "-e", "0", "--replace_gates", "mean")
+    assert without.returncode == 2
+    assert errors_of(without.stderr)[-1] == "error: --replace_gates: the network has no gates, leave it out"

@@ -391,7 +391,7 @@ def test_the_winners_command_gives_the_accuracy_that_was_recorded(tmp_path, caps
         args = ann2snn.parse_args(command[2:])
         choose_input(args)
         loaders = get_dataset(args)[2:]
-        net, args = load_network(args, loaders[0].dataset)
+        net, args = load_network(args, *loaders)
         made = Networks(net)
         quantize(args, made, loaders, torch.nn.CrossEntropyLoss(), "cpu")
         snn = convert_by_options(made.qnet, loaders[1], "cpu", args)
