@@ -334,7 +334,7 @@ def main(args):
     size = (args.image_size, args.image_size) if isinstance(args.image_size, int) else args.image_size
     images = torch.rand(2, channels, *size, generator=torch.Generator().manual_seed(0))
     dag = parse_ann_model(net, (images,), takes_gates=args.replace_gates is not None)
-    dag, _ = replace_gates(dag, [(images, None)], len(images))
+    dag, *_ = replace_gates(dag, [(images, None)], len(images))
     dag, _ = replace_activations(dag, args.replace_activations)
     dag = prepare_conversion(dag, args.maxpool, args.signed, args.avgpool)
     layers = hardware_layers(dag, args.ann_layers)

@@ -384,10 +384,10 @@ def replace_unspikable(net, loader, args):
     """
     words = []
     if getattr(args, "replace_gates", None) is not None:
-        net, spreads = replace_gates(net, loader_for(net, loader), args.calibration_samples)
+        net, spreads, images = replace_gates(net, loader_for(net, loader), args.calibration_samples)
         if not spreads:
             raise ValueError("--replace_gates: the network has no gates, leave it out")
-        words.append(gates_in_words(spreads, args.calibration_samples))
+        words.append(gates_in_words(spreads, images))
     net, replaced = replace_activations(net, getattr(args, "replace_activations", None))
     return net, [line for line in (*words, replaced_in_words(replaced)) if line]
 

@@ -15,17 +15,18 @@ AT_A_TIME = 32  # images: 96 channels of 112x112 pixels then take 154 MB
 
 @torch.no_grad()
 def replace_gates(dag, loader, samples):
-    """`dag, spreads`: a copy of a traced network in which every gate is its mean over images, folded into weights.
+    """`dag, spreads, images`: a copy of a traced network, every gate in it its mean over images, folded into weights.
 
     loader: batches that `batches.split_batch` accepts; the first `samples` images are used. spreads: name of each
     gate's op -> the mean standard deviation of its factors from image to image, relative to their mean
-    (`gates_in_words`). Everything that only computes a gate is removed. A network without gates is returned as it is.
+    (`gates_in_words`). images: how many were used. Everything that only computes a gate is removed. A network without
+    gates is returned as it is.
 
     Raises ValueError if there are no images, and for a gate that differs within a channel of some image.
     """
     gates = {name: entry.inputs[1] for name, entry in dag.ops.items() if isinstance(entry.op, GateOp)}
     if not gates:
-        return dag, {}
+        return dag, {}, 0
     dag, spreads = copy.deepcopy(dag).eval(), {}
     factors, shapes = measure_gates(dag, set(gates.values()), loader, samples)
     for name, gate in reversed(gates.items()):
@@ -40,7 +41,7 @@ def replace_gates(dag, loader, samples):
         spreads[name] = spread(factors[gate])
     fold_batch_norms(dag, shapes)
     dag.lint()
-    return dag, spreads
+    return dag, spreads, len(next(iter(factors.values())))
 
 
 def measure_gates(dag, nodes, loader, samples):
@@ -91,10 +92,10 @@ def remove_writer(dag, node):
         remove_writer(dag, read)
 
 
-def gates_in_words(spreads, samples):
-    """The spreads of `replace_gates` in words, "" without gates. samples: the most images that the means are over."""
+def gates_in_words(spreads, images):
+    """The spreads of `replace_gates` in words, "" without gates. images: how many the means are over."""
     if not spreads:
         return ""
     gates = "1 gate by its mean" if len(spreads) == 1 else f"{len(spreads)} gates by their means"
     share = sum(spreads.values()) / len(spreads)
-    return f"replaced {gates} over {samples} images, from which the factors of an image differ by {share:.0%}"
+    return f"replaced {gates} over {images} images, from which the factors of an image differ by {share:.0%}"

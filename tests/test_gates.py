@@ -87,7 +87,7 @@ def test_a_gate_is_traced_and_replaced_by_its_mean(name):
     with torch.no_grad():
         assert largest_difference(dag(images), net(images)) < 1e-5
         expected, factors = with_mean(net, gated, images)
-        replaced, spreads = replace_gates(dag, [(images, None)], 100)
+        replaced, spreads, _ = replace_gates(dag, [(images, None)], 100)
         assert largest_difference(replaced(images), expected(images)) < 1e-5
         assert largest_difference(replaced(images), net(images)) > 1e-3  # another network
         assert largest_difference(dag(images), net(images)) < 1e-5  # the graph that was given stays
@@ -125,8 +125,8 @@ def test_gates_stand_anywhere(name):
         means = [each.seen.mean(0) for each in gates]
         for gated, mean in zip(gates, means):
             gated.constant = mean
-        replaced, spreads = replace_gates(dag, [(images, None)], 100)
-        assert len(spreads) == {"between two gates": 2, "twice": 3, "clipped": 2}.get(name, 1)
+        replaced, spreads, count = replace_gates(dag, [(images, None)], 100)
+        assert count == 9 and len(spreads) == {"between two gates": 2, "twice": 3, "clipped": 2}.get(name, 1)
         assert largest_difference(replaced(images), net(images)) < 1e-5
 
 
@@ -137,7 +137,7 @@ def test_activations_of_a_gate_count_as_they_are():
     net, images = network(gated), torch.rand(20, 2, 6, 6)
     dag = parse_ann_model(net, (images[:1],), takes_gates=True)
     assert sum(isinstance(entry.op, FunctionOp) for entry in dag.ops.values()) == 2
-    replaced, _ = replace_gates(dag, [(images, None)], 100)
+    replaced, *_ = replace_gates(dag, [(images, None)], 100)
     replaced, counted = replace_activations(replaced)
     assert not counted
     with torch.no_grad():
@@ -190,7 +190,7 @@ def test_an_input_can_be_a_gate():
 
     net, images, scales = Scaled(), torch.rand(7, 2, 6, 6), torch.rand(7, 4, 1, 1)
     dag = parse_ann_model(net, (images[:2], scales[:2]), takes_gates=True)
-    replaced, _ = replace_gates(dag, [((images, scales), None)], 7)
+    replaced, *_ = replace_gates(dag, [((images, scales), None)], 7)
     with torch.no_grad():
         assert largest_difference(replaced(images, scales), net(images, scales.mean(0))) < 1e-6
 
@@ -200,7 +200,8 @@ def test_only_as_many_images_count_as_are_asked_for():
     gated = Gated(4)
     net, images = network(gated), torch.rand(90, 2, 6, 6)
     dag = parse_ann_model(net, (images[:1],), takes_gates=True)
-    replaced, _ = replace_gates(dag, [(part, None) for part in images.split(40)], 50)
+    replaced, _, count = replace_gates(dag, [(part, None) for part in images.split(40)], 50)
+    assert count == 50
     with torch.no_grad():
         assert largest_difference(replaced(images), with_mean(net, gated, images[:50])[0](images)) < 1e-5
 
@@ -245,7 +246,7 @@ def test_a_product_in_an_onnx_file_is_a_gate(tmp_path):
     with pytest.raises(NotImplementedError, match=r"in the_Mul cannot be converted: .*--replace_gates mean"):
         parse_ann_model(net, (images,))
     dag = parse_ann_model(net, (images,), takes_gates=True)
-    replaced, spreads = replace_gates(dag, [(images, None)], 100)
+    replaced, spreads, _ = replace_gates(dag, [(images, None)], 100)
     assert len(spreads) == 1 and [type(entry.op).__name__ for entry in prepare_conversion(replaced).ops.values()] == [
         "SpikeConv2d",
         "SpikeReLU",
