@@ -56,7 +56,9 @@ def test_one_pass_gives_the_counts_of_all_steps(name, per_channel, timesteps, mo
     outputs, rates, last = outputs_and_rates(snn, images, timesteps)
     step_by_step(monkeypatch)
     expected, expected_rates, expected_last = outputs_and_rates(snn, images, timesteps)
-    assert torch.equal(outputs, expected) and torch.equal(last, expected_last) and torch.equal(last, outputs[-1])
+    assert torch.equal(outputs, expected) and torch.equal(last, expected_last)
+    # the same spikes; the layer behind them adds floats, on some processors in another order for a larger batch
+    torch.testing.assert_close(last, outputs[-1], rtol=1e-6, atol=1e-6)
     assert rates == pytest.approx(expected_rates, rel=1e-6)
 
 
