@@ -21,9 +21,11 @@ __all__ = ["draw_charts", "render_png", "render_svgs"]
 def draw_charts(result, samples):
     """Name -> Chart, in the order of the report."""
     images, layers, tried = result["analysis_images"], result["layers"], result["alternatives"]
-    charts = {
-        "accuracy": accuracy_chart(result["accuracy"]),
-        "pareto": pareto_chart(tried, result["compare"], result["ann_of_analysis"]["top1"], images),
+    charts = {"accuracy": accuracy_chart(result["accuracy"])}
+    # with a single spiking layer no layer reads spikes as currents: there are no operations to compare
+    if any(each["test"]["synops"] for each in tried.values()):
+        charts["pareto"] = pareto_chart(tried, result["compare"], result["ann_of_analysis"]["top1"], images)
+    charts |= {
         "alternatives": alternatives_chart(result),
         "error_parts": error_chart(layers, images),
         "firing_rate": rates_chart(layers, result["samples"]),

@@ -478,6 +478,20 @@ def test_a_network_that_listens_to_windows_has_a_report(tmp_path, monkeypatch):
     assert "--listen 4" in json.dumps(result["alternatives"]) and list(result["sweep"]) == ["2", "4"]
 
 
+def test_without_synaptic_operations_no_chart_compares_them(tmp_path, monkeypatch):
+    """A single spiking layer reads the image, and the layer behind it stays ANN."""
+    without_drawing(monkeypatch)
+    layers = "nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)"
+    (tmp_path / "one.py").write_text(f"from torch import nn\n\n\ndef net():\n    return nn.Sequential({layers})\n")
+    argv = f"{tmp_path}/one.py:net -e 0 --timesteps 2 --save_file {tmp_path}/snn.pth --report {tmp_path}/report"
+    ann2snn.main(ann2snn.parse_args([*argv.split(), "--analysis_images", "8"]))
+    result = json.loads((tmp_path / "report/report.json").read_text())
+    assert {each["test"]["synops"] for each in result["alternatives"].values()} == {0}
+    written = set(os.listdir(tmp_path / "report"))
+    assert "accuracy.png" in written and "pareto.png" not in written
+    assert "Accuracy against the work" not in (tmp_path / "report/report.html").read_text()
+
+
 @pytest.mark.slow
 def test_presets_that_train_are_those_of_their_own_runs(tmp_path, monkeypatch):
     without_drawing(monkeypatch)
