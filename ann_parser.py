@@ -57,9 +57,9 @@ def parse_ann_model(model, inputs, fold=True, takes_gates=False):
 
     inputs: a tensor or tuple of example inputs, [B, C, H, W] each. The batch size is not recorded. fold: fold each
     BatchNorm into the layer before or behind it if that is exact (`fold_batch_norms`). Dropout and identities leave no
-    op. takes_gates: record gates (`GateOp`), for `dag_rewrites.replace_gates`, instead of refusing them. Weights shared
-    by two calls become two copies. A float16 or bfloat16 network is traced as a float32 copy, on float32 copies of
-    `inputs`, with autocast off. `model` and torch are not changed, even after an error.
+    op. takes_gates: record gates, for `rewrites.gates.replace_gates`, instead of refusing them. Weights shared by two
+    calls become two copies. A float16 or bfloat16 network is traced as a float32 copy, on float32 copies of `inputs`,
+    with autocast off. `model` and torch are not changed, even after an error.
 
     Raises NotImplementedError for a function that cannot be traced; the message gives its name, its module path and
     advice. Raises ValueError for weights, inputs or outputs that are not finite, if the network cannot run on `inputs`

@@ -20,7 +20,6 @@ from collections import Counter
 import torch
 
 from options import check_option
-from rewrites.gates import gates_in_words, replace_gates
 from rewrites.graph import has_weights_behind, read_instead, replace_op
 from rewrites.signs import split_leaky_relus, split_signs
 from spike_layers import (
@@ -30,17 +29,6 @@ from spike_layers import (
     SpikeMaxPool2d,
     SpikeReLU,
 )
-
-__all__ = [
-    "DEFAULT_MAXPOOL",
-    "equalize_channels",
-    "gates_in_words",
-    "pool_behind_relus",
-    "prepare_conversion",
-    "replace_activations",
-    "replace_gates",
-    "replaced_in_words",
-]
 
 DEFAULT_MAXPOOL = "gate"  # exact at every step: the pooled count is the largest count of its window
 

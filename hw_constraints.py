@@ -319,8 +319,9 @@ def main(args):
 
     from ann_parser import parse_ann_model
     from build_network import choose_input, get_net_by_name
-    from dag_rewrites import prepare_conversion, replace_activations, replace_gates
+    from dag_rewrites import prepare_conversion, replace_activations
     from hw_constraints import bitwidths_by_name, choose_bitwidths, hardware_layers
+    from rewrites.gates import replace_gates
     from spike_dag import format_table
     from spike_simulator import node_shapes
 
@@ -332,6 +333,7 @@ def main(args):
     first = next((m.in_channels for m in net.modules() if hasattr(m, "in_channels")), wanted)
     channels = args.in_channels or args.channels or first
     size = (args.image_size, args.image_size) if isinstance(args.image_size, int) else args.image_size
+    # at random: on an image of zeros every map looks like a gate
     images = torch.rand(2, channels, *size, generator=torch.Generator().manual_seed(0))
     dag = parse_ann_model(net, (images,), takes_gates=args.replace_gates is not None)
     dag, *_ = replace_gates(dag, [(images, None)], len(images))

@@ -23,10 +23,8 @@ from conversion.plan import plan_conversion
 from dag_rewrites import (
     DEFAULT_MAXPOOL,
     equalize_channels,
-    gates_in_words,
     prepare_conversion,
     replace_activations,
-    replace_gates,
     replaced_in_words,
 )
 from datasets import DATASETS, DETECTION_DATASETS, check_dataset_name
@@ -56,6 +54,7 @@ from options import (
 )
 from presets import preset_options
 from quantization import as_dag, quantize_finetune, weights_in_words
+from rewrites.gates import gates_in_words, replace_gates
 from runtime.batches import batches_of_dataset, first_inputs, loader_for, reusable
 from runtime.cli import did_you_mean
 from runtime.device import choose_device, seed_everything

@@ -7,7 +7,7 @@ class GateOp(SpikeLayer):
     """x * gate, one factor for each channel and image (squeeze-and-excitation; Hu et al., CVPR 2018).
 
     inputs: x [B, C, H, W] and the gate, [B, C, 1, 1] or constant within every channel. Spikes cannot compute it:
-    `dag_rewrites.replace_gates` puts constants in its place before anything is converted.
+    `rewrites.gates.replace_gates` puts constants in its place before anything is converted.
     """
 
     arity = (2, 2)

@@ -294,7 +294,10 @@ class SpikePad(Rearrangement):
     @classmethod
     def traced(cls, trace, function, input, pad, mode="constant", value=None):
         if mode != "constant" or value not in (None, 0):
-            trace.refuse(function, "only zeros and copies of pixels are supported, value=0 or mode='reflect', ...")
+            trace.refuse(
+                function,
+                "only zeros and copies of pixels are supported: value=0, mode='reflect', 'replicate' or 'circular'",
+            )
         pads, places = [*pad], 2 * (input.dim() - 1)
         if any(pads[places:]):
             trace.refuse(function, "the batch cannot be padded")

@@ -6,8 +6,8 @@ import torch
 
 from layers.gates import is_gate
 from rewrites.constants import fold_batch_norms
-from rewrites.graph import replace_op
-from runtime.batches import batches_of, on_device, split_batch
+from rewrites.graph import remove_writer, replace_op
+from runtime.batches import inputs_of
 from spike_layers import GateOp, SpikeAffine
 
 AT_A_TIME = 32  # images: 96 channels of 112x112 pixels then take 154 MB
@@ -46,7 +46,7 @@ def replace_gates(dag, loader, samples):
 
 def measure_gates(dag, nodes, loader, samples):
     """`factors, shapes`: node of a gate -> its factors, [N, C], and every node -> the shape of a sample."""
-    found, shapes, seen = {node: [] for node in nodes}, {}, 0
+    found, shapes = {node: [] for node in nodes}, {}
     device = next((p.device for p in dag.parameters()), torch.device("cpu"))
 
     def look(node, values):
@@ -60,17 +60,11 @@ def measure_gates(dag, nodes, loader, samples):
                 )
             found[node].append(values.flatten(2)[..., 0])
 
-    for batch in batches_of(loader):
-        inputs = on_device(split_batch(batch)[0], device, samples - seen)
-        seen += len(inputs[0])
+    for inputs in inputs_of(loader, device, samples):
         for part in zip(*(x.split(AT_A_TIME) for x in inputs)):
             for node, x in zip(dag.inputs_nodes, part):
                 look(node, x)
             dag.forward_ann(part, lambda name, current, values: look(dag.ops[name].out, values))
-        if seen >= samples:
-            break
-    if not seen:
-        raise ValueError("no images for the means of gates, the data loader is empty")
     return {node: torch.cat(parts) for node, parts in found.items()}, shapes
 
 
@@ -78,18 +72,6 @@ def spread(factors):
     """The mean standard deviation of factors [N, C] from image to image, relative to their mean."""
     mean = factors.mean().abs()
     return (factors.std(0, correction=0).mean() / mean).item() if mean > 0 else 0.0
-
-
-def remove_writer(dag, node):
-    """Remove the op that writes a node, if nothing reads it any more, and then what only that op read."""
-    name = dag.writer(node)
-    if name is None or dag.readers(node) or node in dag.outputs_nodes:
-        return
-    entry = dag.ops[name]
-    del dag.ops[name], dag.nodes[node]
-    delattr(dag, name)
-    for read in entry.inputs:
-        remove_writer(dag, read)
 
 
 def gates_in_words(spreads, images):

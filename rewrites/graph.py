@@ -23,6 +23,18 @@ def remove_unread(dag):
             remove_op(dag, name)
 
 
+def remove_writer(dag, node):
+    """Remove the op that writes a node, if nothing reads it any more, and then what only that op read."""
+    name = dag.writer(node)
+    if name is None or dag.readers(node) or node in dag.outputs_nodes:
+        return
+    entry = dag.ops[name]
+    del dag.ops[name], dag.nodes[node]
+    delattr(dag, name)
+    for read in entry.inputs:
+        remove_writer(dag, read)
+
+
 def replace_op(dag, name, op):
     """Replace the layer of op `name` by `op`."""
     dag.ops[name]["op"] = op

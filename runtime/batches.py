@@ -187,15 +187,20 @@ def batches_of(loader):
 
 def first_inputs(loader, device, most):
     """The first `most` images of a loader: a tuple of inputs, [B, ...] each. Raises ValueError if there are none."""
-    parts, seen = [], 0
+    return tuple(torch.cat(each) for each in zip(*inputs_of(loader, device, most)))
+
+
+def inputs_of(loader, device, most):
+    """Yield the inputs of each batch, a tuple of [B, ...], up to `most` images. Raises ValueError if there are none."""
+    seen = 0
     for batch in batches_of(loader):
-        parts.append(on_device(split_batch(batch)[0], device, most - seen))
-        seen += len(parts[-1][0])
+        inputs = on_device(split_batch(batch)[0], device, most - seen)
+        seen += len(inputs[0])
+        yield inputs
         if seen >= most:
-            break
+            return
     if not seen:
         raise ValueError("no images to calibrate on, the data loader is empty")
-    return tuple(torch.cat(each) for each in zip(*parts))
 
 
 def reusable(loader, samples=None):

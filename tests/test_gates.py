@@ -11,10 +11,11 @@ from torch import nn
 from tracing import Call, largest_difference
 
 from ann_parser import parse_ann_model
-from dag_rewrites import gates_in_words, prepare_conversion, replace_activations, replace_gates
+from dag_rewrites import prepare_conversion, replace_activations
 from finetuning.saved import OF_NETWORK, WITH_LEVELS, read_qnet
 from networks.onnx_import import load_onnx
 from pipeline import convert_network
+from rewrites.gates import gates_in_words, replace_gates
 from runtime.files import write_torch
 from spike_layers import FunctionOp, GateOp, SpikeReLU
 
@@ -175,7 +176,7 @@ def test_a_gate_that_differs_from_place_to_place_on_other_images_is_refused():
         ValueError, match=r"relu2 \(1\) is no gate: for some images its factors differ within a channel"
     ):
         replace_gates(dag, [(3 * torch.rand(2, 2, 6, 6), None)], 2)
-    with pytest.raises(ValueError, match="no images for the means of gates, the data loader is empty"):
+    with pytest.raises(ValueError, match="no images to calibrate on, the data loader is empty"):
         replace_gates(dag, [], 2)
 
 
